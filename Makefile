@@ -1,0 +1,45 @@
+# `make quickstart` and `make test` need Python >= 3.11 and nothing else; both
+# make the virtual environment .venv the first time and reuse it after that.
+
+PYTHON ?= python3
+KERAS_BACKEND ?= jax
+BACKENDS ?= jax torch tensorflow
+BIN := .venv/bin
+
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: quickstart test test-slow lint clean
+
+quickstart: .venv/installed-$(KERAS_BACKEND)
+	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
+
+test: .venv/installed-dev
+	$(MAKE) lint
+	for backend in $(BACKENDS); do \
+	    echo "== $$backend"; \
+	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q $(ARGS) || exit 1; \
+	done
+
+test-slow: .venv/installed-dev
+	for backend in $(BACKENDS); do \
+	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -m slow || exit 1; \
+	done
+
+lint: .venv/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# One stamp for each extra of pyproject.toml.
+.venv/installed-%: pyproject.toml constraints.txt | .venv/bin/python
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[$*]"
+	touch $@
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "keras_iris needs Python 3.11 or newer: make PYTHON=python3.12"; \
+	      exit 1; }
+	$(PYTHON) -m venv .venv
+
+clean:
+	rm -rf .venv runs

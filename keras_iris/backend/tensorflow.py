@@ -1,0 +1,178 @@
+"""The train step of `SelfPlayModel` on TensorFlow."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def inference() -> contextlib.AbstractContextManager[None]:
+    """A context in which nothing is recorded for a backward pass."""
+    return contextlib.nullcontext()
+
+
+def sum_chunks(
+    function: Callable[..., tf.Tensor], arrays: tuple[tf.Tensor, ...]
+) -> tf.Tensor:
+    """Sums `function(*chunk)` over the chunks, rematerialising each.
+
+    A chunk whose last array, a mask, is all zero is skipped at run time.
+
+    Args:
+        function: Maps one chunk of each array to a tensor.
+        arrays: Tensors of shape `(num_chunks, ...)`; the last is a mask.
+
+    Returns:
+        The sum, of the shape of one `function(*chunk)`.
+    """
+    value = tf.recompute_grad(function)
+    total = value(*(array[0] for array in arrays))
+    for i in range(1, arrays[0].shape[0]):
+        chunk = [array[i] for array in arrays]
+        total += value(*chunk)
+    return total
+
+
+class Trainer:
+    """Mix-in for a `keras.Model`: the micro-batched train step.
+
+    See `keras_iris.backend.jax.Trainer` for the two passes.
+    """
+
+    def train_step(self, data: Any) -> dict[str, Any]:
+        """One optimizer step, with the exact gradient of the whole batch."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        num_rows = y.shape[0]  # None where the data has no fixed batch size
+        if not self.micro_batch_size or (
+            num_rows is not None and self.micro_batch_size >= num_rows
+        ):
+            return super().train_step(data)
+        if sample_weight is None:
+            sample_weight = tf.ones(tf.shape(y)[:1])
+        y_pred, gradients = self._micro_batched_gradients(x, y, sample_weight)
+        variables = self.trainable_weights
+        # What the loss depends on beside the log-probs: weight regularisers.
+        with tf.GradientTape() as tape:
+            loss = self._batch_loss(x, y, y_pred, sample_weight)
+            scaled = self.optimizer.scale_loss(loss)
+        direct = tape.gradient(scaled, variables)
+        gradients = [
+            g if d is None else g + d
+            for g, d in zip(gradients, direct, strict=True)
+        ]
+        self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        self._loss_tracker.update_state(loss, sample_weight=tf.shape(y)[0])
+        return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _micro_batched_gradients(
+        self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """The log-probs and the (scaled) gradients of the whole batch."""
+        if self.loss.is_additive:
+            given = (y, sample_weight)
+        else:
+            given = (self._coefficients(x, y, sample_weight),)
+        total_weight = tf.reduce_sum(sample_weight)
+        variables = self.trainable_weights
+
+        def step(
+            rows: tf.Tensor, is_row: tf.Tensor, gradients: Any
+        ) -> tuple[tf.Tensor, Any]:
+            x_rows, own = _gather((x, given), rows)
+            with tf.GradientTape() as tape:
+                y_pred = self(x_rows, training=True)
+                if self.loss.is_additive:
+                    weights = own[1] * is_row
+                    share = tf.reduce_sum(weights) / total_weight
+                    loss = self.loss(own[0], y_pred, weights) * share
+                    objective = self.optimizer.scale_loss(loss)
+                else:
+                    objective = tf.reduce_sum(own[0] * y_pred * is_row[:, None])
+            updates = tape.gradient(
+                objective, variables, unconnected_gradients="zero"
+            )
+            return y_pred, [
+                g + tf.cast(tf.convert_to_tensor(u), g.dtype)
+                for g, u in zip(gradients, updates, strict=True)
+            ]
+
+        zeros = [tf.zeros(v.shape, _sum_dtype(v.dtype)) for v in variables]
+        return self._loop(step, tf.shape(y)[0], zeros)
+
+    def _coefficients(
+        self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
+    ) -> tf.Tensor:
+        """The (scaled) dL/dlog p of the whole batch, from a forward pass."""
+
+        def step(
+            rows: tf.Tensor, is_row: tf.Tensor, nothing: Any
+        ) -> tuple[tf.Tensor, Any]:
+            del is_row
+            return self(_gather(x, rows), training=True), nothing
+
+        # Both passes have to draw the same dropout masks.
+        states = [
+            (v, tf.identity(v.value)) for v in self.non_trainable_variables
+        ]
+        y_pred, _ = self._loop(step, tf.shape(y)[0], [])
+        for variable, value in states:
+            variable.assign(value)
+        with tf.GradientTape() as tape:
+            tape.watch(y_pred)
+            loss = self._batch_loss(x, y, y_pred, sample_weight)
+            scaled = self.optimizer.scale_loss(loss)
+        return tape.gradient(scaled, y_pred)
+
+    def _loop(
+        self,
+        step: Callable[..., tuple[tf.Tensor, list[tf.Tensor]]],
+        num_rows: tf.Tensor,
+        state: list[tf.Tensor],
+    ) -> tuple[tf.Tensor, list[tf.Tensor]]:
+        """Runs `step` micro-batch after micro-batch, never two at once.
+
+        The last is filled with copies of the last row (XLA needs one shape),
+        which `is_row`, 1 for rows of its own, tells apart.
+        """
+        size = self.micro_batch_size
+
+        def body(
+            start: tf.Tensor, y_pred: tf.Tensor, state: list[tf.Tensor]
+        ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+            rows = start + tf.range(size)
+            is_row = tf.cast(rows < num_rows, "float32")
+            rows = tf.minimum(rows, num_rows - 1)
+            values, state = step(rows, is_row, state)
+            y_pred = tf.tensor_scatter_nd_update(y_pred, rows[:, None], values)
+            return start + size, y_pred, state
+
+        _, y_pred, state = tf.while_loop(
+            lambda start, *_: start < num_rows,
+            body,
+            (tf.constant(0), tf.zeros((num_rows, 2)), state),
+            parallel_iterations=1,
+        )
+        return y_pred, state
+
+    def _batch_loss(
+        self,
+        x: Any,
+        y: tf.Tensor,
+        y_pred: tf.Tensor,
+        sample_weight: tf.Tensor,
+    ) -> tf.Tensor:
+        # `_compute_loss` is the hook of Keras' own step (3.15).
+        return self._compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+        )
+
+
+def _gather(tensors: Any, rows: tf.Tensor) -> Any:
+    return keras.tree.map_structure(lambda a: tf.gather(a, rows), tensors)
+
+
+def _sum_dtype(dtype: str) -> str:
+    """Half-precision gradients are summed in float32."""
+    return "float32" if dtype in ("bfloat16", "float16") else dtype

@@ -1,0 +1,38 @@
+"""An order that depends on the step alone."""
+
+from typing import Any
+
+import keras
+
+
+class AlphaSchedule(keras.callbacks.Callback):
+    """Sets `model.alpha` to `schedule(step)` before every batch.
+
+    `step` is the optimizer's count of updates, so the schedule goes on where
+    it was after a resume, and over the iterations of self-play.
+
+    Args:
+        schedule: A `keras.optimizers.schedules.LearningRateSchedule`, or any
+            function of the step.
+
+    Example:
+
+    ```python
+    schedule = keras.optimizers.schedules.CosineDecay(2.0, 1000, alpha=0.25)
+    model.fit(pairs, callbacks=[keras_iris.callbacks.AlphaSchedule(schedule)])
+    ```
+    """
+
+    def __init__(
+        self, schedule: keras.optimizers.schedules.LearningRateSchedule
+    ) -> None:
+        super().__init__()
+        self.schedule = schedule
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Sets the order for the batch."""
+        model = self.model
+        step = keras.ops.cast(model.optimizer.iterations.value, "float32")
+        model.alpha.assign(self.schedule(step))

@@ -1,0 +1,228 @@
+"""Chat templates: messages to the text a model reads."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from keras_iris.data.conversations import Message
+from keras_iris.data.named_templates import NAMED_TEMPLATES
+
+_CHECK_USER = "What is the capital of France?"
+_CHECK_RESPONSE = "The capital of France is Paris."
+_CHECK_MESSAGES = (
+    ({"role": "user", "content": _CHECK_USER},),
+    (
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": "Hi there."},
+        {"role": "user", "content": _CHECK_USER},
+    ),
+)
+
+
+class ChatTemplate:
+    r"""A Jinja chat template, rendered in a sandbox.
+
+    The same template makes the prompt for generation and for training.
+
+    Args:
+        source: The Jinja source, as in a checkpoint's `chat_template`. It sees
+            `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
+        bos_token: The start token's string.
+        eos_token: The end token's string.
+
+    Example:
+    >>> template = ChatTemplate.named("spin")
+    >>> template.render_prompt([{"role": "user", "content": "Hello"}])
+    '### Instruction: Hello\n\n### Response: '
+    """
+
+    def __init__(
+        self, source: str, *, bos_token: str = "", eos_token: str = ""
+    ):
+        self.source = source
+        self.bos_token = bos_token
+        self.eos_token = eos_token
+
+    @classmethod
+    def named(
+        cls,
+        name: str,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+    ) -> "ChatTemplate":
+        """A template that comes with the package.
+
+        Args:
+            name: `"zephyr"`, `"chatml"`, `"llama3"`, `"gemma"`, `"plain"` or
+                `"spin"`.
+            bos_token: Replaces the template's usual start token.
+            eos_token: Replaces the template's usual end token.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        if name not in NAMED_TEMPLATES:
+            raise ValueError(
+                f"Unknown chat template {name!r}. Expected one of "
+                f"{sorted(NAMED_TEMPLATES)}, or make a `ChatTemplate` of its "
+                "Jinja source."
+            )
+        source, bos, eos = NAMED_TEMPLATES[name]
+        return cls(
+            source,
+            bos_token=bos if bos_token is None else bos_token,
+            eos_token=eos if eos_token is None else eos_token,
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "ChatTemplate | None":
+        """The template of a checkpoint folder in Hugging Face's layout.
+
+        Args:
+            folder: It has a `chat_template.jinja`, or a
+                `tokenizer_config.json` with a `chat_template`.
+
+        Returns:
+            The template, or `None` if the folder has none.
+
+        Raises:
+            ValueError: If `tokenizer_config.json` isn't valid JSON.
+        """
+        folder = Path(folder)
+        config = _read_json(folder / "tokenizer_config.json")
+        source = config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = {t["name"]: t["template"] for t in source}.get("default")
+        file = folder / "chat_template.jinja"
+        if file.is_file():
+            source = file.read_text(encoding="utf-8")
+        if source is None:
+            return None
+        tokens = _read_json(folder / "special_tokens_map.json") | config
+        return cls(
+            source,
+            bos_token=_token_text(tokens.get("bos_token")),
+            eos_token=_token_text(tokens.get("eos_token")),
+        )
+
+    def render_prompt(self, messages: Sequence[Message]) -> str:
+        """The text up to where the response starts.
+
+        Args:
+            messages: What comes before the response.
+
+        Raises:
+            ValueError: If the template cannot be rendered.
+        """
+        return self._render(messages, add_generation_prompt=True)
+
+    def render(self, messages: Sequence[Message], response: str) -> str:
+        """The text of prompt, response and end of turn.
+
+        Args:
+            messages: What comes before the response.
+            response: The response.
+
+        Returns:
+            A text that starts with `render_prompt(messages)`.
+
+        Raises:
+            ValueError: If the template cannot be rendered, or its text
+                doesn't start with the prompt.
+        """
+        prompt = self.render_prompt(messages)
+        turn = {"role": "assistant", "content": response}
+        full = self._render([*messages, turn], add_generation_prompt=False)
+        if not full.startswith(prompt):
+            raise ValueError(
+                "The chat template changes the prompt once the response is "
+                "known, so a model would be trained on other prompts than it "
+                "generates from. Expected the whole text to start with the "
+                f"prompt.\nPrompt:\n{prompt!r}\nPrompt and response:\n"
+                f"{full!r}\nUse another template, for instance "
+                "`ChatTemplate.named('chatml')`."
+            )
+        return full
+
+    def check(self) -> None:
+        """Refuses a template that cannot be used, before any work is done.
+
+        Raises:
+            ValueError: If a one-turn or a three-turn conversation cannot be
+                rendered, doesn't start with its prompt, or lacks the text of
+                a message.
+        """
+        for messages in _CHECK_MESSAGES:
+            full = self.render(messages, _CHECK_RESPONSE)
+            prompt = self.render_prompt(messages)
+            rest = full[len(prompt) :]
+            if _CHECK_USER not in prompt or _CHECK_RESPONSE not in rest:
+                raise ValueError(
+                    "The chat template leaves out the text of a message. "
+                    f"Expected {_CHECK_USER!r} in the prompt and "
+                    f"{_CHECK_RESPONSE!r} after it.\nPrompt:\n{prompt!r}\n"
+                    f"Prompt and response:\n{full!r}"
+                )
+
+    def fingerprint(self) -> str:
+        """A hash of the source and its tokens."""
+        text = json.dumps([self.source, self.bos_token, self.eos_token])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool
+    ) -> str:
+        from jinja2.exceptions import SecurityError
+
+        try:
+            return str(
+                _compile(self.source).render(
+                    messages=[dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    bos_token=self.bos_token,
+                    eos_token=self.eos_token,
+                    tools=None,
+                    documents=None,
+                )
+            )
+        except SecurityError as error:
+            raise ValueError(
+                "The chat template reaches for Python, which the sandbox "
+                f"refuses: {error}. A chat template may only format messages; "
+                "don't trust this one."
+            ) from error
+        except Exception as error:  # a template can raise anything
+            raise ValueError(
+                "The chat template cannot be rendered: "
+                f"{type(error).__name__}: {error}. The messages' roles are "
+                f"{[message.get('role') for message in messages]}."
+            ) from error
+
+
+@functools.lru_cache(maxsize=32)
+def _compile(source: str) -> Any:
+    from keras_iris.data.template_environment import make_environment
+
+    return make_environment().from_string(source)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not valid JSON ({error}). Download it again."
+        ) from error
+    return dict(content)
+
+
+def _token_text(token: Any) -> str:
+    if isinstance(token, dict):  # a saved AddedToken
+        token = token.get("content")
+    return token or ""

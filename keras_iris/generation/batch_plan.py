@@ -1,0 +1,85 @@
+"""Which prompts are answered together, and at which padded length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+# Prompt lengths of the compiled shapes unless the caller has better ones.
+# Decoding begins at the shortest prompt of a batch and ends when every row
+# has, so the padding of a bucket costs prefill and memory but no steps.
+DEFAULT_BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts that are answered together.
+
+    Attributes:
+        indices: Which prompts, by ascending length. Fewer than the batch size
+            in the last batch only.
+        bucket_length: The length that they are padded to, in tokens.
+    """
+
+    indices: tuple[int, ...]
+    bucket_length: int
+
+
+def plan_batches(
+    lengths: Sequence[int], *, batch_size: int, bucket_lengths: Sequence[int]
+) -> list[Batch]:
+    """Sorts prompts by length and cuts them into batches.
+
+    Depends on nothing but its arguments; prompts of one length keep their
+    order.
+
+    Args:
+        lengths: The length of each prompt in tokens, at most the last of
+            `bucket_lengths`.
+        batch_size: Rows in each batch but the last, which may have fewer.
+        bucket_lengths: Increasing lengths.
+
+    Returns:
+        Batches in the order in which they are answered.
+    """
+    order = np.argsort(np.asarray(lengths, "int64"), kind="stable")
+    batches = []
+    for start in range(0, len(order), batch_size):
+        indices = tuple(int(i) for i in order[start : start + batch_size])
+        longest = lengths[indices[-1]]
+        bucket = bucket_lengths[np.searchsorted(bucket_lengths, longest)]
+        batches.append(Batch(indices, int(bucket)))
+    return batches
+
+
+def pad_prompts(
+    prompts: Sequence[Sequence[int]],
+    batch: Batch,
+    *,
+    batch_size: int,
+    pad_token_id: int,
+) -> dict[str, np.ndarray]:
+    """One batch as arrays of a fixed shape.
+
+    Args:
+        prompts: All prompts.
+        batch: Those to take.
+        batch_size: Rows to make. Rows without a prompt repeat the first one,
+            which is the shortest, and are not real.
+        pad_token_id: Written after each prompt.
+
+    Returns:
+        `token_ids` int32 of shape `(batch_size, bucket_length)`,
+        `prompt_lengths` int32 and `is_real` bool of shape `(batch_size,)`.
+    """
+    num_real = len(batch.indices)
+    num_dummies = batch_size - num_real
+    rows = [prompts[i] for i in batch.indices + batch.indices[:1] * num_dummies]
+    token_ids = np.full((batch_size, batch.bucket_length), pad_token_id, "int32")
+    for row, prompt in zip(token_ids, rows, strict=True):
+        row[: len(prompt)] = prompt
+    return {
+        "token_ids": token_ids,
+        "prompt_lengths": np.array([len(row) for row in rows], "int32"),
+        "is_real": np.arange(batch_size) < num_real,
+    }

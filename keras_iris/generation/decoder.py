@@ -1,0 +1,206 @@
+"""Prefill and decoding of one batch, compiled by KerasHub's machinery."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import keras
+import keras_hub
+from keras import ops
+
+
+class Decoder:
+    """Answers a batch of prompts with a causal LM and its cache.
+
+    `keras_hub.models.CausalLM.make_generate_function` compiles the
+    `generate_step` of whatever it is called on, with the current values of
+    the variables as inputs. Here that is this object, so that the causal
+    LM's own sampler and compiled functions stay as they are.
+
+    KerasHub's own `generate_step` (0.32) isn't used because it prefills the
+    new tokens' positions too, computes the logits of every prompt position,
+    goes on to the end of the bucket, and keeps no log-probs.
+
+    Args:
+        causal_lm: A `keras_hub.models.CausalLM`.
+        sampler: A `keras_hub.samplers.Sampler`.
+        end_token_ids: A row ends with any of these.
+        max_new_tokens: A row ends after so many.
+        pad_token_id: What follows the end of a row.
+    """
+
+    def __init__(
+        self,
+        causal_lm: Any,
+        sampler: Any,
+        *,
+        end_token_ids: tuple[int, ...],
+        max_new_tokens: int,
+        pad_token_id: int,
+    ) -> None:
+        self.causal_lm = causal_lm
+        self.sampler = sampler
+        self.end_token_ids = end_token_ids
+        self.max_new_tokens = max_new_tokens
+        self.pad_token_id = pad_token_id
+        # Read by make_generate_function.
+        self.generate_function: Any = None
+        self.run_eagerly = False
+        self.jit_compile = True
+        self._variable_ids: list[int] = []
+
+    @property
+    def trainable_variables(self) -> list[Any]:
+        """Those of the causal LM, as they are now."""
+        return list(self.causal_lm.trainable_variables)
+
+    @property
+    def non_trainable_variables(self) -> list[Any]:
+        """Those of the causal LM, as they are now."""
+        return list(self.causal_lm.non_trainable_variables)
+
+    def __call__(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        """Answers one batch, compiling once for each shape.
+
+        Args:
+            inputs: `token_ids` int32 of shape `(batch, prompt_time)`,
+                `prompt_lengths` int32 and `is_real` bool of shape `(batch,)`.
+
+        Returns:
+            Token ids (int32) and their log-probs (float32, in nats, 0 for
+            prompts and padding), both arrays of shape
+            `(batch, prompt_time + max_new_tokens)`.
+        """
+        # LoRA adds variables, which a traced function would not see.
+        variable_ids = [id(v) for v in self.causal_lm.variables]
+        if variable_ids != self._variable_ids:
+            self.generate_function = None
+            self._variable_ids = variable_ids
+        generate = keras_hub.models.CausalLM.make_generate_function(self)
+        token_ids, log_probs = generate(
+            inputs, stop_token_ids=self.end_token_ids
+        )
+        return ops.convert_to_numpy(token_ids), ops.convert_to_numpy(log_probs)
+
+    def generate_step(
+        self, inputs: dict[str, Any], stop_token_ids: tuple[int, ...]
+    ) -> tuple[Any, Any]:
+        """What is compiled: all new tokens of a batch."""
+        prompts = ops.convert_to_tensor(inputs["token_ids"], "int32")
+        lengths = ops.convert_to_tensor(inputs["prompt_lengths"], "int32")
+        is_real = ops.convert_to_tensor(inputs["is_real"], "bool")
+        total = prompts.shape[1] + self.max_new_tokens
+        cache = self._prefill(prompts, total)
+        token_ids = ops.pad(
+            prompts,
+            ((0, 0), (0, self.max_new_tokens)),
+            constant_values=self.pad_token_id,
+        )  # (batch, total)
+        ends = ops.convert_to_tensor(stop_token_ids, "int32")
+
+        def any_active(
+            token_ids: Any, log_probs: Any, cache: Any, index: Any, active: Any
+        ) -> Any:
+            return ops.any(active)
+
+        def decode_token(
+            token_ids: Any, log_probs: Any, cache: Any, index: Any, active: Any
+        ) -> tuple[Any, ...]:
+            sampled, sampled_log_probs, cache = self._sample(
+                token_ids, cache, index
+            )
+            in_prompt = index < lengths
+            counts = ops.logical_and(active, ops.logical_not(in_prompt))
+            written = ops.where(
+                in_prompt,
+                token_ids[:, index],
+                ops.where(counts, sampled, self.pad_token_id),
+            )
+            at_end = ops.any(sampled[:, None] == ends[None, :], axis=-1)
+            at_limit = index + 1 >= lengths + self.max_new_tokens
+            ended = ops.logical_and(counts, ops.logical_or(at_end, at_limit))
+            return (
+                _set_column(token_ids, index, written),
+                _set_column(
+                    log_probs, index, ops.where(counts, sampled_log_probs, 0.0)
+                ),
+                cache,
+                index + 1,
+                ops.logical_and(active, ops.logical_not(ended)),
+            )
+
+        token_ids, log_probs, *_ = self.sampler.run_loop(
+            any_active,
+            decode_token,
+            model=self.causal_lm,
+            loop_vars=(
+                token_ids,
+                ops.zeros(token_ids.shape, "float32"),
+                cache,
+                ops.min(lengths),
+                is_real,
+            ),
+        )
+        return token_ids, log_probs
+
+    def _prefill(self, prompts: Any, total: int) -> Any:
+        """The cache after the prompts, with room for `total` positions."""
+        # `_build_cache` (KerasHub 0.32) alone knows the shape of the cache:
+        # (batch, layers, 2, time, heads, head width). Two tokens are the
+        # fewest that Keras' softmax takes without a warning.
+        start = ops.zeros((prompts.shape[0], 2), "int32")
+        _, small = self.causal_lm._build_cache(start)
+        shape = list(small.shape)
+        shape[3] = total
+        cache = ops.zeros(shape, small.dtype)
+        with _no_logits_before_the_last(self.causal_lm.backbone):
+            _, _, cache = self.causal_lm.call_with_cache(prompts, cache, 0)
+        return cache
+
+    def _sample(
+        self, token_ids: Any, cache: Any, index: Any
+    ) -> tuple[Any, Any, Any]:
+        """Ids for position `index`, `(batch,)`, their log-probs, the cache."""
+        previous = ops.slice(
+            token_ids, [0, index - 1], [token_ids.shape[0], 1]
+        )  # (batch, 1)
+        logits, _, cache = self.causal_lm.call_with_cache(
+            previous, cache, index - 1
+        )
+        probabilities = self.sampler.compute_probabilities(
+            ops.squeeze(logits, axis=1)
+        )  # (batch, vocabulary)
+        sampled = ops.cast(
+            self.sampler.get_next_token(probabilities), "int32"
+        )  # (batch,)
+        drawn = ops.take_along_axis(probabilities, sampled[:, None], axis=-1)
+        return sampled, ops.log(drawn[:, 0]), cache
+
+
+@contextmanager
+def _no_logits_before_the_last(
+    backbone: keras.Model,
+) -> Iterator[None]:
+    """The output head sees the last position only.
+
+    Prefill needs no logits at all. XLA drops them; PyTorch would compute
+    `(batch, time, vocabulary)` numbers, gigabytes for a large vocabulary.
+    """
+    head = backbone.token_embedding
+    call = head.call
+
+    def call_on_last(inputs: Any, reverse: bool = False) -> Any:
+        return call(inputs[:, -1:] if reverse else inputs, reverse=reverse)
+
+    head.call = call_on_last
+    try:
+        yield
+    finally:
+        del head.call
+
+
+def _set_column(array: Any, index: Any, column: Any) -> Any:
+    """Writes `(batch,)` numbers to `array[:, index]`."""
+    return ops.slice_update(
+        array, [0, index], ops.cast(column, array.dtype)[:, None]
+    )

@@ -1,0 +1,76 @@
+"""What every engine takes and gives: token ids."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a model answered to one prompt.
+
+    Attributes:
+        token_ids: Every id that was sampled, the end token included if there
+            was one. Never ids of re-tokenised text.
+        finish_reason: `"stop"` if the last id is an end token, `"length"` if
+            the limit of new tokens came first.
+        log_probs: float32 of shape `(len(token_ids),)`, in nats, of each id
+            under the distribution that it was drawn from. `None` if the
+            engine doesn't tell.
+    """
+
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+    log_probs: NDArray[np.float32] | None = None
+
+
+class Engine(Protocol):
+    """Something that answers prompts."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, seed: int
+    ) -> list[Completion]:
+        """Draws one completion for each prompt.
+
+        Args:
+            prompts: Token ids of each prompt.
+            seed: Non-negative. The same seed, prompts and weights give the
+                same completions.
+
+        Returns:
+            Completions, in the order of the prompts.
+        """
+        ...
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    """Refuses prompts before any of them is answered.
+
+    Args:
+        prompts: Token ids of each prompt.
+        limit: The longest prompt that can be answered, in tokens. `None` if
+            only the engine knows.
+
+    Raises:
+        ValueError: If a prompt is empty or longer than `limit`.
+    """
+    lengths = [len(prompt) for prompt in prompts]
+    empty = [i for i, length in enumerate(lengths) if length == 0]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} of {len(prompts)} prompts are empty, the first is "
+            f"number {empty[0]}. Expected at least one token id in each, such "
+            "as the beginning-of-sequence token. Drop these prompts or give "
+            "them one."
+        )
+    too_long = [length for length in lengths if limit and length > limit]
+    if too_long:
+        raise ValueError(
+            f"{len(too_long)} of {len(prompts)} prompts are too long: the "
+            f"longest has {max(too_long)} tokens, the limit is {limit}. "
+            "Tokenise with a smaller `max_prompt_length`, or make the engine "
+            "with a larger last bucket length."
+        )

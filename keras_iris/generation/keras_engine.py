@@ -1,0 +1,205 @@
+"""Generation with a KerasHub causal LM in this process."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras_hub
+import numpy as np
+
+from keras_iris.generation.batch_plan import (
+    DEFAULT_BUCKET_LENGTHS,
+    Batch,
+    pad_prompts,
+    plan_batches,
+)
+from keras_iris.generation.decoder import Decoder
+from keras_iris.generation.engine import Completion, check_prompts
+
+
+class KerasEngine:
+    """Draws completions from a KerasHub causal LM.
+
+    By default from the model itself: temperature 1, no top-k, no top-p.
+    Prompts are sorted by length into batches of a fixed number of rows and a
+    few fixed lengths, so that each shape is compiled once, at its first use,
+    and never for another seed, changed weights or a last incomplete batch.
+    Each call reads the current weights. The model's own sampler, its
+    preprocessor and its compiled functions are neither used nor changed.
+
+    The same seed, prompts and weights give the same completions on one
+    backend and machine, also in another process. The noise of a prompt
+    depends on its place among the prompts of the call, not on the prompt.
+
+    Args:
+        causal_lm: A `keras_hub.models.CausalLM` with a decoding cache; its
+            `preprocessor` may be `None`.
+        end_token_ids: A completion ends with the first of these, which is
+            kept.
+        max_new_tokens: A completion ends after so many tokens at the latest.
+        batch_size: Prompts that are answered together.
+        pad_token_id: Any id of the vocabulary.
+        bucket_lengths: Increasing lengths, in tokens, that prompts are padded
+            to; one compilation for each that occurs. The last is the longest
+            prompt that is answered. By default the powers of two from 16 to
+            4,096.
+        sampler: A `keras_hub.samplers.Sampler` that draws token by token. By
+            default `RandomSampler(temperature=1.0)`, which is what self-play
+            needs. Its seed is set for each batch.
+
+    Raises:
+        ValueError: If an argument can't be used.
+
+    Example:
+
+    ```python
+    engine = KerasEngine(causal_lm, end_token_ids=(2,), max_new_tokens=64)
+    completions = engine.generate([[1, 5, 9], [1, 7]], seed=0)
+    completions[0].token_ids
+    ```
+    """
+
+    def __init__(
+        self,
+        causal_lm: Any,
+        *,
+        end_token_ids: Sequence[int],
+        max_new_tokens: int,
+        batch_size: int = 32,
+        pad_token_id: int = 0,
+        bucket_lengths: Sequence[int] | None = None,
+        sampler: Any = None,
+    ) -> None:
+        sampler = sampler or keras_hub.samplers.RandomSampler(temperature=1.0)
+        _check_model(causal_lm)
+        _check_sampler(sampler)
+        _check_positive("max_new_tokens", max_new_tokens)
+        _check_positive("batch_size", batch_size)
+        if not end_token_ids:
+            raise ValueError(
+                "Expected at least one id in `end_token_ids`, received none. "
+                "Pass the `end_token_ids` of the model's tokenizer."
+            )
+        self.end_token_ids = tuple(int(i) for i in end_token_ids)
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.pad_token_id = pad_token_id
+        self.bucket_lengths = _check_buckets(
+            bucket_lengths or DEFAULT_BUCKET_LENGTHS
+        )
+        self._decoder = Decoder(
+            causal_lm,
+            sampler,
+            end_token_ids=self.end_token_ids,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=pad_token_id,
+        )
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, seed: int
+    ) -> list[Completion]:
+        """Draws one completion for each prompt.
+
+        Args:
+            prompts: Token ids of each prompt.
+            seed: Non-negative.
+
+        Returns:
+            Completions with log-probs, in the order of the prompts.
+
+        Raises:
+            ValueError: If a prompt is empty or longer than the last bucket,
+                before anything is generated.
+        """
+        check_prompts(prompts, self.bucket_lengths[-1])
+        plan = plan_batches(
+            [len(prompt) for prompt in prompts],
+            batch_size=self.batch_size,
+            bucket_lengths=self.bucket_lengths,
+        )
+        completions: dict[int, Completion] = {}
+        for number, batch in enumerate(plan):
+            self._seed_sampler(seed, number)
+            completions.update(self._answer(prompts, batch))
+        return [completions[i] for i in range(len(prompts))]
+
+    def _answer(
+        self, prompts: Sequence[Sequence[int]], batch: Batch
+    ) -> dict[int, Completion]:
+        inputs = pad_prompts(
+            prompts,
+            batch,
+            batch_size=self.batch_size,
+            pad_token_id=self.pad_token_id,
+        )
+        token_ids, log_probs = self._decoder(inputs)
+        completions = {}
+        # Rows without a prompt are the last ones.
+        for row, index in enumerate(batch.indices):
+            start = len(prompts[index])
+            new = slice(start, start + self.max_new_tokens)
+            completions[index] = self._cut(
+                token_ids[row, new], log_probs[row, new]
+            )
+        return completions
+
+    def _cut(self, token_ids: np.ndarray, log_probs: np.ndarray) -> Completion:
+        """Everything up to and including the first end token."""
+        ends = np.flatnonzero(np.isin(token_ids, self.end_token_ids))
+        length = ends[0] + 1 if len(ends) else len(token_ids)
+        return Completion(
+            tuple(token_ids[:length].tolist()),
+            "stop" if len(ends) else "length",
+            log_probs[:length].astype("float32"),
+        )
+
+    def _seed_sampler(self, seed: int, batch_number: int) -> None:
+        """Gives batch `batch_number` of a plan noise of its own.
+
+        A seed generator's state is (seed, number of draws); every backend
+        mixes the two, PyTorch by adding them. So batches get the same seed
+        and ranges of draws that can't overlap.
+        """
+        first = np.random.SeedSequence(seed).generate_state(1)[0] >> 1
+        draws = batch_number * (self.bucket_lengths[-1] + self.max_new_tokens)
+        for state in self._decoder.sampler.variables:
+            state.assign(np.array([first, draws % 2**31]).astype(state.dtype))
+
+
+def _check_model(causal_lm: Any) -> None:
+    decodes = getattr(type(causal_lm), "call_with_cache", None) is not None
+    if not isinstance(causal_lm, keras_hub.models.CausalLM) or not decodes:
+        raise ValueError(
+            "Expected `causal_lm` to be a keras_hub.models.CausalLM with a "
+            "decoding cache (`call_with_cache`), received "
+            f"{type(causal_lm).__name__}. Use another model, or another "
+            "engine."
+        )
+
+
+def _check_sampler(sampler: Any) -> None:
+    base = keras_hub.samplers.Sampler
+    if not isinstance(sampler, base) or (
+        type(sampler).__call__ is not base.__call__
+    ):
+        raise ValueError(
+            "Expected `sampler` to be a keras_hub.samplers.Sampler that draws "
+            f"token by token, received {sampler!r}. Self-play needs the "
+            "default, RandomSampler(temperature=1.0)."
+        )
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(
+            f"Expected `{name}` to be at least 1, received {value}."
+        )
+
+
+def _check_buckets(bucket_lengths: Sequence[int]) -> tuple[int, ...]:
+    buckets = tuple(int(length) for length in bucket_lengths)
+    if list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        raise ValueError(
+            "Expected `bucket_lengths` to be increasing positive numbers, "
+            f"received {buckets}."
+        )
+    return buckets

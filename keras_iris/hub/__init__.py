@@ -1,0 +1,6 @@
+"""Models in and out of Hugging Face and KerasHub, with tested parity."""
+
+from keras_iris.hub.export import export
+from keras_iris.hub.load import load
+
+__all__ = ["export", "load"]

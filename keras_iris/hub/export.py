@@ -1,0 +1,178 @@
+"""Exporting models to Hugging Face folders."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_iris.hub.architectures import read_config
+from keras_iris.hub.checkpoint import read_json
+from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
+from keras_iris.hub.export_tokenizer import write_tokenizer
+from keras_iris.hub.shards import BYTES_PER_NUMBER, write_shards
+from keras_iris.hub.weights import Weight, list_weights
+
+# In an exported config.json; such a folder may be replaced by a new export.
+_MARK = "exported_by"
+_NAME = "keras_iris"
+_HEADROOM_BYTES = 64 * 2**20  # the tokenizer and the small files
+
+
+def export(
+    causal_lm: keras.Model,
+    folder: str | Path,
+    *,
+    source: str | Path | None = None,
+    dtype: str = "bfloat16",
+) -> Path:
+    """Writes a folder that transformers, vLLM and `keras_iris.load` open.
+
+    LoRA adapters are merged and quantized matrices written as floats. The
+    folder is written under another name beside its place and renamed when
+    it's complete; after an error nothing of it is left.
+
+    Args:
+        causal_lm: A KerasHub Gemma 1, Llama 3, Mistral or Qwen2 causal LM;
+            one from `keras_iris.load` brings its tokenizer and chat template.
+        folder: The folder to write. If there is one already it has to be
+            empty, or an earlier export, which is replaced.
+        source: The Hugging Face folder whose other settings and tokenizer
+            files are copied. Defaults to the one that the model was loaded
+            from; without one, all is written from the model itself.
+        dtype: `"bfloat16"`, `"float16"` or `"float32"`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If an argument is out of range, the model cannot be
+            written in this layout, or `source` is another model's.
+        OSError: If the disk is full.
+    """
+    folder = Path(folder).expanduser().absolute()
+    if dtype not in BYTES_PER_NUMBER:
+        raise ValueError(
+            f"`dtype` has to be one of {tuple(BYTES_PER_NUMBER)}. Received: "
+            f"{dtype!r}"
+        )
+    _check_target(folder)
+    config = read_config(causal_lm.backbone)
+    source = _find_source(causal_lm, source, config)
+    weights = list_weights(causal_lm.backbone, config)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _check_disk(folder.parent, weights, dtype)
+    with _written_beside(folder) as new:
+        write_shards(weights, new, dtype)
+        write_tokenizer(causal_lm, source, new)
+        _write_config(config, source, new, dtype)
+    return folder
+
+
+def _check_target(folder: Path) -> None:
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            return
+        if read_json(folder / "config.json").get(_MARK) == _NAME:
+            return
+    elif not folder.exists():
+        return
+    raise ValueError(
+        f"{folder} exists and isn't an export of keras_iris, so it isn't "
+        "replaced. Expected a new or empty folder, or an earlier export. "
+        "Choose another name, or remove it yourself."
+    )
+
+
+def _find_source(
+    causal_lm: keras.Model, source: str | Path | None, config: DecoderConfig
+) -> Path | None:
+    """The folder to copy from, if it is one of this very model."""
+    is_given = source is not None
+    source = source if is_given else getattr(causal_lm, "source", None)
+    if source is None:
+        return None
+    content = read_json(Path(source).expanduser() / "config.json")
+    if content.get("model_type") not in MODEL_TYPES:
+        if not is_given:
+            return None  # KerasHub's layout
+        raise ValueError(
+            f"`source` has to be the Hugging Face folder of a "
+            f"{config.model_type} model. {source} has no such config.json."
+        )
+    expected = DecoderConfig.from_json(content)
+    if expected != config:
+        raise ValueError(
+            f"`source` is another model's folder. Expected one of {config}, "
+            f"{source} has {expected}."
+        )
+    return Path(source).expanduser()
+
+
+def _check_disk(parent: Path, weights: list[Weight], dtype: str) -> None:
+    numbers = sum(weight.size for weight in weights)
+    needed = numbers * BYTES_PER_NUMBER[dtype] + _HEADROOM_BYTES
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise OSError(
+            f"The disk of {parent} has {free / 2**30:.1f} GiB left, expected "
+            f"{needed / 2**30:.1f} GiB for this model in {dtype}. Make room, "
+            "or export to another disk."
+        )
+
+
+def _write_config(
+    config: DecoderConfig, source: Path | None, folder: Path, dtype: str
+) -> None:
+    content: dict[str, Any] = config.to_json()
+    if source is not None:
+        original = read_json(source / "config.json")
+        content = {**original, "architectures": content["architectures"]}
+    content |= {"dtype": dtype, "torch_dtype": dtype, _MARK: _NAME}
+    text = json.dumps(content, indent=2) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _written_beside(folder: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `folder` if nothing goes wrong."""
+    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield new
+        new.chmod(0o755)
+        for file in [*new.iterdir(), new]:
+            _sync(file)
+        _replace(folder, new)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _replace(folder: Path, new: Path) -> None:
+    """Renames `new` to `folder`; if that fails, `folder` is as before."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    folder.rename(old)  # onto an empty folder
+    try:
+        new.rename(folder)
+    except BaseException:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or a folder's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,163 @@
+"""Loading causal LMs with their tokenizers and chat templates."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_iris.data import ChatTemplate
+from keras_iris.hub.architectures import make_causal_lm
+from keras_iris.hub.checkpoint import find_weights, read_json, read_weights
+from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
+from keras_iris.hub.keras_preset import load_keras_preset
+from keras_iris.hub.sources import find_folder
+from keras_iris.hub.tokenizer_folder import check_vocabulary, load_tokenizer
+from keras_iris.hub.weights import list_weights
+from keras_iris.models.remat import remat_layers
+
+_QUANTIZATIONS = (None, "int8", "int4")
+
+
+def load(
+    preset: str | Path,
+    *,
+    dtype: Any = None,
+    lora_rank: int | None = None,
+    quantize: str | None = None,
+    remat: bool = False,
+) -> keras.Model:
+    """Loads a causal LM.
+
+    Folders in Hugging Face's layout with a Gemma, Llama, Mistral or Qwen2
+    model give the logits and token ids that transformers gives. Other
+    architectures pass through KerasHub, with a warning.
+
+    Args:
+        preset: A KerasHub preset's name, `"hf://org/name"`,
+            `"kaggle://..."`, or a folder in KerasHub's or Hugging Face's
+            layout.
+        dtype: A Keras dtype policy or its name. Defaults to Keras' global
+            one.
+        lora_rank: Trains LoRA adapters of this rank on the query and value
+            projections, and nothing else. In KerasHub the rank counts per
+            head.
+        quantize: `"int8"` or `"int4"`: quantizes the decoder layers'
+            matrices, but no embeddings, before LoRA.
+        remat: Whether the backward pass computes each layer's activations
+            again instead of keeping them.
+
+    Returns:
+        A KerasHub `CausalLM` without preprocessor, and with the attributes
+        `tokenizer` (a `keras_iris.data.Tokenizer`), `chat_template` (a
+        `keras_iris.data.ChatTemplate` or `None`) and `source` (the folder, or
+        `None`).
+
+    Raises:
+        ValueError: If an argument is out of range, the preset isn't found or
+            incomplete, or its parts don't fit each other.
+
+    Example:
+
+    ```python
+    causal_lm = keras_iris.load("hf://org/name", dtype="bfloat16")
+    prompt = causal_lm.chat_template.render_prompt(messages)
+    token_ids = causal_lm.tokenizer.encode(prompt)
+    ```
+    """
+    _check_arguments(lora_rank, quantize)
+    folder = find_folder(preset)
+    if folder is not None and "model_type" in _read_config(folder):
+        causal_lm = _load_hugging_face(folder, dtype)
+    else:
+        causal_lm = load_keras_preset(str(folder or preset), dtype=dtype)
+    causal_lm.source = folder
+    if quantize is not None:
+        _quantize(causal_lm, quantize)
+    if lora_rank is not None:
+        _enable_lora(causal_lm.backbone, lora_rank)
+    if remat:
+        remat_layers(causal_lm.backbone)
+    return causal_lm
+
+
+def _load_hugging_face(folder: Path, dtype: Any) -> keras.Model:
+    content = _read_config(folder)
+    if content["model_type"] not in MODEL_TYPES:
+        return _load_untested(folder, content["model_type"], dtype)
+    config = DecoderConfig.from_json(content)
+    files = find_weights(folder, config.weight_shapes())
+    template = ChatTemplate.from_folder(folder)
+    tokenizer = load_tokenizer(folder, template)
+    check_vocabulary(tokenizer, config.vocabulary_size)
+
+    causal_lm = make_causal_lm(config, dtype=dtype)
+    weights = {w.name: w for w in list_weights(causal_lm.backbone, config)}
+    for name, array in read_weights(files):
+        weights[name].assign(array)
+    causal_lm.tokenizer = tokenizer
+    causal_lm.chat_template = template
+    return causal_lm
+
+
+def _load_untested(folder: Path, model_type: str, dtype: Any) -> keras.Model:
+    warnings.warn(
+        f"keras_iris doesn't test that KerasHub's model of type "
+        f"{model_type!r} gives the logits and token ids that transformers "
+        f"gives; it does for {', '.join(MODEL_TYPES)}. Compare them before a "
+        "long run.",
+        stacklevel=4,
+    )
+    return load_keras_preset(str(folder), dtype=dtype)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / "config.json")
+    if not content:
+        raise ValueError(
+            f"{folder} has no config.json. Expected a model's folder in "
+            "Hugging Face's or KerasHub's layout."
+        )
+    return content
+
+
+def _check_arguments(lora_rank: int | None, quantize: str | None) -> None:
+    if lora_rank is not None and (
+        not isinstance(lora_rank, int) or lora_rank < 1
+    ):
+        raise ValueError(
+            "`lora_rank` has to be an integer of at least 1, or None to "
+            f"train all weights. Received: {lora_rank!r}"
+        )
+    if quantize not in _QUANTIZATIONS:
+        raise ValueError(
+            f"`quantize` has to be one of {_QUANTIZATIONS}. Received: "
+            f"{quantize!r}"
+        )
+    if quantize is not None and lora_rank is None:
+        raise ValueError(
+            f"A model quantized to {quantize} cannot be trained without "
+            "LoRA. Pass `lora_rank=16`, or leave out `quantize`."
+        )
+
+
+def _quantize(causal_lm: keras.Model, mode: str) -> None:
+    """Quantizes the decoder layers' matrices.
+
+    Not the embeddings: the logits of Keras 3.15's quantized
+    `ReversibleEmbedding` have no gradient with respect to its inputs.
+    """
+    matrices = (keras.layers.Dense, keras.layers.EinsumDense)
+    causal_lm.quantize(mode, filters=lambda layer: isinstance(layer, matrices))
+
+
+def _enable_lora(backbone: keras.Model, rank: int) -> None:
+    """LoRA on queries and values, everything else frozen.
+
+    KerasHub 0.32 leaves the biases of these layers trainable, but its
+    `save_lora_weights` doesn't save them.
+    """
+    backbone.enable_lora(rank)
+    for variable in backbone.trainable_variables:
+        if variable.name == "bias":
+            variable.trainable = False

@@ -1,0 +1,77 @@
+"""Where a preset's files are."""
+
+from pathlib import Path
+
+from keras_iris.hub.checkpoint import read_json
+
+_HUGGING_FACE = "hf://"
+_SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.spm", "*.txt"]
+_WEIGHTS = ["*.safetensors", "*.weights.h5"]
+_OTHER_COPIES = ["original/*", "consolidated*", "onnx/*", "openvino/*"]
+
+
+def find_folder(preset: str | Path) -> Path | None:
+    """The local folder of a preset, downloaded if it is `hf://org/name`.
+
+    Args:
+        preset: As in `keras_iris.load`.
+
+    Returns:
+        The folder, or `None` for presets that KerasHub finds itself.
+
+    Raises:
+        ValueError: If there is no such folder or preset.
+    """
+    text = str(preset)
+    if text.startswith(_HUGGING_FACE):
+        return _download(text.removeprefix(_HUGGING_FACE))
+    if "://" in text:
+        return None
+    folder = Path(preset).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ValueError(
+            f"{folder} is a file, expected a model's folder. Pass the folder "
+            "that holds its config.json."
+        )
+    if isinstance(preset, Path) or "/" in text or not _is_builtin(text):
+        raise ValueError(
+            f"There is no folder {text!r}, and no KerasHub preset of that "
+            "name. Expected a folder, 'hf://org/name', 'kaggle://...', or a "
+            "name out of `keras_hub.models.CausalLM.presets`."
+        )
+    return None
+
+
+def _is_builtin(name: str) -> bool:
+    from keras_hub import models
+
+    return name in models.CausalLM.presets
+
+
+def _download(repository: str) -> Path:
+    """Fetches a repository: first what says whether it can be loaded."""
+    import huggingface_hub
+
+    try:
+        for patterns in (_SMALL_FILES, [*_SMALL_FILES, *_WEIGHTS]):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    repository,
+                    allow_patterns=patterns,
+                    ignore_patterns=_OTHER_COPIES,
+                )
+            )
+            if not read_json(folder / "config.json"):
+                raise ValueError(
+                    f"The repository {repository!r} has no config.json. "
+                    "Expected one of a causal language model."
+                )
+    except (OSError, huggingface_hub.errors.HFValidationError) as error:
+        raise ValueError(
+            f"Cannot download {repository!r} from the Hugging Face Hub: "
+            f"{error} Check the name, the connection and, for a gated model, "
+            "your token; or pass a local folder."
+        ) from error
+    return folder

@@ -1,0 +1,143 @@
+"""What every self-play objective is: a sum of tilted risks."""
+
+import abc
+import numbers
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_iris.losses.risk import tilted_risk
+
+Tensor = Any
+
+
+class Risk(NamedTuple):
+    """One term of an objective: `weight * tilted_risk(values, tilt)`.
+
+    Attributes:
+        values: Per-example losses, shape `(batch,)`.
+        tilt: The tilt; the number 0 means a mean over examples.
+        weight: Factor of the term.
+    """
+
+    values: Tensor
+    tilt: Tensor | float = 0
+    weight: float = 1.0
+
+
+class SelfPlayLoss(keras.losses.Loss, abc.ABC):
+    """Base of self-play objectives.
+
+    A subclass lists its terms in `risks`. The loss is a number for the whole
+    batch, computed in float32 (float64 where that is Keras' float type)
+    whatever the dtype policy.
+
+    Call arguments:
+        y_true: Opponent log-probs, shape `(batch, 2)`: annotated and
+            synthetic response, in nats.
+        y_pred: Policy log-probs, shape `(batch, 2)`, in nats.
+        sample_weight: Weights of the pairs, shape `(batch,)` or `(batch, 1)`,
+            normalised to sum to 1; None for equal weights.
+
+    Args:
+        name: Name of the loss.
+    """
+
+    # Whether all tilts are 0: then the loss is a weighted mean over examples,
+    # and its gradient can be summed up without knowing the whole batch.
+    is_additive = False
+
+    def __init__(self, name: str) -> None:
+        is_wide = keras.config.floatx() == "float64"
+        dtype = "float64" if is_wide else "float32"
+        super().__init__(name=name, dtype=dtype)
+
+    @abc.abstractmethod
+    def risks(self, y_true: Tensor, y_pred: Tensor) -> list[Risk]:
+        """The terms of the objective.
+
+        Args:
+            y_true: Opponent log-probs, shape `(batch, 2)`, in nats.
+            y_pred: Policy log-probs, shape `(batch, 2)`, in nats.
+
+        Returns:
+            A list of `Risk`.
+        """
+
+    def bind_alpha(self, variable: keras.Variable) -> None:
+        """Makes `variable` the order of the loss, where it has one.
+
+        Args:
+            variable: A scalar variable, which takes the order's value.
+        """
+        del variable
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """The loss of a batch of equal weights, a scalar."""
+        return self(y_true, y_pred)
+
+    def __call__(
+        self,
+        y_true: Tensor,
+        y_pred: Tensor,
+        sample_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of a batch, a scalar."""
+        y_true = ops.cast(ops.convert_to_tensor(y_true), self.dtype)
+        y_pred = ops.cast(ops.convert_to_tensor(y_pred), self.dtype)
+        _check_shapes(y_true, y_pred)
+        if sample_weight is not None:
+            sample_weight = ops.convert_to_tensor(sample_weight)
+            _check_sample_weight(sample_weight, y_pred)
+            sample_weight = ops.cast(sample_weight, self.dtype)
+            sample_weight = ops.reshape(sample_weight, (-1,))
+            # A NaN in a row that doesn't count would get into the gradient.
+            is_row = sample_weight[:, None] > 0
+            y_true = ops.where(is_row, y_true, 0.0)
+            y_pred = ops.where(is_row, y_pred, 0.0)
+        return sum(
+            risk.weight * tilted_risk(risk.values, risk.tilt, sample_weight)
+            for risk in self.risks(y_true, y_pred)
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The loss's configuration."""
+        return {"name": self.name}
+
+
+def _check_shapes(y_true: Tensor, y_pred: Tensor) -> None:
+    true, pred = tuple(y_true.shape), tuple(y_pred.shape)
+    is_pair = all(len(s) == 2 and s[1] in (2, None) for s in (true, pred))
+    # TensorFlow may not know the batch size when it traces.
+    if not is_pair or len({true[0], pred[0]} - {None}) > 1:
+        raise ValueError(
+            "Log-probs have to be of one shape (batch, 2): annotated and "
+            f"synthetic response. Received: y_true of shape {true}, y_pred of "
+            f"shape {pred}. `model.predict(pairs)` gives them in that shape."
+        )
+
+
+def _check_sample_weight(sample_weight: Tensor, y_pred: Tensor) -> None:
+    shape, num_rows = tuple(sample_weight.shape), y_pred.shape[0]
+    is_flat = len(shape) in (1, 2) and shape[1:] in ((), (1,), (None,))
+    if not is_flat or len({shape[0], num_rows} - {None}) > 1:
+        raise ValueError(
+            "`sample_weight` has to be of shape (batch,), one weight per "
+            f"pair. Received: shape {shape} for {num_rows} pairs. Give both "
+            "responses of a pair the same weight."
+        )
+
+
+def check_positive(name: str, value: float) -> float:
+    """Returns `value` if it is a positive finite number.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    is_number = isinstance(value, numbers.Real)
+    if not (is_number and 0 < value < float("inf")):
+        raise ValueError(
+            f"`{name}` has to be a positive finite number. Received: {value!r}"
+        )
+    return float(value)

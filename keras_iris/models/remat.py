@@ -1,0 +1,43 @@
+"""Per-layer rematerialisation of a built backbone."""
+
+from typing import Any
+
+import keras
+
+
+def remat_layers(backbone: keras.Model) -> None:
+    """Makes the backward pass recompute each decoder layer's activations.
+
+    Between the passes only the inputs of the layers are kept. It costs one
+    more forward pass. Calls with a cache, which generation makes, stay as they
+    are. (`keras.RematScope` of Keras 3.15 fails with KerasHub's layers on
+    JAX when `training=True`, and doesn't reach a built model.)
+
+    It isn't part of the backbone's configuration: call it again on a copy.
+
+    Args:
+        backbone: A built KerasHub backbone with `transformer_layers`.
+    """
+    for layer in backbone.transformer_layers:
+        layer.call = _RematCall(layer.call)
+
+
+class _RematCall:
+    """A layer's `call` whose activations aren't kept.
+
+    Args:
+        call: The layer's own `call`.
+    """
+
+    def __init__(self, call: Any):
+        self._call = call
+
+    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        caches = ("self_attention_cache", "cache")
+        if any(kwargs.get(name) is not None for name in caches):
+            return self._call(hidden_states, *args, **kwargs)
+
+        def call(hidden_states: Any) -> Any:
+            return self._call(hidden_states, *args, **kwargs)
+
+        return keras.remat(call)(hidden_states)

@@ -1,0 +1,267 @@
+"""The model that self-play trains: it predicts pairs of log-probs."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_iris import backend
+from keras_iris.losses import SelfPlayLoss
+from keras_iris.metrics import AlphaMetric, RecentLogProbs, TokenMetric
+from keras_iris.models.log_probs import sequence_log_probs
+
+Tensor = Any
+
+
+@keras.saving.register_keras_serializable(package="keras_iris")
+class SelfPlayModel(backend.Trainer, keras.Model):
+    """A causal language model that scores pairs of responses.
+
+    Its prediction for a pair is `(log p(annotated), log p(synthetic))`, in
+    nats. So `predict` scores the opponent, a self-play objective is a loss of
+    opponent and policy log-probs, and `fit`, `evaluate`, callbacks and
+    checkpoints are Keras' own. The weights are those of `causal_lm`.
+
+    Inputs are dictionaries of three tensors of shape `(batch, 2, time)`,
+    where the second axis is (annotated, synthetic):
+
+    - `token_ids`: integers, prompt and response, padded on the right;
+    - `padding_mask`: 1 for tokens, 0 for padding;
+    - `response_mask`: 1 for response tokens, the end token included.
+
+    Args:
+        causal_lm: A KerasHub `CausalLM` whose output layer is its backbone's
+            `token_embedding` (Qwen, Mistral, Llama, Gemma, GPT-2, ...). Its
+            preprocessor may be `None`.
+        name: Name of the model.
+
+    Raises:
+        ValueError: `causal_lm` has no such backbone and output layer.
+
+    Example:
+
+    ```python
+    model = keras_iris.SelfPlayModel(causal_lm)
+    opponent = model.predict(pairs)
+    model.compile(
+        optimizer=keras.optimizers.AdamW(5e-7),
+        loss=keras_iris.losses.IRIS(alpha=1.0),
+        micro_batch_size=4,
+    )
+    model.fit(pairs, opponent, batch_size=64)
+    ```
+    """
+
+    def __init__(
+        self, causal_lm: keras.Model, *, name: str | None = None, **kwargs: Any
+    ) -> None:
+        _check_causal_lm(causal_lm)
+        kwargs.setdefault("dtype", causal_lm.backbone.dtype_policy)
+        super().__init__(name=name, **kwargs)
+        self.causal_lm = causal_lm
+        self.alpha = self.add_weight(
+            name="alpha",
+            shape=(),
+            initializer="ones",
+            trainable=False,
+            dtype="float32",
+            autocast=False,
+        )
+        # The scheduler's moving average of the gap, the weight of its zero
+        # start, and its reference: saved with the weights, as alpha is.
+        self.gap_state = self.add_weight(
+            name="gap_state",
+            shape=(3,),
+            initializer=_initial_gap_state,
+            trainable=False,
+            dtype="float32",
+            autocast=False,
+        )
+        self.micro_batch_size: int | None = None
+        self.recent = RecentLogProbs()
+        # In a tuple of its own: Keras would track, and not allow it later.
+        self._token_metrics: tuple[TokenMetric, ...] = ()
+        self.built = True
+
+    def compile(
+        self,
+        optimizer: Any = "rmsprop",
+        loss: SelfPlayLoss | None = None,
+        *,
+        metrics: list[keras.metrics.Metric] | None = None,
+        micro_batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Configures the model for training.
+
+        Args:
+            optimizer: As in `keras.Model.compile`.
+            loss: A `keras_iris.losses.SelfPlayLoss`. The order of an `IRIS`
+                loss becomes `model.alpha`, which takes its value.
+            metrics: Metrics of `(y_true, y_pred)`, all weighted by
+                `sample_weight`, and those of `keras_iris.metrics`.
+            micro_batch_size: Pairs per forward and backward pass. Loss,
+                gradient and metrics are those of the whole batch for every
+                value; `None` takes the batch at once.
+            **kwargs: Other arguments of `keras.Model.compile`.
+
+        Raises:
+            ValueError: For a loss of another type, a `micro_batch_size`
+                below 1, or an optimizer that can't train the dtype.
+        """
+        if loss is not None and not isinstance(loss, SelfPlayLoss):
+            raise ValueError(
+                "`loss` has to be a `keras_iris.losses.SelfPlayLoss`, such as "
+                f"`keras_iris.losses.IRIS()`. Received: loss={loss!r}"
+            )
+        if micro_batch_size is not None and (
+            not isinstance(micro_batch_size, int) or micro_batch_size < 1
+        ):
+            raise ValueError(
+                "`micro_batch_size` has to be an integer of at least 1, or "
+                f"None for the whole batch. Received: {micro_batch_size!r}"
+            )
+        optimizer = keras.optimizers.get(optimizer)
+        _check_optimizer(optimizer, self.causal_lm.backbone)
+        if loss is not None:
+            loss.bind_alpha(self.alpha)
+        metrics = list(metrics or [])
+        for metric in metrics:
+            if isinstance(metric, AlphaMetric):
+                metric.bind_alpha(self.alpha)
+        self.micro_batch_size = micro_batch_size
+        self._token_metrics = tuple(
+            metric for metric in metrics if isinstance(metric, TokenMetric)
+        )
+        others = [m for m in metrics if not isinstance(m, TokenMetric)]
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            weighted_metrics=others or None,
+            **kwargs,
+        )
+
+    def call(self, inputs: dict[str, Tensor], training: bool | None = None):
+        """Log-probs of pairs.
+
+        Args:
+            inputs: The three tensors of shape `(batch, 2, time)`.
+            training: Whether dropout is on.
+
+        Returns:
+            Float32 tensor of shape `(batch, 2)`, in nats.
+
+        Raises:
+            ValueError: The inputs aren't such tensors.
+        """
+        token_ids, padding_mask, response_mask = _check_inputs(inputs)
+        columns, time = token_ids.shape[1:]
+
+        def flat(tensor: Tensor) -> Tensor:
+            return ops.reshape(tensor, (-1, time))
+
+        token_ids = flat(token_ids)
+        backbone = self.causal_lm.backbone
+        hidden_states = backbone(
+            {
+                "token_ids": token_ids,
+                "padding_mask": ops.cast(flat(padding_mask), "int32"),
+            },
+            training=training,
+        )
+        log_probs = sequence_log_probs(
+            hidden_states,
+            token_ids,
+            flat(response_mask),
+            head=lambda h: backbone.token_embedding(h, reverse=True),
+            vocabulary_size=backbone.token_embedding.input_dim,
+        )
+        return ops.reshape(log_probs, (-1, columns))
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        """Keras' metrics and those that need the number of tokens."""
+        return [*super().metrics, *self._token_metrics]
+
+    def compute_metrics(
+        self, x: Any, y: Tensor, y_pred: Tensor, sample_weight: Tensor = None
+    ) -> dict[str, Tensor]:
+        """Updates all metrics and returns their results."""
+        num_tokens = ops.sum(ops.cast(x["response_mask"], "float32"), axis=-1)
+        self.recent.update_state(y, y_pred, num_tokens, sample_weight)
+        for metric in self._token_metrics:
+            metric.update_state(num_tokens, y_pred, sample_weight)
+        return super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def get_config(self) -> dict[str, Any]:
+        """The model's configuration, without weights."""
+        causal_lm = keras.saving.serialize_keras_object(self.causal_lm)
+        return {"causal_lm": causal_lm, "name": self.name}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "SelfPlayModel":
+        """Builds a model from its configuration."""
+        causal_lm = keras.saving.deserialize_keras_object(config["causal_lm"])
+        return cls(causal_lm, name=config["name"])
+
+
+def _initial_gap_state(shape: tuple[int, ...], dtype: str) -> Tensor:
+    return ops.convert_to_tensor([0.0, 1.0, 0.0], dtype)
+
+
+def _check_causal_lm(causal_lm: Any) -> None:
+    # KerasHub's causal LMs are functional models: inputs -> backbone ->
+    # token embedding in reverse. `operations` is in order of depth.
+    operations = getattr(causal_lm, "operations", [])
+    backbone = getattr(causal_lm, "backbone", None)
+    head = getattr(backbone, "token_embedding", None)
+    if (
+        not isinstance(head, keras.layers.ReversibleEmbedding)
+        or operations[-1] is not head
+        or backbone not in operations
+    ):
+        raise ValueError(
+            "`causal_lm` has to be a KerasHub `CausalLM` whose logits are its "
+            "`backbone.token_embedding` applied in reverse to its backbone's "
+            "output (Qwen, Mistral, Llama 3, Gemma, ...): log-probs are made "
+            "from these parts. Received: "
+            f"{type(causal_lm).__name__} with operations "
+            f"{[operation.name for operation in operations]}. Pass the causal "
+            "LM itself, not its backbone, or one of another architecture."
+        )
+
+
+def _check_inputs(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    names = ("token_ids", "padding_mask", "response_mask")
+    if not isinstance(inputs, dict) or any(n not in inputs for n in names):
+        received = list(inputs) if isinstance(inputs, dict) else type(inputs)
+        raise ValueError(
+            f"Inputs have to be a dictionary of {', '.join(names)}. "
+            f"Received: {received}"
+        )
+    shapes = {name: tuple(inputs[name].shape) for name in names}
+    if any(len(s) != 3 or s[1] != 2 for s in shapes.values()):
+        raise ValueError(
+            "Inputs have to be of shape (batch, 2, time), with (annotated, "
+            f"synthetic) as the second axis. Received: {shapes}"
+        )
+    return inputs[names[0]], inputs[names[1]], inputs[names[2]]
+
+
+def _check_optimizer(optimizer: Any, backbone: keras.Model) -> None:
+    """Refuses Adam moments that can't move: bfloat16(0.999) is 1."""
+    adam = (
+        keras.optimizers.Adam,  # and AdamW
+        keras.optimizers.Nadam,
+        keras.optimizers.Adamax,
+    )
+    if not isinstance(optimizer, adam):
+        return
+    is_half = any(v.dtype == "bfloat16" for v in backbone.trainable_variables)
+    if is_half and float(ops.cast(optimizer.beta_2, "bfloat16")) == 1.0:
+        raise ValueError(
+            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} "
+            "trains nothing in bfloat16 variables, where beta_2 rounds to 1. "
+            "Load the model with dtype='mixed_bfloat16', or use beta_2=0.99, "
+            "Lion, Adafactor or RMSprop."
+        )

@@ -1,0 +1,97 @@
+"""From whatever data a user has to examples that fit the model."""
+
+from typing import Any
+
+import keras
+
+from keras_iris.data import (
+    ChatTemplate,
+    Example,
+    HubTokenizer,
+    Tokenizer,
+    read_conversations,
+    tokenize,
+)
+
+
+def prepare_examples(
+    causal_lm: keras.Model,
+    data: Any,
+    *,
+    tokenizer: Tokenizer | None,
+    template: ChatTemplate | None,
+    max_prompt_length: int,
+    max_response_length: int,
+) -> tuple[list[Example], tuple[int, ...], str]:
+    """Tokenises data for a causal LM.
+
+    Args:
+        causal_lm: The model; its own tokenizer and template are the defaults.
+        data: Rows, a path or a data set, or a list of `Example`.
+        tokenizer: The tokenizer, or None.
+        template: The chat template, or None.
+        max_prompt_length: Tokens of a prompt.
+        max_response_length: Tokens of a response.
+
+    Returns:
+        The examples, the ids that end a response, and a fingerprint of the
+        tokenizer.
+
+    Raises:
+        ValueError: There is no tokenizer, the data can't be read, or hold
+            ids that the model doesn't know.
+    """
+    tokenizer = tokenizer or _own_tokenizer(causal_lm)
+    if isinstance(data, list) and data and isinstance(data[0], Example):
+        examples = data
+    elif tokenizer is None:
+        raise ValueError(
+            "Text needs a tokenizer, and the causal LM has no preprocessor. "
+            "Pass `tokenizer=...`, or `data` as a list of "
+            "`keras_iris.data.Example`."
+        )
+    else:
+        examples = tokenize(
+            read_conversations(data),
+            tokenizer,
+            template=template or getattr(causal_lm, "chat_template", None),
+            max_prompt_length=max_prompt_length,
+            max_response_length=max_response_length,
+        )
+    _check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
+    if tokenizer is not None:
+        return examples, tokenizer.end_token_ids, tokenizer.fingerprint()
+    return examples, _common_end(examples), "ids"
+
+
+def _own_tokenizer(causal_lm: keras.Model) -> Tokenizer | None:
+    # `keras_iris.load` attaches one; KerasHub's preprocessor may have one.
+    tokenizer = getattr(causal_lm, "tokenizer", None)
+    if tokenizer is None and causal_lm.preprocessor is not None:
+        tokenizer = HubTokenizer(causal_lm.preprocessor.tokenizer)
+    return tokenizer
+
+
+def _check_vocabulary(examples: list[Example], vocabulary_size: int) -> None:
+    largest = max(
+        int(max(ids, default=0))
+        for example in examples
+        for ids in (example.prompt_ids, example.response_ids)
+    )
+    if largest >= vocabulary_size:
+        raise ValueError(
+            f"The data hold the token id {largest}, but the model's "
+            f"vocabulary has {vocabulary_size} ids. Use the tokenizer that "
+            "the model was trained with."
+        )
+
+
+def _common_end(examples: list[Example]) -> tuple[int, ...]:
+    ends = {int(example.response_ids[-1]) for example in examples}
+    if len(ends) != 1:
+        raise ValueError(
+            "Without a tokenizer the responses have to end in one id, the end "
+            f"token. Received responses that end in {len(ends)} different "
+            "ids. Append the end token to each, or pass `tokenizer=...`."
+        )
+    return tuple(ends)

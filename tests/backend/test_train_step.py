@@ -1,0 +1,166 @@
+"""The exact gradient of the whole batch, from micro-batches of any size."""
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import make_causal_lm, make_pairs
+
+import keras_iris
+from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN
+
+RELATIVE_TOLERANCE = 1e-5  # float32, in the norm of each variable's change
+LOSSES = {
+    "iris_0.5": lambda: IRIS(alpha=0.5),
+    "iris_2": lambda: IRIS(alpha=2.0),
+    "spin": lambda: SPIN(beta=1.0),
+    "space": lambda: SPACE(mu=1.0),
+    "spif": lambda: SPIF(c=1.0),
+    "sft": SFT,
+}
+
+
+# Log-probs near those of the random model, about -3.6 nats a token.
+PAIRS = make_pairs(batch_size=8)
+OPPONENT = -3.6 * PAIRS["response_mask"].sum(-1).astype("float32")
+
+
+def make_model(**options):
+    return keras_iris.SelfPlayModel(make_causal_lm(num_layers=1, **options))
+
+
+def _train(loss, micro_batch_size, *, sample_weight=None, **options):
+    model = make_model()
+    clipnorm = options.pop("clipnorm", None)
+    model.compile(
+        optimizer=keras.optimizers.SGD(0.01, clipnorm=clipnorm),
+        loss=loss,
+        micro_batch_size=micro_batch_size,
+        metrics=[keras_iris.metrics.Margin(), keras_iris.metrics.Gap()],
+        **options,
+    )
+    before = [v.numpy() for v in model.trainable_variables]
+    logs = [
+        model.train_on_batch(
+            PAIRS, OPPONENT, sample_weight=sample_weight, return_dict=True
+        )
+        for _ in range(3)
+    ]
+    changes = [
+        v.numpy() - b
+        for v, b in zip(model.trainable_variables, before, strict=True)
+    ]
+    return changes, logs
+
+
+def _largest_difference(changes, expected):
+    scale = np.sqrt(sum(np.sum(e.astype("float64") ** 2) for e in expected))
+    return max(
+        np.linalg.norm(c - e) / scale
+        for c, e in zip(changes, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_micro_batches_train_as_the_whole_batch(name):
+    expected, expected_logs = _train(LOSSES[name](), None)
+    for size in (1, 3, 5):
+        changes, logs = _train(LOSSES[name](), size)
+        assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
+        for log, expected_log in zip(logs, expected_logs, strict=True):
+            for key, value in expected_log.items():
+                np.testing.assert_allclose(
+                    log[key], value, rtol=1e-4, atol=1e-5, err_msg=key
+                )
+
+
+def test_averaged_micro_batch_losses_fail_that_check():
+    """A test of the test: naive accumulation is told apart."""
+    expected, _ = _train(IRIS(alpha=2.0), None)
+    model = make_model()
+    model.compile(
+        optimizer=keras.optimizers.SGD(0.01, gradient_accumulation_steps=2),
+        loss=IRIS(alpha=2.0),
+    )
+    before = [v.numpy() for v in model.trainable_variables]
+    for _ in range(3):
+        for rows in (slice(0, 4), slice(4, 8)):
+            part = {k: v[rows] for k, v in PAIRS.items()}
+            model.train_on_batch(part, OPPONENT[rows])
+    changes = [
+        v.numpy() - b
+        for v, b in zip(model.trainable_variables, before, strict=True)
+    ]
+    assert _largest_difference(changes, expected) > 100 * RELATIVE_TOLERANCE
+
+
+def test_sample_weights_and_clipping():
+    weight = np.array([1, 2, 0, 1, 1, 0.5, 1, 3], "float32")
+    options = {"sample_weight": weight, "clipnorm": 0.5}
+    for name in ("iris_2", "spin"):
+        expected, _ = _train(LOSSES[name](), None, **options)
+        changes, _ = _train(LOSSES[name](), 3, **options)
+        assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
+
+
+def test_run_eagerly():
+    expected, _ = _train(IRIS(alpha=2.0), None)
+    changes, _ = _train(IRIS(alpha=2.0), 3, run_eagerly=True)
+    assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="torch.compile takes minutes"
+)
+def test_jit_compile():
+    expected, _ = _train(IRIS(alpha=2.0), None)
+    for size in (None, 3):
+        changes, _ = _train(IRIS(alpha=2.0), size, jit_compile=True)
+        assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="Keras has no steps_per_execution on PyTorch",
+)
+def test_steps_per_execution():
+    def train(**options):
+        model = make_model()
+        model.compile(
+            optimizer=keras.optimizers.SGD(0.01), loss=IRIS(2.0), **options
+        )
+        model.fit(PAIRS, OPPONENT, batch_size=2, shuffle=False, verbose=0)
+        return [v.numpy() for v in model.trainable_variables]
+
+    expected = train()
+    for options in (
+        {"steps_per_execution": 2},
+        {"steps_per_execution": 2, "micro_batch_size": 1},
+    ):
+        for value, other in zip(train(**options), expected, strict=True):
+            np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_masks_are_the_same_in_both_passes():
+    """With frozen masks, the second pass is at the first one's log-probs."""
+    model = make_model(architecture="mistral", dropout=0.5)
+    model.compile(optimizer="sgd", loss=IRIS(2.0), micro_batch_size=2)
+    logs = model.train_on_batch(PAIRS, OPPONENT, return_dict=True)
+    assert np.isfinite(logs["loss"]) and logs["loss"] != 0.0
+
+
+@pytest.mark.parametrize("dtype", ["mixed_float16", "mixed_bfloat16"])
+def test_reduced_precision(dtype):
+    if dtype == "mixed_float16" and keras.backend.backend() == "jax":
+        pytest.skip("JAX has no float16 attention on the CPU")
+    model = make_model(dtype=dtype)
+    model.compile(
+        optimizer=keras.optimizers.SGD(0.05),
+        loss=IRIS(alpha=1.0),
+        micro_batch_size=3,
+    )
+    is_scaled = isinstance(
+        model.optimizer, keras.optimizers.LossScaleOptimizer
+    )
+    assert is_scaled == (dtype == "mixed_float16")
+    losses = [model.train_on_batch(PAIRS, OPPONENT) for _ in range(10)]
+    assert losses[-1] < losses[0] - 0.01

@@ -1,0 +1,141 @@
+import json
+
+import datasets
+import pytest
+
+from keras_iris.data import Conversation, read_conversations, read_examples
+
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be kind."}
+
+EQUIVALENT_ROWS = [
+    {"prompt": [USER], "response": "Hello"},
+    {"prompt": [USER], "completion": "Hello"},
+    {"prompt": [USER], "completion": [ASSISTANT]},
+    {"prompt": "Hi", "completion": [ASSISTANT]},
+    {"messages": [USER, ASSISTANT]},
+    {"messages": [USER, ASSISTANT, USER]},
+    {"real": [USER, ASSISTANT], "generated": [USER, SYSTEM]},
+    {"prompt": "ignored", "messages": [USER, ASSISTANT], "response": None},
+    {"messages": [{**USER, "name": "x"}, ASSISTANT], "id": 7},
+]
+
+
+@pytest.mark.parametrize("row", EQUIVALENT_ROWS)
+def test_formats_of_the_same_conversation_are_read_alike(row):
+    assert read_conversations([row]) == [Conversation((USER,), "Hello")]
+
+
+def test_strings_stay_strings():
+    row = {"prompt": "2 + 2 =", "completion": "4"}
+    assert read_conversations([row]) == [Conversation("2 + 2 =", "4")]
+
+
+def test_the_last_assistant_turn_is_the_response():
+    messages = [SYSTEM, USER, ASSISTANT, USER, {**ASSISTANT, "content": "B"}]
+    (conversation,) = read_conversations([{"messages": messages}])
+    assert conversation == Conversation(tuple(messages[:-1]), "B")
+
+
+def test_conversations_pass_through():
+    conversation = Conversation("a", "b")
+    assert read_conversations([conversation]) == [conversation]
+
+
+def test_files_and_datasets_give_what_the_list_gives(tmp_path):
+    rows = [
+        {"messages": [USER, {**ASSISTANT, "content": f"é {i}"}]}
+        for i in range(5)
+    ]
+    expected = read_conversations(rows)
+    table = datasets.Dataset.from_list(rows)
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    jsonl = tmp_path / "rows.jsonl"
+    jsonl.write_text("\n\n".join(lines), encoding="utf-8")
+    table.to_parquet(tmp_path / "rows.parquet")
+    assert read_conversations(table) == expected
+    assert read_conversations(jsonl) == expected
+    assert read_conversations(str(tmp_path / "rows.parquet")) == expected
+
+
+GOOD = {"prompt": "a", "response": "b"}
+BAD_ROWS = [
+    ({"prompt": "a"}, r"row 1 has no response.*\['prompt'\]"),
+    ({"prompt": "a", "response": " \n"}, "row 1 has no response.*empty"),
+    ({"prompt": "a", "response": None}, "row 1 has no response"),
+    ({"messages": [USER]}, r"row 1 has no response.*\['user'\]"),
+    ({"messages": [ASSISTANT]}, "row 1 has an empty prompt"),
+    ({"prompt": "", "response": "b"}, "row 1 has an empty prompt"),
+    ({"q": "a", "a": "b"}, r"row 1 has an unknown format.*\['a', 'q'\].*real"),
+    ({"messages": "Hi"}, "row 1: expected a list of messages.*'Hi'"),
+    ({"messages": [{"from": "x"}]}, "row 1: expected messages.*'from'"),
+    ("text", "row 1 is a str, expected a dict"),
+]
+
+
+@pytest.mark.parametrize(("row", "error"), BAD_ROWS)
+def test_a_bad_row_is_named(row, error):
+    with pytest.raises(ValueError, match=error):
+        read_conversations([GOOD, row])
+
+
+def test_empty_data():
+    with pytest.raises(ValueError, match="data is empty.*at least one row"):
+        read_conversations([])
+
+
+def test_an_empty_file_is_named(tmp_path):
+    path = tmp_path / "none.jsonl"
+    path.write_text("\n")
+    with pytest.raises(ValueError, match="none.jsonl has no rows"):
+        read_conversations(path)
+
+
+def test_a_bad_json_line_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + '\n{"prompt": "a", \n')
+    with pytest.raises(ValueError, match="line 2 of .*rows.jsonl is not val"):
+        read_conversations(path)
+
+
+def test_a_bad_row_of_a_file_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GOOD) + "\n\n[1]\n")
+    with pytest.raises(ValueError, match="line 3 of .* is a list"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize(
+    ("source", "error"),
+    [
+        ({"train": [GOOD]}, r"mapping with the keys \['train'\].*one split"),
+        ("rows.csv", "ends in '.csv', expected '.jsonl' or '.parquet'"),
+        (7, "received int"),
+    ],
+)
+def test_sources_that_cannot_be_read(source, error):
+    with pytest.raises(ValueError, match=error):
+        read_conversations(source)
+
+
+def test_tokenised_rows():
+    rows = [{"prompt_ids": [3, 4], "response_ids": [5, 1]}]
+    (example,) = read_examples(datasets.Dataset.from_list(rows))
+    assert example.prompt_ids.tolist() == [3, 4]
+    assert example.response_ids.tolist() == [5, 1]
+    assert example.response_ids.dtype == "int32"
+
+
+@pytest.mark.parametrize(
+    ("rows", "error"),
+    [
+        ([], "data is empty"),
+        ([{"prompt_ids": [1]}], "row 0 has no 'response_ids'"),
+        ([{"prompt_ids": [], "response_ids": [1]}], "row 0: .*'prompt_ids'"),
+        ([{"prompt_ids": [1], "response_ids": [0.5]}], "row 0: .*integer"),
+    ],
+)
+def test_bad_tokenised_rows_are_named(rows, error):
+    with pytest.raises(ValueError, match=error):
+        read_examples(rows)

@@ -1,0 +1,254 @@
+"""Tiny random checkpoints, saved by transformers, with tokenizers of their own.
+
+Each architecture has its real tokenizer's type: byte-level BPE behind the real
+pre-tokeniser (Qwen2, Llama 3), or SentencePiece BPE with byte fallback (Mistral,
+Gemma), trained on the texts of `texts.py`.
+"""
+
+import io
+import json
+
+import sentencepiece
+import tokenizers
+import torch
+import transformers
+from texts import TEXTS
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+VOCABULARY_SIZE = 640
+
+# The published split expressions of Llama 3 and of Qwen2.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
+    "+ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+_ZEPHYR = (
+    "{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token "
+    "+ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+_GEMMA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<start_of_turn>' + message['role'] + '\\n' + message['content'] "
+    "+ '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<start_of_turn>assistant\\n' }}{% endif %}"
+)
+_LLAMA3 = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' "
+    "+ message['content'] + '<|eot_id|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+)
+
+_SIZES = dict(
+    vocab_size=VOCABULARY_SIZE,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+)
+
+
+def save_checkpoint(folder, architecture, seed=0, dtype="float32", **options):
+    """Writes a tiny checkpoint: weights, tokenizer, template, configs."""
+    torch.manual_seed(seed)
+    model_class, config_class, defaults = _MODELS[architecture]
+    config = config_class(**{**_SIZES, **defaults, **options})
+    model = model_class(config)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            centre = 0.0 if architecture == "gemma" else 1.0
+            parameter.data.normal_(centre, 0.2)
+        elif name.endswith("bias"):
+            parameter.data.normal_(0, 0.2)
+        else:
+            parameter.data.normal_(0, 0.08)
+    model.generation_config.eos_token_id = _END_IDS[architecture]
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    _TOKENIZERS[architecture](folder)
+    return folder
+
+
+def _save_qwen2_tokenizer(folder):
+    _save_byte_level(
+        folder,
+        digits="",
+        normalizer=normalizers.NFC(),
+        special=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        config=dict(
+            tokenizer_class="Qwen2Tokenizer",
+            eos_token="<|endoftext|>",
+            pad_token="<|endoftext|>",
+            chat_template=_CHATML,
+        ),
+    )
+
+
+def _save_llama3_tokenizer(folder):
+    _save_byte_level(
+        folder,
+        digits="{1,3}",
+        normalizer=None,
+        special=[
+            "<|begin_of_text|>",
+            "<|end_of_text|>",
+            "<|start_header_id|>",
+            "<|end_header_id|>",
+            "<|eot_id|>",
+        ],
+        config=dict(
+            tokenizer_class="PreTrainedTokenizerFast",
+            bos_token="<|begin_of_text|>",
+            eos_token="<|eot_id|>",
+            chat_template=_LLAMA3,
+        ),
+    )
+
+
+def _save_byte_level(folder, *, digits, normalizer, special, config):
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=bool(digits)))
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(
+                tokenizers.Regex(_WORDS % digits), behavior="isolated"
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY_SIZE - 8,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def _save_mistral_tokenizer(folder):
+    save_sentencepiece(folder, add_dummy_prefix=True)
+    config = dict(
+        tokenizer_class="LlamaTokenizer",
+        add_bos_token=True,
+        add_eos_token=False,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        legacy=True,
+        clean_up_tokenization_spaces=False,
+        chat_template=_ZEPHYR,
+    )
+    _write_json(folder / "tokenizer_config.json", config)
+    _add_tokenizer_json(folder)
+
+
+def _save_gemma_tokenizer(folder):
+    save_sentencepiece(
+        folder,
+        add_dummy_prefix=False,
+        pad_id=0,
+        eos_id=1,
+        bos_id=2,
+        unk_id=3,
+        pad_piece="<pad>",
+        eos_piece="<eos>",
+        bos_piece="<bos>",
+        unk_piece="<unk>",
+        user_defined_symbols=["<start_of_turn>", "<end_of_turn>"],
+    )
+    config = dict(
+        tokenizer_class="GemmaTokenizer",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        chat_template=_GEMMA,
+    )
+    _write_json(folder / "tokenizer_config.json", config)
+    _add_tokenizer_json(folder)
+
+
+def save_sentencepiece(folder, **options):
+    """Trains `tokenizer.model`."""
+    model = io.BytesIO()
+    defaults = dict(unk_id=0, bos_id=1, eos_id=2, pad_id=-1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            line for text in TEXTS for line in text.splitlines() if line
+        ),
+        model_writer=model,
+        vocab_size=VOCABULARY_SIZE - 8,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.995,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        minloglevel=2,
+        **{**defaults, **options},
+    )
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+
+
+def _add_tokenizer_json(folder):
+    # What transformers makes of tokenizer.model, as in published folders.
+    config = (folder / "tokenizer_config.json").read_text()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "tokenizer_config.json").write_text(config)
+
+
+def _write_json(file, content):
+    file.write_text(json.dumps(content, indent=2))
+
+
+_MODELS = {
+    "mistral": (
+        transformers.MistralForCausalLM,
+        transformers.MistralConfig,
+        dict(rms_norm_eps=1e-5, sliding_window=8, head_dim=24),
+    ),
+    "qwen2": (
+        transformers.Qwen2ForCausalLM,
+        transformers.Qwen2Config,
+        dict(rms_norm_eps=1e-6, tie_word_embeddings=True),
+    ),
+    "llama": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        dict(rms_norm_eps=1e-3, tie_word_embeddings=True),
+    ),
+    "gemma": (
+        transformers.GemmaForCausalLM,
+        transformers.GemmaConfig,
+        dict(head_dim=24),
+    ),
+}
+_END_IDS = {
+    "mistral": 2,
+    "qwen2": [634, 632],
+    "llama": [633, 636],
+    "gemma": [1, 5],
+}
+_TOKENIZERS = {
+    "mistral": _save_mistral_tokenizer,
+    "qwen2": _save_qwen2_tokenizer,
+    "llama": _save_llama3_tokenizer,
+    "gemma": _save_gemma_tokenizer,
+}

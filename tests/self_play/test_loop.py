@@ -1,0 +1,246 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import VOCABULARY_SIZE, make_causal_lm
+
+import keras_iris
+from keras_iris.callbacks import AlphaScheduler
+from keras_iris.data import Example
+from keras_iris.self_play.files import read_arrays, replaced
+
+END = 1
+
+
+def make_examples(number=24, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Example(
+            rng.integers(2, VOCABULARY_SIZE, rng.integers(2, 6)).astype("int32"),
+            np.append(
+                rng.integers(2, VOCABULARY_SIZE, rng.integers(1, 6)), END
+            ).astype("int32"),
+        )
+        for _ in range(number)
+    ]
+
+
+def make_self_play(run_dir, *, examples=None, learning_rate=0.01, **options):
+    model = keras_iris.SelfPlayModel(make_causal_lm())
+    model.compile(
+        optimizer=keras.optimizers.Adam(learning_rate),
+        loss=keras_iris.losses.IRIS(),
+    )
+    options = {
+        "iterations": 2,
+        "epochs": 2,
+        "batch_size": 8,
+        "max_response_length": 6,
+        "shard_size": 10,
+        "checkpoint_every_steps": 2,
+        "callbacks": [AlphaScheduler()],
+        "evaluate": lambda model: {"alpha": float(model.alpha.value)},
+        **options,
+    }
+    return keras_iris.SelfPlay(
+        model, examples or make_examples(), run_dir, **options
+    )
+
+
+def final_arrays(run_dir):
+    return read_arrays(run_dir / "checkpoint.safetensors")[0]
+
+
+def assert_same_end(left, right):
+    ends = final_arrays(left), final_arrays(right)
+    assert ends[0].keys() == ends[1].keys()
+    for name in ends[0]:
+        np.testing.assert_array_equal(ends[0][name], ends[1][name], name)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that nothing has disturbed."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    make_self_play(run_dir).run()
+    return run_dir
+
+
+def test_what_a_run_leaves(finished):
+    lines = keras_iris.evaluation.read_metrics(finished)
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, 13))
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    assert [line["iteration"] for line in evaluations] == [0, 1, 2]
+    # At the start of an iteration the policy is the opponent.
+    for step in (0, 6):
+        assert abs(steps[step]["margin"]) < 1e-4
+    assert steps[5]["margin"] > 0.01
+    for folder in ("synthetic", "opponent"):
+        shards = sorted((finished / "iteration_002" / folder).iterdir())
+        assert [s.name for s in shards] == [
+            f"{i:05d}.safetensors" for i in range(3)
+        ]
+    manifest = json.loads((finished / "manifest.json").read_text())
+    assert manifest["settings"]["batch_size"] == 8
+
+
+def test_synthetic_responses_differ_between_iterations(finished):
+    name = "synthetic/00000.safetensors"
+    first, _ = read_arrays(finished / "iteration_001" / name)
+    second, _ = read_arrays(finished / "iteration_002" / name)
+    assert first["token_ids"].tolist() != second["token_ids"].tolist()
+
+
+def test_finished_run_is_left_as_it_is(finished):
+    before = final_arrays(finished)
+    make_self_play(finished).run()
+    for name, array in final_arrays(finished).items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+class _Killed(BaseException):
+    pass
+
+
+def _kill_at_write(monkeypatch, number):
+    """Dies instead of the `number`-th write of a whole file."""
+    from keras_iris.self_play import files
+
+    original = files.write_arrays
+    count = 0
+
+    def write(path, arrays, metadata):
+        nonlocal count
+        count += 1
+        if count == number:
+            (path.parent / f".{path.name}.1.tmp").write_bytes(b"half")
+            raise _Killed
+        original(path, arrays, metadata)
+
+    monkeypatch.setattr("keras_iris.self_play.run_dir.write_arrays", write)
+
+
+# Writes: 1 start; 2-4 synthetic; 5-7 opponent; 8 mid-epoch; 9 epoch; ...
+@pytest.mark.parametrize("write", [1, 3, 6, 8, 9, 10, 14, 20])
+def test_killed_at_a_write(write, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        _kill_at_write(patch, write)
+        with pytest.raises(_Killed):
+            make_self_play(tmp_path / "run").run()
+    make_self_play(tmp_path / "run").run()
+    assert_same_end(tmp_path / "run", finished)
+
+
+def test_kill_9_in_the_middle_of_fit(finished, tmp_path):
+    """A real process, killed by the system after 9 steps."""
+    run_dir = tmp_path / "run"
+    code = f"""
+import os, signal, sys
+sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]}
+import keras, test_loop
+from pathlib import Path
+class Kill(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        if int(self.model.optimizer.iterations.value) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+s = test_loop.make_self_play(Path({str(run_dir)!r}))
+s.callbacks.append(Kill())
+s.run()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, env=os.environ
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    make_self_play(run_dir).run()
+    assert_same_end(run_dir, finished)
+
+
+def test_corrupt_shard_is_made_again(finished, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        _kill_at_write(patch, 8)
+        with pytest.raises(_Killed):
+            make_self_play(run_dir).run()
+    shard = run_dir / "iteration_001/opponent/00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-8])
+    with pytest.warns(UserWarning, match="Making .* again"):
+        make_self_play(run_dir).run()
+    assert_same_end(run_dir, finished)
+
+
+def test_other_settings_are_refused_line_by_line(finished):
+    with pytest.raises(ValueError) as error:
+        make_self_play(finished, batch_size=6, seed=1)
+    assert "batch_size: 8 there, 6 here" in str(error.value)
+    assert "seed: 0 there, 1 here" in str(error.value)
+
+
+def test_nan_stops_training_with_the_ids_and_keeps_the_checkpoint(tmp_path):
+    self_play = make_self_play(
+        tmp_path / "run", learning_rate=1e30, checkpoint_every_steps=1
+    )
+    with pytest.raises(FloatingPointError, match=r"examples \[[\d, ]+\]"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            self_play.run()
+    for array in final_arrays(tmp_path / "run").values():
+        assert np.isfinite(array.astype("float64")).all()
+
+
+def test_nan_in_the_opponent(tmp_path):
+    self_play = make_self_play(tmp_path / "run")
+    variable = self_play.model.trainable_variables[-1]
+    variable.assign(np.full(variable.shape, np.nan, "float32"))
+    with pytest.raises(FloatingPointError, match="starts the iteration"):
+        self_play.run()
+
+
+class TestErrors:
+    def test_not_compiled(self, tmp_path):
+        model = keras_iris.SelfPlayModel(make_causal_lm())
+        with pytest.raises(ValueError, match="compiled with a loss"):
+            keras_iris.SelfPlay(model, make_examples(), tmp_path)
+
+    def test_fewer_rows_than_a_batch(self, tmp_path):
+        with pytest.raises(ValueError, match="fewer than batch_size=8"):
+            make_self_play(tmp_path, examples=make_examples(3))
+
+    def test_vocabulary(self, tmp_path):
+        examples = make_examples()
+        examples[0].prompt_ids[0] = VOCABULARY_SIZE
+        with pytest.raises(ValueError, match=f"token id {VOCABULARY_SIZE}"):
+            make_self_play(tmp_path, examples=examples)
+
+    def test_text_without_a_tokenizer(self, tmp_path):
+        rows = [{"prompt": "a", "response": "b"}] * 8
+        with pytest.raises(ValueError, match="Text needs a tokenizer"):
+            make_self_play(tmp_path, examples=rows)
+
+    def test_no_common_end(self, tmp_path):
+        examples = make_examples()
+        examples[0].response_ids[-1] = 5
+        with pytest.raises(ValueError, match="end in 2 different"):
+            make_self_play(tmp_path, examples=examples)
+
+    def test_folder_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match="can't be written to"):
+            make_self_play(tmp_path / "file" / "run")
+
+
+def test_replaced_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replaced(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
