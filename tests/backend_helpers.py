@@ -1,5 +1,7 @@
 """What tests need of a backend."""
 
+import contextlib
+
 import keras
 import numpy as np
 
@@ -14,8 +16,8 @@ def gradient(function, x):
         case "torch":
             import torch
 
-            x = torch.tensor(np.asarray(x), requires_grad=True)
-            return torch.autograd.grad(function(x), x)[0].numpy()
+            x = keras.ops.convert_to_tensor(np.array(x)).requires_grad_()
+            return torch.autograd.grad(function(x), x)[0].cpu().numpy()
         case _:
             import tensorflow as tf
 
@@ -24,3 +26,22 @@ def gradient(function, x):
                 tape.watch(x)
                 value = function(x)
             return tf.convert_to_tensor(tape.gradient(value, x)).numpy()
+
+
+@contextlib.contextmanager
+def precision(dtype):
+    """Keras' float type, "float32" or "float64", while the context lasts."""
+    before = keras.config.floatx()
+    is_wide_jax = keras.backend.backend() == "jax" and dtype == "float64"
+    keras.config.set_floatx(dtype)
+    try:
+        with _jax_x64() if is_wide_jax else contextlib.nullcontext():
+            yield
+    finally:
+        keras.config.set_floatx(before)
+
+
+def _jax_x64():
+    import jax
+
+    return jax.enable_x64(True)

@@ -18,21 +18,22 @@ _SIZES = dict(
 
 def make_causal_lm(architecture="qwen", seed=0, **options):
     keras.utils.set_random_seed(seed)
+    options = {**_SIZES, **options}
     models = keras_hub.models
     match architecture:
         case "qwen":
-            options = {"tie_word_embeddings": True, **options}
-            backbone = models.QwenBackbone(**_SIZES, **options)
+            options.setdefault("tie_word_embeddings", True)
+            backbone = models.QwenBackbone(**options)
             return models.QwenCausalLM(backbone=backbone, preprocessor=None)
         case "mistral":
-            backbone = models.MistralBackbone(**_SIZES, **options)
+            backbone = models.MistralBackbone(**options)
             return models.MistralCausalLM(backbone=backbone, preprocessor=None)
         case "llama":
-            backbone = models.Llama3Backbone(**_SIZES, **options)
+            backbone = models.Llama3Backbone(**options)
             return models.Llama3CausalLM(backbone=backbone, preprocessor=None)
         case "gemma":
-            options = {"final_logit_soft_cap": 5.0, **options}
-            backbone = models.GemmaBackbone(**_SIZES, head_dim=8, **options)
+            options.setdefault("final_logit_soft_cap", 5.0)
+            backbone = models.GemmaBackbone(head_dim=8, **options)
             return models.GemmaCausalLM(backbone=backbone, preprocessor=None)
     raise ValueError(architecture)
 

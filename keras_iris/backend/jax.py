@@ -1,6 +1,5 @@
 """The train step of `SelfPlayModel` on JAX."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +9,6 @@ import keras
 
 # A pytree of arrays.
 Tree = Any
-
-
-def inference() -> contextlib.AbstractContextManager[None]:
-    """A context in which nothing is recorded for a backward pass."""
-    return contextlib.nullcontext()
 
 
 def sum_chunks(
@@ -35,20 +29,19 @@ def sum_chunks(
     result = jax.eval_shape(function, *(array[0] for array in arrays))
     zeros = jnp.zeros(result.shape, result.dtype)
 
-    @jax.checkpoint
     def value(chunk: Tree) -> jax.Array:
         return jax.lax.cond(
             jnp.any(chunk[-1]), lambda: function(*chunk), lambda: zeros
         )
 
     def step(total: jax.Array, chunk: Tree) -> tuple[jax.Array, None]:
-        return total + value(chunk), None
+        return total + jax.checkpoint(value)(chunk), None
 
     return jax.lax.scan(step, zeros, arrays)[0]
 
 
-class Trainer:
-    """Mix-in for a `keras.Model`: the micro-batched train step.
+class Trainer(keras.Model):
+    """A `keras.Model` with the micro-batched train step.
 
     The gradient of a batch-coupled loss needs the log-probs of the whole
     batch first: one pass computes them, the loss turns them into the
@@ -65,9 +58,9 @@ class Trainer:
             return super().train_step(state, data)
         if sample_weight is None:
             sample_weight = jnp.ones((num_rows,), "float32")
-        trainable, _, optimizer_state, metrics_state = state
-        loss, y_pred, gradients, fixed = self._micro_batched_gradients(
-            state, x, y, sample_weight
+        trainable, _, optimizer_state, _ = state
+        loss, y_pred, gradients, fixed, metrics_state = (
+            self._micro_batched_gradients(state, x, y, sample_weight)
         )
         trainable, optimizer_state = self.optimizer.stateless_apply(
             optimizer_state, gradients, trainable
@@ -80,8 +73,8 @@ class Trainer:
 
     def _micro_batched_gradients(
         self, state: Tree, x: Tree, y: jax.Array, sample_weight: jax.Array
-    ) -> tuple[jax.Array, jax.Array, Tree, Tree]:
-        """Loss, log-probs, gradients and new non-trainable variables."""
+    ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
+        """Loss, log-probs, gradients, new fixed and metric variables."""
         trainable, fixed, optimizer_state, metrics_state = state
         num_rows, size = y.shape[0], self.micro_batch_size
         batches = jax.tree.map(lambda a: _split(a, size, "edge"), x)
@@ -92,7 +85,7 @@ class Trainer:
                 return self.optimizer.scale_loss(loss)
 
         def batch_loss(trainable: Tree, y_pred: jax.Array) -> Tree:
-            loss, _ = self.stateless_compute_loss(
+            loss, variables = self.stateless_compute_loss(
                 trainable,
                 fixed,
                 metrics_state,
@@ -102,7 +95,7 @@ class Trainer:
                 sample_weight=sample_weight,
                 training=True,
             )
-            return scale(loss), loss
+            return scale(loss), (loss, variables[2])
 
         def row_loss(y_pred: jax.Array, y: jax.Array, w: jax.Array) -> Tree:
             share = jnp.sum(w) / jnp.sum(sample_weight)
@@ -143,9 +136,11 @@ class Trainer:
         )
         y_pred = _join(y_pred, num_rows)
         # What the loss depends on beside the log-probs: weight regularisers.
-        direct, loss = jax.grad(batch_loss, has_aux=True)(trainable, y_pred)
+        direct, (loss, metrics_state) = jax.grad(batch_loss, has_aux=True)(
+            trainable, y_pred
+        )
         gradients = jax.tree.map(jnp.add, gradients, direct)
-        return loss, y_pred, gradients, new_fixed
+        return loss, y_pred, gradients, new_fixed, metrics_state
 
 
 def _split(array: jax.Array, size: int, padding: str = "constant") -> jax.Array:

@@ -1,16 +1,10 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import keras
 import tensorflow as tf
-
-
-def inference() -> contextlib.AbstractContextManager[None]:
-    """A context in which nothing is recorded for a backward pass."""
-    return contextlib.nullcontext()
 
 
 def sum_chunks(
@@ -35,8 +29,8 @@ def sum_chunks(
     return total
 
 
-class Trainer:
-    """Mix-in for a `keras.Model`: the micro-batched train step.
+class Trainer(keras.Model):
+    """A `keras.Model` with the micro-batched train step.
 
     See `keras_iris.backend.jax.Trainer` for the two passes.
     """
@@ -70,6 +64,7 @@ class Trainer:
         self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The log-probs and the (scaled) gradients of the whole batch."""
+        given: tuple[tf.Tensor, ...]
         if self.loss.is_additive:
             given = (y, sample_weight)
         else:

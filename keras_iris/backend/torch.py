@@ -1,17 +1,11 @@
 """The train step of `SelfPlayModel` on PyTorch."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import torch
 from torch.utils.checkpoint import checkpoint
-
-
-def inference() -> contextlib.AbstractContextManager[None]:
-    """A context in which nothing is recorded for a backward pass."""
-    return torch.inference_mode()
 
 
 def sum_chunks(
@@ -39,8 +33,8 @@ def sum_chunks(
     return torch.stack(values).sum(dim=0)
 
 
-class Trainer:
-    """Mix-in for a `keras.Model`: the micro-batched train step.
+class Trainer(keras.Model):
+    """A `keras.Model` with the micro-batched train step.
 
     See `keras_iris.backend.jax.Trainer` for the two passes.
     """

@@ -16,7 +16,6 @@ class AlphaSchedule(keras.callbacks.Callback):
             function of the step.
 
     Example:
-
     ```python
     schedule = keras.optimizers.schedules.CosineDecay(2.0, 1000, alpha=0.25)
     model.fit(pairs, callbacks=[keras_iris.callbacks.AlphaSchedule(schedule)])

@@ -47,8 +47,8 @@ def plan_batches(
     for start in range(0, len(order), batch_size):
         indices = tuple(int(i) for i in order[start : start + batch_size])
         longest = lengths[indices[-1]]
-        bucket = bucket_lengths[np.searchsorted(bucket_lengths, longest)]
-        batches.append(Batch(indices, int(bucket)))
+        bucket = min(b for b in bucket_lengths if b >= longest)
+        batches.append(Batch(indices, bucket))
     return batches
 
 
@@ -75,7 +75,9 @@ def pad_prompts(
     num_real = len(batch.indices)
     num_dummies = batch_size - num_real
     rows = [prompts[i] for i in batch.indices + batch.indices[:1] * num_dummies]
-    token_ids = np.full((batch_size, batch.bucket_length), pad_token_id, "int32")
+    token_ids = np.full(
+        (batch_size, batch.bucket_length), pad_token_id, "int32"
+    )
     for row, prompt in zip(token_ids, rows, strict=True):
         row[: len(prompt)] = prompt
     return {

@@ -50,7 +50,6 @@ class KerasEngine:
         ValueError: If an argument can't be used.
 
     Example:
-
     ```python
     engine = KerasEngine(causal_lm, end_token_ids=(2,), max_new_tokens=64)
     completions = engine.generate([[1, 5, 9], [1, 7]], seed=0)
@@ -58,7 +57,7 @@ class KerasEngine:
     ```
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (by keyword only)
         self,
         causal_lm: Any,
         *,

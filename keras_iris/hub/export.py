@@ -1,17 +1,14 @@
 """Exporting models to Hugging Face folders."""
 
 import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_iris.hub.architectures import read_config
+from keras_iris.hub.atomic import check_replaceable, written_beside
 from keras_iris.hub.checkpoint import read_json
 from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
 from keras_iris.hub.export_tokenizer import write_tokenizer
@@ -61,32 +58,20 @@ def export(
             f"`dtype` has to be one of {tuple(BYTES_PER_NUMBER)}. Received: "
             f"{dtype!r}"
         )
-    _check_target(folder)
+    check_replaceable(
+        folder,
+        lambda _: read_json(folder / "config.json").get(_MARK) == _NAME,
+    )
     config = read_config(causal_lm.backbone)
     source = _find_source(causal_lm, source, config)
     weights = list_weights(causal_lm.backbone, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(folder.parent, weights, dtype)
-    with _written_beside(folder) as new:
+    with written_beside(folder) as new:
         write_shards(weights, new, dtype)
         write_tokenizer(causal_lm, source, new)
         _write_config(config, source, new, dtype)
     return folder
-
-
-def _check_target(folder: Path) -> None:
-    if folder.is_dir():
-        if not any(folder.iterdir()):
-            return
-        if read_json(folder / "config.json").get(_MARK) == _NAME:
-            return
-    elif not folder.exists():
-        return
-    raise ValueError(
-        f"{folder} exists and isn't an export of keras_iris, so it isn't "
-        "replaced. Expected a new or empty folder, or an earlier export. "
-        "Choose another name, or remove it yourself."
-    )
 
 
 def _find_source(
@@ -136,43 +121,3 @@ def _write_config(
     content |= {"dtype": dtype, "torch_dtype": dtype, _MARK: _NAME}
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _written_beside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` if nothing goes wrong."""
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        yield new
-        new.chmod(0o755)
-        for file in [*new.iterdir(), new]:
-            _sync(file)
-        _replace(folder, new)
-        _sync(folder.parent)
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-
-
-def _replace(folder: Path, new: Path) -> None:
-    """Renames `new` to `folder`; if that fails, `folder` is as before."""
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    folder.rename(old)  # onto an empty folder
-    try:
-        new.rename(folder)
-    except BaseException:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file or a folder's entries are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

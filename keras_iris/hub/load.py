@@ -58,7 +58,6 @@ def load(
             incomplete, or its parts don't fit each other.
 
     Example:
-
     ```python
     causal_lm = keras_iris.load("hf://org/name", dtype="bfloat16")
     prompt = causal_lm.chat_template.render_prompt(messages)
@@ -145,10 +144,13 @@ def _quantize(causal_lm: keras.Model, mode: str) -> None:
     """Quantizes the decoder layers' matrices.
 
     Not the embeddings: the logits of Keras 3.15's quantized
-    `ReversibleEmbedding` have no gradient with respect to its inputs.
+    `ReversibleEmbedding` have no gradient but for one of its inputs.
     """
     matrices = (keras.layers.Dense, keras.layers.EinsumDense)
-    causal_lm.quantize(mode, filters=lambda layer: isinstance(layer, matrices))
+    with warnings.catch_warnings():
+        # Keras 3.15 converts its variables to NumPy 2 in an old way.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        causal_lm.quantize(mode, filters=lambda x: isinstance(x, matrices))
 
 
 def _enable_lora(backbone: keras.Model, rank: int) -> None:

@@ -159,7 +159,7 @@ def _generation_end(folder: Path) -> list[int]:
 
 def _named_id(token: Any, ids: Mapping[str, int]) -> list[int]:
     text = token_text(token)
-    return [ids[text]] if text in ids else []
+    return [ids[text]] if text is not None and text in ids else []
 
 
 def token_text(token: Any) -> str | None:

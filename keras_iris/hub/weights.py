@@ -160,10 +160,10 @@ def _read_by_calling(
     Unit vectors survive the quantization of the inputs unchanged.
     """
     num_outputs, num_inputs = shape
-    rows = np.eye(num_inputs, dtype="float32")
+    rows: np.ndarray = np.eye(num_inputs, dtype="float32")
     kernel_inputs = getattr(layer, "equation", "btd,").split(",")[0]
     if len(kernel_inputs) == 4:  # (batch, time, heads, head_dim)
-        heads, head_dim = layer.original_kernel_shape[:2]
+        heads, head_dim = layer.kernel.shape[:2]
         rows = rows.reshape(num_inputs, heads, head_dim)
     outputs = _to_numpy(layer(ops.convert_to_tensor(rows[None])))
     if layer.bias is not None:

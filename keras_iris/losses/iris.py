@@ -64,8 +64,7 @@ class IRIS(SelfPlayLoss):
 
     def get_config(self) -> dict[str, Any]:
         """The loss's configuration, with the present order as a number."""
-        alpha = float(keras.ops.convert_to_numpy(self.alpha))
-        return {"alpha": alpha, "name": self.name}
+        return {"alpha": _number(self.alpha), "name": self.name}
 
 
 def check_alpha(alpha: Any) -> float | keras.Variable:
@@ -77,10 +76,16 @@ def check_alpha(alpha: Any) -> float | keras.Variable:
     is_scalar = isinstance(alpha, numbers.Real) or (
         isinstance(alpha, keras.Variable) and tuple(alpha.shape) == ()
     )
-    if not is_scalar or not 0 <= float(alpha) <= 100:
+    if not is_scalar or not 0 <= _number(alpha) <= 100:
         raise ValueError(
             "`alpha` has to be a number in [0, 100] or a scalar Keras "
             f"variable that holds one. Received: {alpha!r}. Orders from 0.5 "
             "to 2 are usual."
         )
     return alpha if isinstance(alpha, keras.Variable) else float(alpha)
+
+
+def _number(alpha: float | keras.Variable) -> float:
+    # A variable itself makes NumPy warn on JAX, and PyTorch if trainable.
+    alpha = keras.ops.convert_to_tensor(alpha)
+    return float(keras.ops.convert_to_numpy(alpha))

@@ -85,7 +85,9 @@ def _prepare(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values, tilt and normalised weights in one float type."""
     values = ops.convert_to_tensor(values)
-    dtype = keras.backend.result_type(values.dtype, "float32")
+    # Not `result_type`, which narrows float64 on JAX and PyTorch.
+    is_wide = keras.backend.standardize_dtype(values.dtype) == "float64"
+    dtype = "float64" if is_wide else "float32"
     values = ops.cast(values, dtype)
     if sample_weight is None:
         weight = ops.ones_like(values)

@@ -60,7 +60,7 @@ class AlphaMetric(keras.metrics.Metric, abc.ABC):
 
     def get_config(self) -> dict[str, Any]:
         """The metric's configuration, with the present order as a number."""
-        alpha = float(ops.convert_to_numpy(self.alpha))
+        alpha = float(ops.convert_to_numpy(self.alpha.value))
         return {**super().get_config(), "alpha": alpha}
 
 

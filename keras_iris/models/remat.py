@@ -13,6 +13,10 @@ def remat_layers(backbone: keras.Model) -> None:
     are. (`keras.RematScope` of Keras 3.15 fails with KerasHub's layers on
     JAX when `training=True`, and doesn't reach a built model.)
 
+    On JAX on a CPU the memory falls only with
+    `XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false`: the
+    usual scheduler recomputes all layers at once.
+
     It isn't part of the backbone's configuration: call it again on a copy.
 
     Args:

@@ -14,7 +14,7 @@ Tensor = Any
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
-class SelfPlayModel(backend.Trainer, keras.Model):
+class SelfPlayModel(backend.Trainer):
     """A causal language model that scores pairs of responses.
 
     Its prediction for a pair is `(log p(annotated), log p(synthetic))`, in
@@ -39,7 +39,6 @@ class SelfPlayModel(backend.Trainer, keras.Model):
         ValueError: `causal_lm` has no such backbone and output layer.
 
     Example:
-
     ```python
     model = keras_iris.SelfPlayModel(causal_lm)
     opponent = model.predict(pairs)
@@ -81,6 +80,7 @@ class SelfPlayModel(backend.Trainer, keras.Model):
         self.recent = RecentLogProbs()
         # In a tuple of its own: Keras would track, and not allow it later.
         self._token_metrics: tuple[TokenMetric, ...] = ()
+        self._alpha_metrics: tuple[AlphaMetric, ...] = ()
         self.built = True
 
     def compile(
@@ -126,9 +126,11 @@ class SelfPlayModel(backend.Trainer, keras.Model):
         if loss is not None:
             loss.bind_alpha(self.alpha)
         metrics = list(metrics or [])
-        for metric in metrics:
-            if isinstance(metric, AlphaMetric):
-                metric.bind_alpha(self.alpha)
+        self._alpha_metrics = tuple(
+            metric for metric in metrics if isinstance(metric, AlphaMetric)
+        )
+        for metric in self._alpha_metrics:
+            metric.bind_alpha(self.alpha)
         self.micro_batch_size = micro_batch_size
         self._token_metrics = tuple(
             metric for metric in metrics if isinstance(metric, TokenMetric)
@@ -141,7 +143,9 @@ class SelfPlayModel(backend.Trainer, keras.Model):
             **kwargs,
         )
 
-    def call(self, inputs: dict[str, Tensor], training: bool | None = None):
+    def call(
+        self, inputs: dict[str, Tensor], training: bool | None = None
+    ) -> Tensor:
         """Log-probs of pairs.
 
         Args:
@@ -182,6 +186,13 @@ class SelfPlayModel(backend.Trainer, keras.Model):
     def metrics(self) -> list[keras.metrics.Metric]:
         """Keras' metrics and those that need the number of tokens."""
         return [*super().metrics, *self._token_metrics]
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss of a batch, as in `keras.Model`."""
+        # On JAX, metrics see alpha nowhere else.
+        for metric in self._alpha_metrics:
+            metric.copy_alpha()
+        return super().compute_loss(*args, **kwargs)
 
     def compute_metrics(
         self, x: Any, y: Tensor, y_pred: Tensor, sample_weight: Tensor = None

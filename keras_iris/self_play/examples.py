@@ -9,12 +9,13 @@ from keras_iris.data import (
     Example,
     HubTokenizer,
     Tokenizer,
+    check_vocabulary,
     read_conversations,
     tokenize,
 )
 
 
-def prepare_examples(
+def prepare_examples(  # noqa: PLR0913 (by keyword only)
     causal_lm: keras.Model,
     data: Any,
     *,
@@ -58,7 +59,7 @@ def prepare_examples(
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
         )
-    _check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
+    check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
     if tokenizer is not None:
         return examples, tokenizer.end_token_ids, tokenizer.fingerprint()
     return examples, _common_end(examples), "ids"
@@ -70,20 +71,6 @@ def _own_tokenizer(causal_lm: keras.Model) -> Tokenizer | None:
     if tokenizer is None and causal_lm.preprocessor is not None:
         tokenizer = HubTokenizer(causal_lm.preprocessor.tokenizer)
     return tokenizer
-
-
-def _check_vocabulary(examples: list[Example], vocabulary_size: int) -> None:
-    largest = max(
-        int(max(ids, default=0))
-        for example in examples
-        for ids in (example.prompt_ids, example.response_ids)
-    )
-    if largest >= vocabulary_size:
-        raise ValueError(
-            f"The data hold the token id {largest}, but the model's "
-            f"vocabulary has {vocabulary_size} ids. Use the tokenizer that "
-            "the model was trained with."
-        )
 
 
 def _common_end(examples: list[Example]) -> tuple[int, ...]:

@@ -7,7 +7,6 @@ nothing of objectives beyond what the model was compiled with.
 
 import hashlib
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -221,7 +220,7 @@ class SelfPlay:
             ) -> dict[str, np.ndarray]:
                 seeds = np.random.SeedSequence([self.seed, iteration, number])
                 completions = self.engine.generate(
-                    [example.prompt_ids for example in examples],
+                    [example.prompt_ids.tolist() for example in examples],
                     seed=int(seeds.generate_state(1)[0] >> 1),
                 )
                 ids = [c.token_ids for c in completions]

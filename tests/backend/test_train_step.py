@@ -158,9 +158,7 @@ def test_reduced_precision(dtype):
         loss=IRIS(alpha=1.0),
         micro_batch_size=3,
     )
-    is_scaled = isinstance(
-        model.optimizer, keras.optimizers.LossScaleOptimizer
-    )
+    is_scaled = isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     assert is_scaled == (dtype == "mixed_float16")
     losses = [model.train_on_batch(PAIRS, OPPONENT) for _ in range(10)]
     assert losses[-1] < losses[0] - 0.01

@@ -1,8 +1,8 @@
 """Tiny random checkpoints, saved by transformers, with tokenizers of their own.
 
-Each architecture has its real tokenizer's type: byte-level BPE behind the real
-pre-tokeniser (Qwen2, Llama 3), or SentencePiece BPE with byte fallback (Mistral,
-Gemma), trained on the texts of `texts.py`.
+Each architecture has its real tokenizer's type: byte-level BPE behind the
+real pre-tokeniser (Qwen2, Llama 3), or SentencePiece BPE with byte fallback
+(Mistral, Gemma), trained on the texts of `tokenizer_texts.py`.
 """
 
 import io
@@ -12,8 +12,10 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from texts import TEXTS
+from tokenizer_texts import TEXTS
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+transformers.utils.logging.disable_progress_bar()
 
 VOCABULARY_SIZE = 640
 
@@ -155,6 +157,12 @@ def _save_mistral_tokenizer(folder):
     )
     _write_json(folder / "tokenizer_config.json", config)
     _add_tokenizer_json(folder)
+    # As Mistral's and Zephyr's published files have it.
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    definition["normalizer"]["normalizers"].insert(
+        0, {"type": "Prepend", "prepend": "\u2581"}
+    )
+    _write_json(folder / "tokenizer.json", definition)
 
 
 def _save_gemma_tokenizer(folder):

@@ -141,9 +141,7 @@ class TestErrors:
     def test_micro_batch_size(self, size):
         model = keras_iris.SelfPlayModel(make_causal_lm())
         with pytest.raises(ValueError, match="`micro_batch_size`"):
-            model.compile(
-                loss=keras_iris.losses.IRIS(), micro_batch_size=size
-            )
+            model.compile(loss=keras_iris.losses.IRIS(), micro_batch_size=size)
 
     def test_loss_of_another_type(self):
         model = keras_iris.SelfPlayModel(make_causal_lm())

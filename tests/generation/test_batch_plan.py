@@ -1,0 +1,40 @@
+import numpy as np
+
+from keras_iris.generation.batch_plan import (
+    DEFAULT_BUCKET_LENGTHS,
+    pad_prompts,
+    plan_batches,
+)
+
+
+def test_prompts_of_like_length_go_together():
+    plan = plan_batches([3, 8, 2, 5, 2], batch_size=2, bucket_lengths=(4, 6, 8))
+    assert [batch.indices for batch in plan] == [(2, 4), (0, 3), (1,)]
+    assert [batch.bucket_length for batch in plan] == [4, 6, 8]
+
+
+def test_shapes_and_steps_of_many_prompts():
+    """Log-normal lengths of mean 180, as in the generation benchmark."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(180) - 0.125, 0.5, 10_000).astype(int) + 1
+    plan = plan_batches(
+        lengths.tolist(), batch_size=32, bucket_lengths=DEFAULT_BUCKET_LENGTHS
+    )
+    assert sorted(sum((b.indices for b in plan), ())) == list(range(10_000))
+    assert len({batch.bucket_length for batch in plan}) <= 8
+    # A batch decodes from its shortest prompt to the end of its longest.
+    steps = [np.ptp(lengths[list(b.indices)]) + 128 for b in plan]
+    assert sum(steps) <= 1.3 * 128 * len(plan)
+
+
+def test_rows_without_a_prompt():
+    prompts = [[7, 8], [9]]
+    (batch,) = plan_batches([2, 1], batch_size=3, bucket_lengths=(4,))
+    arrays = pad_prompts(prompts, batch, batch_size=3, pad_token_id=5)
+    assert arrays["token_ids"].tolist() == [
+        [9, 5, 5, 5],
+        [7, 8, 5, 5],
+        [9, 5, 5, 5],
+    ]
+    assert arrays["prompt_lengths"].tolist() == [1, 2, 1]
+    assert arrays["is_real"].tolist() == [True, True, False]

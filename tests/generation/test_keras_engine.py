@@ -1,0 +1,240 @@
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from tiny_models import VOCABULARY_SIZE, make_causal_lm
+
+from keras_iris.generation import KerasEngine
+
+END = 3
+MAX_NEW_TOKENS = 6
+BATCH_SIZE = 4
+# In 2 batches, of which the last has a dummy row.
+PROMPTS = [[1] * n for n in (3, 8, 2, 5, 2, 9, 4)]
+LONGEST_PROMPT = 10
+# Decoding with a cache against the training forward, float32.
+LOG_PROBS_TOLERANCE = 2e-5
+# Of the chi-square test below; its statistic has the same seed every time.
+SIGNIFICANCE = 1e-3
+
+
+def make_engine(causal_lm, **options):
+    defaults = dict(
+        end_token_ids=(END, 4),
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=BATCH_SIZE,
+        bucket_lengths=(LONGEST_PROMPT,),
+    )
+    return KerasEngine(causal_lm, **{**defaults, **options})
+
+
+@pytest.fixture(scope="module")
+def causal_lm():
+    """Its weights are never changed."""
+    return make_causal_lm("qwen", num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def engine(causal_lm):
+    return make_engine(causal_lm)
+
+
+def next_log_probs(causal_lm, token_ids):
+    """The training forward's log-probs of the next token: (time, vocabulary)"""
+    length = LONGEST_PROMPT + MAX_NEW_TOKENS  # always, to compile once
+    padded = np.pad(token_ids, (0, length - len(token_ids)))[None]
+    mask = np.arange(length)[None] < len(token_ids)
+    logits = causal_lm(
+        {"token_ids": padded.astype("int32"), "padding_mask": mask}
+    )
+    log_probs = keras.ops.log_softmax(logits, -1)
+    return keras.ops.convert_to_numpy(log_probs)[0, : len(token_ids)]
+
+
+def rescored(causal_lm, prompt, completion):
+    """The training forward's log-probs of a completion."""
+    ids = completion.token_ids
+    log_probs = next_log_probs(causal_lm, list(prompt) + list(ids))
+    return log_probs[np.arange(len(ids)) + len(prompt) - 1, ids]
+
+
+def ids(completions):
+    return [completion.token_ids for completion in completions]
+
+
+def test_first_tokens_follow_the_softmax(causal_lm):
+    """Pearson's chi-square, with the oracle's probabilities."""
+    num_samples = 4000
+    prompt = [5, 6, 7]
+    engine = make_engine(causal_lm, max_new_tokens=1, batch_size=500)
+    completions = engine.generate([prompt] * num_samples, seed=0)
+    first = [completion.token_ids[0] for completion in completions]
+    counts = np.bincount(first, minlength=VOCABULARY_SIZE)
+    probabilities = np.exp(next_log_probs(causal_lm, prompt)[-1], dtype="f8")
+    expected = num_samples * probabilities / probabilities.sum()
+    assert expected.min() > 5, "too few samples for the test"
+    statistic = np.sum((counts - expected) ** 2 / expected)
+    freedom = VOCABULARY_SIZE - 1
+    # Wilson and Hilferty: the cube root is near normal; 3.09 is its 99.9%.
+    z = (statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))
+    assert z / np.sqrt(2 / (9 * freedom)) < 3.09, SIGNIFICANCE
+
+
+@pytest.mark.parametrize("architecture", ["qwen", "mistral"])
+def test_completions_keep_order_and_match_the_training_forward(architecture):
+    causal_lm = make_causal_lm(architecture, num_layers=1)
+    assert causal_lm.preprocessor is None
+    prompts = [[5 + i] * len(prompt) for i, prompt in enumerate(PROMPTS)]
+    completions = make_engine(causal_lm).generate(prompts, seed=4)
+    assert len(completions) == len(prompts)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        # Log-probs of another prompt, or after another one, would differ.
+        np.testing.assert_allclose(
+            completion.log_probs,
+            rescored(causal_lm, prompt, completion),
+            atol=LOG_PROBS_TOLERANCE,
+        )
+
+
+def test_the_end_token_is_kept_and_nothing_follows(engine):
+    ended = 0
+    for seed in range(8):
+        for completion in engine.generate(PROMPTS, seed=seed):
+            *before, last = completion.token_ids
+            assert not {END, 4} & set(before)
+            assert len(completion.token_ids) <= MAX_NEW_TOKENS
+            if completion.finish_reason == "stop":
+                assert last in (END, 4)
+                ended += 1
+            else:
+                assert len(completion.token_ids) == MAX_NEW_TOKENS
+                assert last not in (END, 4)
+    assert ended > 0
+
+
+def test_an_end_token_in_the_prompt_ends_nothing(engine):
+    completions = engine.generate([[END, 5, END]] * 12, seed=0)
+    assert max(len(c.token_ids) for c in completions) > 1
+
+
+def test_a_restart_gives_the_same_ids(engine):
+    again = make_engine(make_causal_lm("qwen", num_layers=1))
+    engine.generate(PROMPTS, seed=5)
+    expected = ids(engine.generate(PROMPTS, seed=1))
+    assert ids(again.generate(PROMPTS, seed=1)) == expected
+    assert ids(engine.generate(PROMPTS, seed=2)) != expected
+
+
+def test_batches_have_noise_of_their_own(engine):
+    completions = ids(engine.generate([[5, 6]] * (2 * BATCH_SIZE), seed=0))
+    assert completions[:BATCH_SIZE] != completions[BATCH_SIZE:]
+
+
+def test_nothing_compiles_twice(causal_lm, monkeypatch):
+    calls = 0
+    call_with_cache = type(causal_lm).call_with_cache
+
+    def counting(self, *args):
+        nonlocal calls
+        calls += 1
+        return call_with_cache(self, *args)
+
+    monkeypatch.setattr(type(causal_lm), "call_with_cache", counting)
+    engine = make_engine(causal_lm, bucket_lengths=(6, LONGEST_PROMPT))
+    first = ids(engine.generate(PROMPTS, seed=0))
+    traces = calls
+    assert traces > 0
+    for seed in range(1, 4):
+        engine.generate(PROMPTS[: 2 * seed + 1], seed=seed)
+    if keras.backend.backend() != "torch":  # which compiles nothing
+        assert calls == traces
+    assert ids(engine.generate(PROMPTS, seed=0)) == first
+
+
+def test_prefill_computes_no_prompt_logits(causal_lm, monkeypatch):
+    head = causal_lm.backbone.token_embedding
+    call = type(head).call
+    lengths = []
+
+    def recording(self, inputs, reverse=False):
+        if reverse:
+            lengths.append(inputs.shape[1])
+        return call(self, inputs, reverse=reverse)
+
+    monkeypatch.setattr(type(head), "call", recording)
+    make_engine(causal_lm).generate([[5] * 9], seed=0)
+    assert max(lengths) <= 2
+    # And the layer is as it was.
+    assert next_log_probs(causal_lm, [5] * 9).shape == (9, VOCABULARY_SIZE)
+
+
+def test_current_weights_are_used():
+    causal_lm = make_causal_lm("qwen", num_layers=1)
+    engine = make_engine(causal_lm, sampler=keras_hub.samplers.GreedySampler())
+    before = engine.generate(PROMPTS, seed=0)
+    for variable in causal_lm.trainable_variables:
+        variable.assign(-3.0 * variable)
+    after = engine.generate(PROMPTS, seed=0)
+    assert ids(before) != ids(after)
+    # LoRA adds variables to a model that was traced without them.
+    causal_lm.backbone.enable_lora(2)
+    for variable in causal_lm.trainable_variables:
+        variable.assign(keras.random.normal(variable.shape, seed=1))
+    for prompt, completion in zip(
+        PROMPTS, engine.generate(PROMPTS, seed=0), strict=True
+    ):
+        np.testing.assert_allclose(
+            completion.log_probs,
+            rescored(causal_lm, prompt, completion),
+            atol=1e-3,
+        )
+
+
+def test_the_model_stays_as_it_was():
+    causal_lm = make_causal_lm("qwen", num_layers=1)
+    causal_lm.compile(sampler="top_k", optimizer="sgd")
+    sampler = causal_lm.sampler
+    make_engine(causal_lm).generate([[5]], seed=0)
+    assert causal_lm.sampler is sampler
+    assert causal_lm.generate_function is None
+
+
+def test_no_prompts(engine):
+    assert engine.generate([], seed=0) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[5], [], [5, 6]], "1 of 3 prompts are empty, the first is number 1"),
+        (
+            [[5] * 11, [5], [5] * 30],
+            "2 of 3 prompts are too long: the longest has 30 tokens, the "
+            "limit is 10. .*max_prompt_length",
+        ),
+    ],
+)
+def test_bad_prompts(engine, prompts, message):
+    with pytest.raises(ValueError, match=message):
+        engine.generate(prompts, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"end_token_ids": ()}, "at least one id in `end_token_ids`"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` to be at least 1.* 0"),
+        ({"batch_size": 0}, "`batch_size` to be at least 1.* 0"),
+        ({"bucket_lengths": (8, 4)}, r"increasing.*\(8, 4\)"),
+        ({"sampler": "top_k"}, "token by token, received 'top_k'"),
+        ({"sampler": keras_hub.samplers.BeamSampler()}, "token by token"),
+    ],
+)
+def test_bad_arguments(causal_lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_engine(causal_lm, **options)
+
+
+def test_a_model_without_a_cache():
+    with pytest.raises(ValueError, match="call_with_cache.*received Sequent"):
+        make_engine(keras.Sequential())

@@ -1,0 +1,273 @@
+"""Export round trips, also through transformers."""
+
+import json
+import shutil
+from collections import namedtuple
+
+import keras
+import numpy as np
+import pytest
+from reference import (
+    expected_logits,
+    expected_tokenizer,
+    logits_of,
+    random_ids,
+)
+from tokenizer_texts import TEXTS
+
+from keras_iris.hub import export, load, shards
+
+TOLERANCE = 1e-4
+# one rounding of each weight to 8 bits of mantissa
+BFLOAT16_TOLERANCE = 0.1
+ARCHITECTURES = ("mistral", "qwen2", "llama", "gemma")
+every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def randomize_adapters(causal_lm, seed=0):
+    rng = np.random.default_rng(seed)
+    for variable in causal_lm.trainable_variables:
+        variable.assign(rng.normal(0, 0.05, variable.shape))
+
+
+@every_architecture
+def test_round_trip_merges_adapters(checkpoint, tmp_path, architecture):
+    source = checkpoint(architecture)
+    causal_lm = load(source, dtype="float32", lora_rank=2)
+    token_ids = random_ids()
+    before = logits_of(causal_lm, token_ids)
+    randomize_adapters(causal_lm)
+    logits = logits_of(causal_lm, token_ids)
+    assert np.abs(logits - before).max() > 100 * TOLERANCE
+
+    folder = export(causal_lm, tmp_path / "new" / "model", dtype="float32")
+    assert [file.name for file in folder.parent.iterdir()] == ["model"]
+    again = load(folder, dtype="float32")
+    for other in (
+        logits_of(again, token_ids),
+        expected_logits(folder, token_ids),
+    ):
+        np.testing.assert_allclose(other, logits, rtol=0, atol=TOLERANCE)
+    _assert_same_text_side(causal_lm, again)
+    expected = expected_tokenizer(folder)
+    for text in TEXTS:
+        ids = expected(text, add_special_tokens=False).input_ids
+        assert causal_lm.tokenizer.encode(text) == ids
+    config = json.loads((folder / "config.json").read_text())
+    original = json.loads((source / "config.json").read_text())
+    assert config["architectures"] == original["architectures"]
+
+
+@every_architecture
+def test_round_trip_without_source(checkpoint, tmp_path, architecture):
+    causal_lm = load(checkpoint(architecture), dtype="float32")
+    causal_lm.source = None
+    token_ids = random_ids()
+    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+    again = load(folder, dtype="float32")
+    logits = logits_of(causal_lm, token_ids)
+    np.testing.assert_array_equal(logits_of(again, token_ids), logits)
+    np.testing.assert_allclose(
+        expected_logits(folder, token_ids), logits, rtol=0, atol=TOLERANCE
+    )
+    _assert_same_text_side(causal_lm, again)
+    expected = expected_tokenizer(folder)
+    for text in TEXTS:
+        ids = expected(text, add_special_tokens=False).input_ids
+        assert causal_lm.tokenizer.encode(text) == ids
+
+
+def _assert_same_text_side(first, second):
+    tokenizer = second.tokenizer
+    assert tokenizer.end_token_ids == first.tokenizer.end_token_ids
+    assert tokenizer.pad_token_id == first.tokenizer.pad_token_id
+    assert tokenizer.special_tokens == first.tokenizer.special_tokens
+    messages = [{"role": "user", "content": "Hello"}]
+    prompt = first.chat_template.render_prompt(messages)
+    assert second.chat_template.render_prompt(messages) == prompt
+
+
+def test_keeps_llama3_rotary_scaling(tmp_path):
+    from test_parity import LLAMA3_SCALING
+    from tiny_checkpoints import save_checkpoint
+
+    source = tmp_path / "source"
+    source.mkdir()
+    save_checkpoint(source, "llama", rope_parameters=LLAMA3_SCALING)
+    causal_lm = load(source, dtype="float32")
+    causal_lm.source = None
+    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+    token_ids = random_ids()
+    np.testing.assert_allclose(
+        expected_logits(folder, token_ids),
+        logits_of(causal_lm, token_ids),
+        rtol=0,
+        atol=TOLERANCE,
+    )
+
+
+def test_bfloat16_is_the_default(checkpoint, tmp_path):
+    causal_lm = load(checkpoint("qwen2"), dtype="float32")
+    folder = export(causal_lm, tmp_path / "model")
+    token_ids = random_ids()
+    logits = expected_logits(folder, token_ids)
+    difference = np.abs(logits - logits_of(causal_lm, token_ids)).max()
+    assert 0 < difference < BFLOAT16_TOLERANCE
+    # what is in bfloat16 stays as it is
+    twice = export(load(folder, dtype="bfloat16"), tmp_path / "twice")
+    name = "model.safetensors"
+    assert (folder / name).read_bytes() == (twice / name).read_bytes()
+
+
+def test_shards(checkpoint, tmp_path, monkeypatch):
+    causal_lm = load(checkpoint("mistral"), dtype="float32")
+    monkeypatch.setattr(shards, "SHARD_BYTES", 100_000)
+    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert sorted(set(index["weight_map"].values())) == [f.name for f in files]
+    again = load(folder, dtype="float32")
+    token_ids = random_ids()
+    logits = logits_of(causal_lm, token_ids)
+    np.testing.assert_array_equal(logits_of(again, token_ids), logits)
+    np.testing.assert_allclose(
+        expected_logits(folder, token_ids), logits, rtol=0, atol=TOLERANCE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma"])
+def test_quantized(checkpoint, tmp_path, architecture, mode):
+    causal_lm = load(
+        checkpoint(architecture), dtype="float32", lora_rank=2, quantize=mode
+    )
+    randomize_adapters(causal_lm)
+    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+    token_ids = random_ids()
+    logits = logits_of(causal_lm, token_ids)
+    # int8 also rounds activations; int4 doesn't
+    tolerance = 0.3 if mode == "int8" else TOLERANCE
+    np.testing.assert_allclose(
+        expected_logits(folder, token_ids), logits, rtol=0, atol=tolerance
+    )
+
+
+def test_replaces_an_earlier_export_only(checkpoint, tmp_path):
+    causal_lm = load(checkpoint("qwen2"))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    export(causal_lm, folder)
+    (folder / "stale").touch()
+    export(causal_lm, folder)
+    assert not (folder / "stale").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint("qwen2"), other)
+    with pytest.raises(ValueError, match="wasn't written by keras_iris"):
+        export(causal_lm, other)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="wasn't written by keras_iris"):
+        export(causal_lm, file)
+
+
+def test_full_disk_is_seen_before_writing(checkpoint, tmp_path, monkeypatch):
+    causal_lm = load(checkpoint("qwen2"))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9, 9, 0))
+    with pytest.raises(OSError, match=r"0\.0 GiB left, expected 0\.1 GiB"):
+        export(causal_lm, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("step", ["save_file", "rename", "fsync"])
+def test_error_leaves_nothing(checkpoint, tmp_path, monkeypatch, earlier, step):
+    causal_lm = load(checkpoint("qwen2"))
+    folder = tmp_path / "model"
+    if earlier:
+        export(causal_lm, folder)
+    before = {f.name: f.read_bytes() for f in folder.glob("*")}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def rename(path, target):
+        if target == folder and path.name.startswith(".model"):
+            monkeypatch.undo()  # putting the old one back works
+            full()
+        return type(path)(path.replace(target))
+
+    match step:
+        case "save_file":
+            monkeypatch.setattr(shards, "save_file", full)
+        case "rename":
+            monkeypatch.setattr(type(folder), "rename", rename)
+        case "fsync":
+            monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        export(causal_lm, folder)
+    assert {f.name: f.read_bytes() for f in folder.glob("*")} == before
+    assert [f.name for f in tmp_path.iterdir()] == ["model"] * earlier
+
+
+def test_refuses_weights_that_are_not_finite(checkpoint, tmp_path):
+    causal_lm = load(checkpoint("qwen2"))
+    scale = causal_lm.backbone.layer_norm.scale
+    scale.assign(np.full(scale.shape, np.nan))
+    with pytest.raises(ValueError, match="model.norm.weight' isn't finite"):
+        export(causal_lm, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
+def test_refuses_bad_arguments(checkpoint, tmp_path):
+    causal_lm = load(checkpoint("qwen2"))
+    target = tmp_path / "model"
+    with pytest.raises(ValueError, match="`dtype` has to be one of"):
+        export(causal_lm, target, dtype="int8")
+    with pytest.raises(ValueError, match="another model's folder"):
+        export(causal_lm, target, source=checkpoint("mistral"))
+    with pytest.raises(ValueError, match="no such config.json"):
+        export(causal_lm, target, source=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_refuses_other_architectures(tmp_path):
+    import keras_hub
+
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=20,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=8,
+        intermediate_dim=8,
+    )
+    causal_lm = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    with pytest.raises(ValueError, match="Cannot write a GPT2Backbone"):
+        export(causal_lm, tmp_path / "model")
+
+
+def test_model_without_tokenizer(tmp_path):
+    import keras_hub
+
+    keras.utils.set_random_seed(0)
+    backbone = keras_hub.models.QwenBackbone(
+        vocabulary_size=700,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=16,
+        intermediate_dim=24,
+    )
+    causal_lm = keras_hub.models.QwenCausalLM(backbone, preprocessor=None)
+    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+    token_ids = random_ids()
+    np.testing.assert_allclose(
+        expected_logits(folder, token_ids),
+        logits_of(causal_lm, token_ids),
+        rtol=0,
+        atol=TOLERANCE,
+    )
