@@ -73,10 +73,9 @@ def _read_tokens(
     """Ids and, where there are any, their log-probs."""
     details = choice.get("logprobs") or {}
     entries = details.get("content")
+    values: Any = details.get("token_logprobs")
     if entries is not None:
         values = [entry["logprob"] for entry in entries]
-    else:
-        values = details.get("token_logprobs")
     log_probs = None if values is None else np.array(values, "float32")
     if choice.get("token_ids") is not None:
         return [int(i) for i in choice["token_ids"]], log_probs

@@ -106,12 +106,18 @@ class VLLMEngine:
         self.close()
         self.folder = Path(folder)
 
-    def close(self) -> None:
-        """Ends the process, which frees its memory."""
+    def close(self) -> int | None:
+        """Ends the process, which frees its memory.
+
+        Returns:
+            Its exit status; `None` if there was no process.
+        """
         process, self._process = self._process, None
-        if process is not None:
-            # At the end of its input the worker ends by itself.
-            process.communicate()
+        if process is None:
+            return None
+        # At the end of its input the worker ends by itself.
+        process.communicate()
+        return process.returncode
 
     def _start(self) -> None:
         if not (self.folder / "config.json").is_file():
@@ -136,8 +142,7 @@ class VLLMEngine:
 
     def _ask(self, message: dict[str, Any]) -> dict[str, Any]:
         """Sends one message and waits for its answer."""
-        process = self._process
-        assert process is not None and process.stdin and process.stdout
+        process: Any = self._process
         try:
             process.stdin.write(json.dumps(message) + "\n")
             process.stdin.flush()
@@ -145,9 +150,8 @@ class VLLMEngine:
         except BrokenPipeError:
             line = ""
         if not line:
-            self._process = None
             raise RuntimeError(
-                f"vLLM ended with exit status {process.wait()} without an "
+                f"vLLM ended with exit status {self.close()} without an "
                 "answer. Its messages are above. A killed process (-9) "
                 "mostly means too little memory."
             )

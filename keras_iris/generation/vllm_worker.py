@@ -14,11 +14,12 @@ line on the stream that was stdout; what vLLM prints goes to stderr.
 import json
 import os
 import sys
+from typing import Any
 
 
-def load(message):
+def load(message: dict[str, Any]) -> Any:
     """A vLLM engine of the folder."""
-    from vllm import LLM
+    from vllm import LLM  # type: ignore[import-not-found]
 
     # The ids are given, and the folder's own sampling defaults aren't wanted.
     return LLM(
@@ -29,7 +30,7 @@ def load(message):
     )
 
 
-def generate(llm, message):
+def generate(llm: Any, message: dict[str, Any]) -> list[dict[str, Any]]:
     """One completion for each prompt, at temperature 1 from all tokens."""
     from vllm import SamplingParams
 
@@ -53,7 +54,7 @@ def generate(llm, message):
     return [describe(output.outputs[0]) for output in outputs]
 
 
-def describe(output):
+def describe(output: Any) -> dict[str, Any]:
     """What goes back of one completion."""
     token_ids = [int(i) for i in output.token_ids]
     steps = zip(token_ids, output.logprobs, strict=True)
@@ -64,12 +65,13 @@ def describe(output):
     }
 
 
-def main():
+def main() -> None:
     """Answers messages until stdin ends."""
     # vLLM and its child processes print to stdout, which is ours.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     llm = None
+    answer: dict[str, Any]
     for line in sys.stdin:
         try:
             message = json.loads(line)

@@ -159,7 +159,7 @@ class SelfPlayModel(backend.Trainer):
             ValueError: The inputs aren't such tensors.
         """
         token_ids, padding_mask, response_mask = _check_inputs(inputs)
-        columns, time = token_ids.shape[1:]
+        time = ops.shape(token_ids)[2]
 
         def flat(tensor: Tensor) -> Tensor:
             return ops.reshape(tensor, (-1, time))
@@ -180,7 +180,7 @@ class SelfPlayModel(backend.Trainer):
             head=lambda h: backbone.token_embedding(h, reverse=True),
             vocabulary_size=backbone.token_embedding.input_dim,
         )
-        return ops.reshape(log_probs, (-1, columns))
+        return ops.reshape(log_probs, (-1, 2))
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -204,9 +204,27 @@ class SelfPlayModel(backend.Trainer):
             metric.update_state(num_tokens, y_pred, sample_weight)
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
+    def get_compile_config(self) -> dict[str, Any]:
+        """What `compile` was called with."""
+        if not self.compiled:
+            return {}
+        serialize = keras.saving.serialize_keras_object
+        return {
+            "optimizer": serialize(self.optimizer),
+            "loss": serialize(self.loss),
+            "micro_batch_size": self.micro_batch_size,
+        }
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        """Compiles the model again, without its metrics."""
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
     def get_config(self) -> dict[str, Any]:
         """The model's configuration, without weights."""
         causal_lm = keras.saving.serialize_keras_object(self.causal_lm)
+        # Made for `generate` by KerasHub itself, and not to be restored.
+        causal_lm.pop("compile_config", None)
         return {"causal_lm": causal_lm, "name": self.name}
 
     @classmethod

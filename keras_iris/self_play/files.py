@@ -37,7 +37,8 @@ def replaced(path: Path) -> Iterator[Path]:
 
 def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:
     """Writes arrays and strings to a safetensors file, atomically."""
-    arrays = {k: np.ascontiguousarray(v) for k, v in arrays.items()}
+    # Not `ascontiguousarray`, which makes a vector of a scalar.
+    arrays = {k: np.asarray(v, order="C") for k, v in arrays.items()}
     with replaced(path) as temporary:
         temporary.write_bytes(save(arrays, metadata=metadata))
 

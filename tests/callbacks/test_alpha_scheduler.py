@@ -124,7 +124,17 @@ def test_it_sets_alpha_within_an_epoch_without_compiling_again():
         return call(*args, **kwargs)
 
     model.call = counted
-    scheduler = AlphaScheduler(smoothing=0.5)
+
+    class Falling:
+        starts_at_zero = False
+        gaps = iter([0.8, 0.6, 0.4, 0.2, 0.8, 0.6, 0.4, 0.2])
+
+        def __call__(self, batch, alpha):
+            return next(self.gaps)
+
+    scheduler = AlphaScheduler(
+        gap_estimator=Falling(), smoothing=0.0, min_effective_sample_size=0.0
+    )
     model.fit(
         pairs, opponent, batch_size=8, verbose=0, callbacks=[scheduler, alphas]
     )
@@ -132,7 +142,8 @@ def test_it_sets_alpha_within_an_epoch_without_compiling_again():
     model.fit(
         pairs, opponent, batch_size=8, verbose=0, callbacks=[scheduler, alphas]
     )
-    assert len(set(alphas.values)) > 2
+    falling = [2.0, 1.625, 1.25, 0.875]
+    np.testing.assert_allclose(alphas.values, 2 * falling, rtol=1e-5)
     if keras.backend.backend() != "torch":  # which traces nothing
         assert num_traces == traced
 

@@ -18,7 +18,6 @@ from keras_iris.hub import load
 
 # float32 sums in another order; logits are of size 3
 TOLERANCE = 1e-5
-# a checkpoint in bfloat16, computed in float32 on both sides
 NUM_NEW_TOKENS = 64
 
 LLAMA3_SCALING = {

@@ -9,7 +9,7 @@ import keras_hub
 import numpy as np
 import pytest
 from reference import expected_logits, expected_tokenizer, random_ids
-from test_load import copy, edit
+from tiny_checkpoints import copy, edit
 from tokenizer_texts import TEXTS
 
 from keras_iris.hub.checkpoint import read_json

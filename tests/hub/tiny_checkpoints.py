@@ -7,6 +7,7 @@ real pre-tokeniser (Qwen2, Llama 3), or SentencePiece BPE with byte fallback
 
 import io
 import json
+import shutil
 
 import sentencepiece
 import tokenizers
@@ -80,6 +81,18 @@ def save_checkpoint(folder, architecture, seed=0, dtype="float32", **options):
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     _TOKENIZERS[architecture](folder)
     return folder
+
+
+def copy(folder, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True)
+
+
+def edit(file, **changes):
+    """Changes entries of a JSON file; `None` removes one."""
+    content = {**json.loads(file.read_text()), **changes}
+    content = {k: v for k, v in content.items() if v is not None}
+    file.write_text(json.dumps(content))
 
 
 def _save_qwen2_tokenizer(folder):

@@ -1,8 +1,11 @@
 import keras
 import numpy as np
+import pytest
 from backend_helpers import gradient
 from oracles import sequence_log_probs as oracle
+from tiny_models import make_causal_lm, make_pairs
 
+import keras_iris
 from keras_iris.models import log_probs
 
 VOCABULARY_SIZE = 11
@@ -18,48 +21,70 @@ def _data(rows=3, time=9, width=4):
     return hidden, kernel, ids, mask
 
 
-def _sum(hidden, kernel, ids, mask):
-    return keras.ops.sum(
-        log_probs.sequence_log_probs(
-            hidden,
-            ids,
-            mask,
-            head=lambda h: keras.ops.matmul(h, kernel),
-            vocabulary_size=VOCABULARY_SIZE,
-        )
-        * keras.ops.convert_to_tensor([1.0, -2.0, 0.5])
-    )
-
-
-def test_chunks_agree_with_the_oracle_and_their_gradients_too(monkeypatch):
-    hidden, kernel, ids, mask = _data()
-    expected = oracle(hidden @ kernel, ids, mask)
-    whole = {
-        "hidden": gradient(lambda h: _sum(h, kernel, ids, mask), hidden),
-        "kernel": gradient(lambda k: _sum(hidden, k, ids, mask), kernel),
-    }
+def _chunked(monkeypatch):
     # 6 tokens a chunk: 2 of each row, and the last chunks have no response.
     monkeypatch.setattr(log_probs, "_MIN_CHUNK_TOKENS", 6)
     monkeypatch.setattr(log_probs, "_MAX_LOGITS", 0)
-    actual = log_probs.sequence_log_probs(
+
+
+def _log_probs(hidden, kernel, ids, mask):
+    return log_probs.sequence_log_probs(
         keras.ops.convert_to_tensor(hidden),
         keras.ops.convert_to_tensor(ids),
         keras.ops.convert_to_tensor(mask),
         head=lambda h: keras.ops.matmul(h, kernel),
         vocabulary_size=VOCABULARY_SIZE,
     )
+
+
+def test_chunks_agree_with_the_oracle(monkeypatch):
+    hidden, kernel, ids, mask = _data()
+    expected = oracle(hidden @ kernel, ids, mask)
+    whole = _log_probs(hidden, kernel, ids, mask)
+    _chunked(monkeypatch)
+    chunks = _log_probs(hidden, kernel, ids, mask)
+    for actual in (whole, chunks):
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(actual), expected, rtol=1e-5
+        )
+
+
+def test_gradient_of_the_hidden_states(monkeypatch):
+    hidden, kernel, ids, mask = _data()
+
+    def total(h):
+        weights = keras.ops.convert_to_tensor([1.0, -2.0, 0.5])
+        return keras.ops.sum(weights * _log_probs(h, kernel, ids, mask))
+
+    whole = gradient(total, hidden)
+    _chunked(monkeypatch)
     np.testing.assert_allclose(
-        keras.ops.convert_to_numpy(actual), expected, rtol=1e-5
+        gradient(total, hidden), whole, rtol=1e-4, atol=1e-6
     )
-    np.testing.assert_allclose(
-        gradient(lambda h: _sum(h, kernel, ids, mask), hidden),
-        whole["hidden"],
-        rtol=1e-4,
-        atol=1e-6,
-    )
-    np.testing.assert_allclose(
-        gradient(lambda k: _sum(hidden, k, ids, mask), kernel),
-        whole["kernel"],
-        rtol=1e-4,
-        atol=1e-6,
-    )
+
+
+@pytest.mark.parametrize("architecture", ["qwen", "mistral"])
+def test_training_in_chunks(architecture, monkeypatch):
+    """A tied and an untied head; the step is that of whole logits."""
+
+    def train():
+        causal_lm = make_causal_lm(architecture, num_layers=1)
+        before = causal_lm.get_weights()
+        model = keras_iris.SelfPlayModel(causal_lm)
+        model.compile(
+            optimizer=keras.optimizers.SGD(0.1),
+            loss=keras_iris.losses.IRIS(2.0),
+            micro_batch_size=3,
+        )
+        pairs = make_pairs(batch_size=6)
+        num_tokens = pairs["response_mask"].sum(-1).astype("float32")
+        model.train_on_batch(pairs, -3.6 * num_tokens)
+        return [
+            new - old
+            for new, old in zip(causal_lm.get_weights(), before, strict=True)
+        ]
+
+    expected = train()
+    _chunked(monkeypatch)
+    for change, whole in zip(train(), expected, strict=True):
+        np.testing.assert_allclose(change, whole, rtol=1e-3, atol=1e-5)

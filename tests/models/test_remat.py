@@ -12,7 +12,6 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 from keras_iris.models.remat import remat_layers
 
 TOLERANCE = 1e-5  # float32 gradients, summed in another order
-ARCHITECTURES = ("qwen", "mistral", "llama", "gemma")
 is_jax = keras.backend.backend() == "jax"
 
 
@@ -37,8 +36,10 @@ def train_once(causal_lm):
     return loss, [keras.ops.convert_to_numpy(v) for v in variables]
 
 
-@pytest.mark.parametrize("lora", [False, True])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture, lora",
+    [("qwen", False), ("qwen", True), ("mistral", False), ("gemma", False)],
+)
 def test_same_step(architecture, lora):
     results = []
     for remat in (False, True):

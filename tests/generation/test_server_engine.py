@@ -1,0 +1,260 @@
+"""Against a tiny server on 127.0.0.1 that answers what a test tells it to."""
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from keras_iris.generation import ServerEngine
+from keras_iris.generation.server_response import read_completion
+
+pytest.importorskip("openai")
+
+END = 2
+
+
+class LetterTokenizer:
+    """One token a character."""
+
+    vocabulary_size = 128
+    pad_token_id = 0
+    end_token_ids = (END,)
+
+    def encode(self, text, *, parse_special=True):
+        return [ord(character) for character in text]
+
+    def decode(self, token_ids):
+        return "".join(chr(token_id) for token_id in token_ids)
+
+    def fingerprint(self):
+        return "letters"
+
+
+def as_json(finish_reason="stop", **choice):
+    choice = {"index": 0, "text": "", "finish_reason": finish_reason, **choice}
+    return json.dumps({"object": "text_completion", "choices": [choice]})
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        length = int(self.headers["Content-Length"])
+        request = json.loads(self.rfile.read(length))
+        self.server.requests.append(request)
+        self.server.answer(self, request)
+
+    def send(self, body, status=200, claimed_length=None):
+        body = body.encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(claimed_length or len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests = []
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def make_engine(server, **options):
+    defaults = dict(
+        tokenizer=LetterTokenizer(), max_new_tokens=4, max_retries=0
+    )
+    host, port = server.server_address
+    return ServerEngine(
+        f"http://{host}:{port}/v1", "tiny", **{**defaults, **options}
+    )
+
+
+def echo_first_id(handler, request):
+    """Answers with the prompt's first id; later requests come back first."""
+    first = request["prompt"][0]
+    time.sleep(0.02 * (10 - first))
+    handler.send(
+        as_json(
+            token_ids=[first, END],
+            logprobs={"token_logprobs": [-0.5, -0.25]},
+        )
+    )
+
+
+def test_ids_seeds_and_order(server):
+    server.answer = echo_first_id
+    engine = make_engine(server, concurrency=3)
+    completions = engine.generate([[5, 1], [6], [7], [8]], seed=40)
+    assert [c.token_ids for c in completions] == [
+        (first, END) for first in (5, 6, 7, 8)
+    ]
+    assert completions[0].finish_reason == "stop"
+    np.testing.assert_array_equal(completions[0].log_probs, [-0.5, -0.25])
+    seeds = {tuple(r["prompt"]): r["seed"] for r in server.requests}
+    assert seeds == {(5, 1): 40, (6,): 41, (7,): 42, (8,): 43}
+
+
+def test_requests_ask_for_the_whole_distribution(server):
+    server.answer = echo_first_id
+    make_engine(server).generate([[9]], seed=0)
+    (request,) = server.requests
+    assert request["temperature"] == request["top_p"] == 1.0
+    assert request["top_k"] == -1
+    assert request["min_p"] == 0.0
+    assert request["repetition_penalty"] == request["repeat_penalty"] == 1.0
+    assert request["max_tokens"] == 4
+    assert request["stop_token_ids"] == [END]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_busy_server_is_asked_again(server):
+    def answer(handler, request):
+        if len(server.requests) == 1:
+            handler.send('{"error": "busy"}', status=503)
+        else:
+            echo_first_id(handler, request)
+
+    server.answer = answer
+    (completion,) = make_engine(server, max_retries=1).generate([[9]], seed=3)
+    assert completion.token_ids == (9, END)
+    assert [request["seed"] for request in server.requests] == [3, 3]
+
+
+def send(body, **options):
+    return lambda handler, request: handler.send(body, **options)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (
+            lambda handler, request: time.sleep(0.5),
+            TimeoutError,
+            "longer than 0.2 seconds.*timeout_seconds",
+        ),
+        (
+            send(as_json(token_ids=[END]), claimed_length=10_000),
+            ConnectionError,
+            "broke off",
+        ),
+        (send("<html>"), ValueError, "can't be read.*received '<html>'"),
+        (send('{"choices": []}'), ValueError, "can't be read.*IndexError"),
+        (send("[1]"), ValueError, "can't be read.*TypeError"),
+        (send(as_json()), ValueError, "can't be read.*token ids or log-probs"),
+        (
+            send(as_json("length", token_ids=[5])),
+            ValueError,
+            "answered 1 tokens with finish_reason='length'.*or 4 tokens",
+        ),
+        (
+            send('{"error": {"message": "no such model"}}', status=404),
+            ValueError,
+            "HTTP status 404.*Check `model`",
+        ),
+    ],
+)
+def test_one_clear_error(server, answer, error, message):
+    server.answer = answer
+    with pytest.raises(error, match=message):
+        make_engine(server, timeout_seconds=0.2).generate([[9]] * 3, seed=0)
+
+
+def test_a_server_that_is_down(server):
+    engine = make_engine(server)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(ConnectionError, match="can't be reached.*base_url"):
+        engine.generate([[9]], seed=0)
+
+
+def test_an_empty_prompt_is_not_sent(server):
+    with pytest.raises(ValueError, match="1 of 2 prompts are empty"):
+        make_engine(server).generate([[9], []], seed=0)
+    assert server.requests == []
+
+
+def test_update(server, tmp_path):
+    folders = []
+    make_engine(server, on_update=folders.append).update(tmp_path)
+    assert folders == [tmp_path]
+    with pytest.raises(ValueError, match="still has the old weights"):
+        make_engine(server).update(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("choice", "token_ids", "log_probs"),
+    [
+        # vLLM, SGLang
+        (
+            {
+                "token_ids": [7, END],
+                "logprobs": {"token_logprobs": [-1, -2], "tokens": ["x", ""]},
+            },
+            (7, END),
+            [-1, -2],
+        ),
+        # llama.cpp
+        (
+            {
+                "logprobs": {
+                    "content": [
+                        {"id": 7, "token": "x", "logprob": -1},
+                        {"id": END, "token": "", "logprob": -2},
+                    ]
+                }
+            },
+            (7, END),
+            [-1, -2],
+        ),
+        # vLLM with tokens as ids
+        (
+            {
+                "logprobs": {
+                    "tokens": ["token_id:7", "token_id:2"],
+                    "token_logprobs": [-1, -2],
+                }
+            },
+            (7, END),
+            [-1, -2],
+        ),
+        # Only texts, and no end token
+        (
+            {"logprobs": {"tokens": ["a"], "token_logprobs": [-1]}},
+            (ord("a"), END),
+            None,
+        ),
+        # What follows an end token isn't part of the answer.
+        ({"token_ids": [7, END, 9]}, (7, END), None),
+    ],
+)
+def test_where_ids_come_from(choice, token_ids, log_probs):
+    completion = read_completion(as_json(**choice), LetterTokenizer(), 4)
+    assert completion.token_ids == token_ids
+    assert completion.finish_reason == "stop"
+    if log_probs is None:
+        assert completion.log_probs is None
+    else:
+        np.testing.assert_array_equal(completion.log_probs, log_probs)
+
+
+def test_texts_that_are_not_one_token_are_refused():
+    text = as_json(logprobs={"tokens": ["ab"], "token_logprobs": [-1]})
+    with pytest.raises(ValueError, match="'ab' is 2 tokens"):
+        read_completion(text, LetterTokenizer(), 4)
+
+
+def test_an_answer_of_the_full_length():
+    text = as_json("length", token_ids=[5, 6, 7, 8])
+    completion = read_completion(text, LetterTokenizer(), 4)
+    assert completion.finish_reason == "length"
+    assert completion.token_ids == (5, 6, 7, 8)

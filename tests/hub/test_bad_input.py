@@ -1,0 +1,182 @@
+"""Bad input of `load`: one clear error each, before a model is built."""
+
+import importlib
+import json
+import re
+import struct
+
+import pytest
+from tiny_checkpoints import copy, edit
+
+from keras_iris.hub import load
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def make_causal_lm(*args, **kwargs):
+        raise AssertionError("a model was built before the error")
+
+    module = importlib.import_module("keras_iris.hub.load")
+    monkeypatch.setattr(module, "make_causal_lm", make_causal_lm)
+
+
+BAD_CONFIGS = {
+    "sliding window": (
+        "qwen2",
+        dict(use_sliding_window=True, sliding_window=8, max_window_layers=0),
+        "use_sliding_window=True, expected False",
+    ),
+    "layer types": (
+        "qwen2",
+        dict(layer_types=["full_attention", "sliding_attention"]),
+        "use_sliding_window=True, expected False",
+    ),
+    "activation": ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
+    "biases": ("llama", dict(attention_bias=True), "attention_bias=True"),
+    "head size": ("qwen2", dict(head_dim=8), "head_dim=8 where"),
+    "epsilon": ("gemma", dict(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+    "tied": ("mistral", dict(tie_word_embeddings=True), "tie_word_embeddings"),
+    "rotary scaling": (
+        "llama",
+        dict(
+            rope_scaling={"type": "linear", "factor": 2.0}, rope_parameters={}
+        ),
+        "rotary embedding by 'linear'",
+    ),
+    "quantized": (
+        "llama",
+        dict(quantization_config={"quant_method": "gptq"}),
+        "weights are quantized",
+    ),
+    "incomplete": ("llama", dict(hidden_size=None), "no entry 'hidden_size'"),
+    "other shapes": ("llama", dict(intermediate_size=128), "with shape"),
+    "too many layers": ("llama", dict(num_hidden_layers=3), "lacks 9 of 29"),
+    "small vocabulary": ("qwen2", dict(vocab_size=600), "with shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_config(checkpoint, tmp_path, no_model, case):
+    architecture, changes, message = BAD_CONFIGS[case]
+    folder = copy(checkpoint(architecture), tmp_path)
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(folder)
+
+
+def _remove(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def _truncate(name, size):
+    def change(folder):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:size])
+
+    return change
+
+
+def _write(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def _integers(folder):
+    entry = {"dtype": "I8", "shape": [640, 64], "data_offsets": [0, 40960]}
+    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(40960)
+    (folder / "model.safetensors").write_bytes(content)
+
+
+def _another_tokenizer(folder):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    for number in range(10):
+        token = {**content["added_tokens"][-1], "content": f"<{number}>"}
+        token["id"] = content["added_tokens"][-1]["id"] + 1
+        content["added_tokens"].append(token)
+    file.write_text(json.dumps(content))
+
+
+BAD_FILES = {
+    "no weights": (_remove("model.safetensors"), "lacks its weights"),
+    "a shard is missing": (
+        _write(
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "model-00002-of-00002.safetensors"}}',
+        ),
+        "lacks its weights: model-00002-of-00002.safetensors",
+    ),
+    "truncated weights": (
+        _truncate("model.safetensors", -10),
+        "is truncated or damaged",
+    ),
+    "truncated header": (
+        _truncate("model.safetensors", 100),
+        "no valid header",
+    ),
+    "empty weights": (_truncate("model.safetensors", 0), "no valid header"),
+    "other weights": (_integers, "as I8"),
+    "no config": (_remove("config.json"), "has no config.json"),
+    "broken config": (_truncate("config.json", 50), "not valid JSON"),
+    "a list": (_write("config.json", b"[1]"), "holds a list"),
+    "no tokenizer": (_remove("tokenizer.json"), "has no tokenizer.json"),
+    "broken tokenizer": (_truncate("tokenizer.json", 90), "not valid JSON"),
+    "strange tokenizer": (
+        _write("tokenizer.json", b'{"model": {"type": "Magic"}}'),
+        "cannot be read",
+    ),
+    "tokenizer of another model": (
+        _another_tokenizer,
+        "ids up to 644, the model 640 embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_files(checkpoint, tmp_path, no_model, case):
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    change, message = BAD_FILES[case]
+    change(folder)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(folder)
+
+
+def test_no_end_token(checkpoint, tmp_path, no_model):
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    (folder / "generation_config.json").unlink()
+    edit(folder / "tokenizer_config.json", chat_template=None, eos_token=None)
+    with pytest.raises(ValueError, match="has no end token"):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:keras_iris doesn't test")
+def test_unknown_architecture(checkpoint, tmp_path, no_model):
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    edit(folder / "config.json", model_type="abacus")
+    with pytest.raises(ValueError, match="KerasHub cannot load .*abacus"):
+        load(folder)
+
+
+def test_not_a_folder(tmp_path, no_model):
+    with pytest.raises(ValueError, match="There is no folder 'no_preset_en'"):
+        load("no_preset_en")
+    with pytest.raises(ValueError, match="There is no folder"):
+        load(tmp_path / "none")
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(ValueError, match="is a file, expected"):
+        load(file)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(lora_rank=0), "`lora_rank` has to be"),
+        (dict(lora_rank=2.0), "`lora_rank` has to be"),
+        (dict(quantize="int2", lora_rank=1), "`quantize` has to be"),
+        (dict(quantize="int8"), "cannot be trained without"),
+    ],
+)
+def test_bad_arguments(checkpoint, no_model, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load(checkpoint("qwen2"), **arguments)
