@@ -5,10 +5,12 @@ from keras_iris import (
     data,
     evaluation,
     generation,
+    hub,
     losses,
     metrics,
     models,
 )
+from keras_iris.hub import export, load
 from keras_iris.models import SelfPlayModel
 from keras_iris.self_play import SelfPlay
 
@@ -20,7 +22,10 @@ __all__ = [
     "callbacks",
     "data",
     "evaluation",
+    "export",
     "generation",
+    "hub",
+    "load",
     "losses",
     "metrics",
     "models",

@@ -109,21 +109,21 @@ def fine_tune(causal_lm, examples, *, epochs, learning_rate, **fit_options):
     )
 
 
-def make_evaluate(held_out, tokenizer):
-    """Held-out scores of a `SelfPlayModel`."""
+def make_evaluate(causal_lm, held_out, tokenizer):
+    """Held-out scores of a `SelfPlayModel` of this causal LM."""
     targets = [example.response_ids for example in held_out]
     num_tokens = sum(len(target) for target in targets)
+    greedy = keras_iris.generation.KerasEngine(
+        causal_lm,
+        end_token_ids=tokenizer.end_token_ids,
+        max_new_tokens=MAX_PHONEMES,
+        batch_size=250,
+        sampler=keras_hub.samplers.GreedySampler(),
+    )
 
     def evaluate(model):
         log_probs = keras_iris.models.score_pairs(
             model, held_out, targets, batch_size=250
-        )
-        greedy = keras_iris.generation.KerasEngine(
-            model.causal_lm,
-            end_token_ids=tokenizer.end_token_ids,
-            max_new_tokens=MAX_PHONEMES,
-            batch_size=250,
-            sampler=keras_hub.samplers.GreedySampler(),
         )
         answers = greedy.generate([e.prompt_ids for e in held_out], seed=0)
         errors = [
@@ -194,7 +194,6 @@ def main():
     )
     tokenizer = keras_iris.data.SymbolTokenizer([*letters, "=>", *phonemes])
     train, held_out = load_data(tokenizer)
-    evaluate = make_evaluate(held_out, tokenizer)
 
     print(f"SFT on {len(train)} words, {len(held_out)} held out")
     causal_lm = make_causal_lm(tokenizer.vocabulary_size)
@@ -232,12 +231,13 @@ def main():
         max_response_length=MAX_PHONEMES,
         tokenizer=tokenizer,
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
-        evaluate=evaluate,
+        evaluate=make_evaluate(causal_lm, held_out, tokenizer),
         title="IRIS on the CMU Pronouncing Dictionary",
     )
     self_play.run()
 
     print(f"Control: SFT for the same {steps} steps")
+    evaluate = make_evaluate(control_lm, held_out, tokenizer)
     run_control(control_lm, train, evaluate, steps)
 
     report = keras_iris.evaluation.report(RUN_DIR)

@@ -1,10 +1,40 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+
+def dataset(batches: keras.utils.PyDataset) -> tf.data.Dataset:
+    """What `fit` takes for batches of several lengths.
+
+    Keras (3.15) would take the shapes from the first two batches. Those of a
+    resumed epoch may be of one length, and another trace of the step rounds
+    in another way.
+
+    Args:
+        batches: Batches `(inputs, log_probs, sample_weight)`.
+    """
+
+    def generate() -> Iterator[Any]:
+        for index in range(len(batches)):
+            yield batches[index]
+
+    def signature(array: Any) -> tf.TensorSpec:
+        # Only (batch, 2, time) has a dimension that changes.
+        is_input = array.ndim == 3
+        shape = (*array.shape[:2], None) if is_input else array.shape
+        return tf.TensorSpec(shape, array.dtype)
+
+    result = tf.data.Dataset.from_generator(
+        generate,
+        output_signature=keras.tree.map_structure(signature, batches[0]),
+    )
+    return result.apply(
+        tf.data.experimental.assert_cardinality(len(batches))
+    ).prefetch(1)
 
 
 def sum_chunks(

@@ -14,8 +14,9 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_iris import backend
 from keras_iris.data import ChatTemplate, Example, PairDataset, Tokenizer
-from keras_iris.generation import Engine, KerasEngine
+from keras_iris.generation import Engine, KerasEngine, check_log_probs
 from keras_iris.models import SelfPlayModel, score_pairs
 from keras_iris.self_play.examples import prepare_examples
 from keras_iris.self_play.run_dir import RunDir
@@ -188,9 +189,10 @@ class SelfPlay:
         key = position.get("key") if is_started else None
         key = key or f"{self._data_key}-{hash_variables(self._weights())}"
         start = time.perf_counter()
-        synthetic = self._generate(iteration, key)
+        synthetic, engine_log_probs = self._generate(iteration, key)
         generated = time.perf_counter()
         opponent = self._score(iteration, key, synthetic)
+        _check_engine(engine_log_probs, opponent, synthetic)
         scored = time.perf_counter()
         num_tokens = self._fit({**position, "key": key}, synthetic, opponent)
         seconds = time.perf_counter() - scored
@@ -208,9 +210,12 @@ class SelfPlay:
             {"iteration": iteration + 1, "epoch": 0, "batch": 0}
         )
 
-    def _generate(self, iteration: int, key: str) -> list[np.ndarray]:
-        """The opponent's responses, one a prompt, as token ids."""
+    def _generate(
+        self, iteration: int, key: str
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """The opponent's responses and the engine's log-probs of them."""
         responses: list[np.ndarray] = []
+        log_probs = []
         shards = self._shards()
         progress = _progress(f"Iteration {iteration}: generate", len(shards))
         for number, examples in enumerate(shards):
@@ -224,17 +229,24 @@ class SelfPlay:
                     seed=int(seeds.generate_state(1)[0] >> 1),
                 )
                 ids = [c.token_ids for c in completions]
+                # What the engine says of its own samples; NaN: nothing.
+                log_probs = [
+                    np.nan if c.log_probs is None else np.sum(c.log_probs)
+                    for c in completions
+                ]
                 return {
                     "lengths": np.array([len(i) for i in ids], "int32"),
                     "token_ids": np.concatenate(ids).astype("int32"),
+                    "log_probs": np.array(log_probs, "float32"),
                 }
 
             name = f"iteration_{iteration:03d}/synthetic"
             arrays = self.folder.shard(name, number, key, make)
             ends = np.cumsum(arrays["lengths"])[:-1]
             responses.extend(np.split(arrays["token_ids"], ends))
+            log_probs.append(arrays["log_probs"])
             progress.update(number + 1)
-        return responses
+        return responses, np.concatenate(log_probs)
 
     def _score(
         self, iteration: int, key: str, synthetic: list[np.ndarray]
@@ -296,7 +308,7 @@ class SelfPlay:
             logger = StepLogger(self.folder.log, iteration, rest.indices)
             print(f"Iteration {iteration}, epoch {epoch + 1}/{self.epochs}")
             self.model.fit(
-                rest,
+                backend.dataset(rest),
                 shuffle=False,
                 # The checkpoint last: with all that the others have set.
                 callbacks=[logger, *self.callbacks, keep],
@@ -361,12 +373,37 @@ class _Rest(keras.utils.PyDataset):
 
 
 def hash_variables(variables: list[keras.Variable]) -> str:
-    """A hash of the variables' values."""
+    """A hash of the variables' values.
+
+    Raises:
+        FloatingPointError: A value isn't finite.
+    """
     digest = hashlib.sha256()
     for variable in variables:
         value = keras.ops.convert_to_numpy(variable.value)
+        if not np.isfinite(value).all():
+            raise FloatingPointError(
+                f"The weight {variable.path} is not finite as the iteration "
+                "starts. Load the model again, or lower the learning rate."
+            )
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _check_engine(
+    engine_log_probs: np.ndarray,
+    opponent: np.ndarray,
+    synthetic: list[np.ndarray],
+) -> None:
+    """The engine's log-probs, where it gives any, have to be the model's."""
+    is_given = np.isfinite(engine_log_probs)
+    num_tokens = np.array([len(ids) for ids in synthetic])
+    if is_given.any():
+        check_log_probs(
+            engine_log_probs[is_given],
+            opponent[is_given, 1],
+            num_tokens[is_given],
+        )
 
 
 def _hash_examples(examples: list[Example]) -> str:
@@ -382,8 +419,8 @@ def _check_finite(log_probs: np.ndarray, indices: np.ndarray) -> None:
     bad = indices[~np.isfinite(log_probs).all(axis=1)]
     if len(bad):
         raise FloatingPointError(
-            f"The log-probs of examples {bad.tolist()} are not finite, under "
-            "the model as it starts the iteration. Check its weights and "
+            f"The log-probs of examples {bad.tolist()} are not finite, "
+            "under the model as the iteration starts. Check its weights and "
             "dtype, and these rows of the data."
         )
 

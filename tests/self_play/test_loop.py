@@ -201,7 +201,7 @@ def test_nan_in_the_opponent(tmp_path):
     self_play = make_self_play(tmp_path / "run")
     variable = self_play.model.trainable_variables[-1]
     variable.assign(np.full(variable.shape, np.nan, "float32"))
-    with pytest.raises(FloatingPointError, match="starts the iteration"):
+    with pytest.raises(FloatingPointError, match="as the iteration starts"):
         self_play.run()
 
 
