@@ -131,7 +131,14 @@ def _kill_at_write(monkeypatch, number):
 
 
 # Writes: 1 start; 2-4 synthetic; 5-7 opponent; 8 mid-epoch; 9 epoch; ...
-@pytest.mark.parametrize("write", [3, 6, 8, 14])
+@pytest.mark.parametrize(
+    "write",
+    [
+        6,
+        14,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 8, 9, 20)),
+    ],
+)
 def test_killed_at_a_write(write, finished, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         _kill_at_write(patch, write)
