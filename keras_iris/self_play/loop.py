@@ -6,6 +6,7 @@ nothing of objectives beyond what the model was compiled with.
 """
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -143,8 +144,8 @@ class SelfPlay:
             "data": self._data_key,
             "end_token_ids": list(end_token_ids),
             "engine": type(self.engine).__name__,
-            "loss": type(model.loss).__name__,
-            "optimizer": type(model.optimizer).__name__,
+            **_settings_of("loss", model.loss),
+            **_settings_of("optimizer", model.optimizer),
             "micro_batch_size": model.micro_batch_size,
             "parameters": model.causal_lm.count_params(),
             "dtype": model.dtype_policy.name,
@@ -388,6 +389,18 @@ def hash_variables(variables: list[keras.Variable]) -> str:
             )
         digest.update(np.ascontiguousarray(value).tobytes())
     return digest.hexdigest()[:16]
+
+
+def _settings_of(kind: str, part: Any) -> dict[str, Any]:
+    """The class of a loss or an optimizer, and its configuration."""
+    config = {
+        f"{kind}.{name}": value
+        if isinstance(value, bool | int | float | str | None)
+        else json.dumps(value, default=str)
+        for name, value in part.get_config().items()
+        if name != "name"
+    }
+    return {kind: type(part).__name__, **config}
 
 
 def _check_engine(

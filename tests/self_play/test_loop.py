@@ -187,9 +187,10 @@ def test_corrupt_shard_is_made_again(finished, tmp_path, monkeypatch):
 
 def test_other_settings_are_refused_line_by_line(finished):
     with pytest.raises(ValueError) as error:
-        make_self_play(finished, batch_size=6, seed=1)
+        make_self_play(finished, batch_size=6, seed=1, learning_rate=0.5)
     assert "batch_size: 8 there, 6 here" in str(error.value)
     assert "seed: 0 there, 1 here" in str(error.value)
+    assert "optimizer.learning_rate: 0.0" in str(error.value)
 
 
 def test_nan_stops_training_with_the_ids_and_keeps_the_checkpoint(tmp_path):
