@@ -5,6 +5,7 @@ PYTHON ?= python3
 KERAS_BACKEND ?= jax
 BACKENDS ?= jax torch tensorflow
 BIN := .venv/bin
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
@@ -15,14 +16,14 @@ quickstart: .venv/installed-$(KERAS_BACKEND)
 
 test: .venv/installed-dev
 	$(MAKE) lint
-	for backend in $(BACKENDS); do \
+	failed=0; for backend in $(BACKENDS); do \
 	    echo "== $$backend"; \
-	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q $(ARGS) || exit 1; \
-	done
+	    KERAS_BACKEND=$$backend $(PYTEST) $(ARGS) || failed=1; \
+	done; exit $$failed
 
 test-slow: .venv/installed-dev
 	for backend in $(BACKENDS); do \
-	    KERAS_BACKEND=$$backend $(BIN)/python -m pytest -q -m slow || exit 1; \
+	    KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; \
 	done
 
 lint: .venv/installed-dev

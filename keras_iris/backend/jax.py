@@ -21,10 +21,12 @@ def sum_chunks(
 ) -> jax.Array:
     """Sums `function(*chunk)` over the chunks, rematerialising each.
 
-    A chunk whose last array, a mask, is all zero is skipped at run time.
+    Chunks whose last array, a mask, is all zero come last; they are skipped
+    at run time.
 
     Args:
-        function: Maps one chunk of each array to a tensor.
+        function: Maps one chunk of each array to a tensor, which has a
+            gradient by the first array and by variables.
         arrays: Arrays of shape `(num_chunks, ...)`; the last is a mask.
 
     Returns:

@@ -6,6 +6,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# This pass of Grappler (2.21) lets the optimizer write a variable before a
+# rematerialised layer has read it, in some traces: the gradient is wrong.
+tf.config.optimizer.set_experimental_options(
+    {"dependency_optimization": False}
+)
+
 
 def dataset(batches: keras.utils.PyDataset) -> tf.data.Dataset:
     """What `fit` takes for batches of several lengths.
@@ -42,21 +48,74 @@ def sum_chunks(
 ) -> tf.Tensor:
     """Sums `function(*chunk)` over the chunks, rematerialising each.
 
-    A chunk whose last array, a mask, is all zero is skipped at run time.
+    Chunks whose last array, a mask, is all zero come last; they are skipped
+    at run time.
 
     Args:
-        function: Maps one chunk of each array to a tensor.
+        function: Maps one chunk of each array to a tensor, which has a
+            gradient by the first array and by variables.
         arrays: Tensors of shape `(num_chunks, ...)`; the last is a mask.
 
     Returns:
         The sum, of the shape of one `function(*chunk)`.
     """
-    value = tf.recompute_grad(function)
-    total = value(*(array[0] for array in arrays))
-    for i in range(1, arrays[0].shape[0]):
-        chunk = [array[i] for array in arrays]
-        total += value(*chunk)
-    return total
+    others = arrays[1:]
+    num_used = tf.reduce_sum(
+        tf.cast(tf.reduce_any(others[-1] > 0, axis=1), "int32")
+    )
+
+    # TensorFlow keeps the activations of every turn of a loop that it
+    # differentiates: so the loop back is one of its own.
+    def total(array: tf.Tensor) -> tuple[tf.Tensor, Callable[..., Any]]:
+        def value(i: tf.Tensor) -> tf.Tensor:
+            return function(array[i], *(other[i] for other in others))
+
+        def pull_back(upstream: tf.Tensor, variables: Any = ()) -> Any:
+            def add(
+                i: tf.Tensor, by_array: tf.Tensor, by_variables: Any
+            ) -> Any:
+                chunk = array[i]
+                with tf.GradientTape() as tape:
+                    tape.watch(chunk)
+                    result = function(chunk, *(other[i] for other in others))
+                by_chunk, *updates = tape.gradient(
+                    result,
+                    [chunk, *variables],
+                    output_gradients=upstream,
+                    unconnected_gradients="zero",
+                )
+                return (
+                    i + 1,
+                    tf.tensor_scatter_nd_update(
+                        by_array, [[i]], by_chunk[None]
+                    ),
+                    [
+                        g + tf.cast(tf.convert_to_tensor(u), g.dtype)
+                        for g, u in zip(by_variables, updates, strict=True)
+                    ],
+                )
+
+            zeros = [tf.zeros(v.shape, _sum_dtype(v.dtype)) for v in variables]
+            _, by_array, by_variables = tf.while_loop(
+                lambda i, *_: i < num_used,
+                add,
+                (tf.constant(0), tf.zeros_like(array), zeros),
+                parallel_iterations=1,
+            )
+            return by_array, [
+                tf.cast(g, v.dtype)
+                for g, v in zip(by_variables, variables, strict=True)
+            ]
+
+        _, result = tf.while_loop(
+            lambda i, _: i < num_used,
+            lambda i, sum_: (i + 1, sum_ + value(i)),
+            (tf.constant(1), value(tf.constant(0))),
+            parallel_iterations=1,
+        )
+        return result, pull_back
+
+    return tf.custom_gradient(total)(arrays[0])
 
 
 class Trainer(keras.Model):

@@ -18,10 +18,11 @@ def sum_chunks(
 ) -> torch.Tensor:
     """Sums `function(*chunk)` over the chunks, rematerialising each.
 
-    A chunk whose last array, a mask, is all zero is skipped.
+    Chunks whose last array, a mask, is all zero come last; they are skipped.
 
     Args:
-        function: Maps one chunk of each array to a tensor.
+        function: Maps one chunk of each array to a tensor, which has a
+            gradient by the first array and by variables.
         arrays: Tensors of shape `(num_chunks, ...)`; the last is a mask.
 
     Returns:

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +14,7 @@ from keras_iris.data.conversations import Conversation
 from keras_iris.data.example import Example, TokenIds
 from keras_iris.data.tokenize import OnOverflow, tokenize
 from keras_iris.data.tokenizer import Tokenizer
+from keras_iris.files import replaced
 
 _FORMAT = 1  # advance when `tokenize` gives other ids
 
@@ -92,20 +91,9 @@ def _write(path: Path, examples: Sequence[Example]) -> None:
             "response_ids": _column([e.response_ids for e in examples]),
         }
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Written under another name and renamed, so that `path` is never half
-    # there, also if two processes write it.
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            with pyarrow.ipc.new_stream(file, table.schema) as writer:
-                writer.write_table(table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replaced(path) as temporary, pyarrow.OSFile(str(temporary), "wb") as f:
+        with pyarrow.ipc.new_stream(f, table.schema) as writer:
+            writer.write_table(table)
 
 
 def _column(rows: Sequence[TokenIds]) -> Any:

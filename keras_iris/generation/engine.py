@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -28,7 +29,14 @@ class Completion:
 
 
 class Engine(Protocol):
-    """Something that answers prompts."""
+    """Something that answers prompts.
+
+    Attributes:
+        needs_folder: Whether it has weights of its own, which `update` reads
+            from a folder, instead of the trainer's variables.
+    """
+
+    needs_folder: bool
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, seed: int
@@ -42,6 +50,14 @@ class Engine(Protocol):
 
         Returns:
             Completions, in the order of the prompts.
+        """
+        ...
+
+    def update(self, folder: Path) -> None:
+        """Takes the weights of an exported model, if `needs_folder`.
+
+        Args:
+            folder: What `keras_iris.export` wrote.
         """
         ...
 

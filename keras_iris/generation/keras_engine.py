@@ -1,6 +1,7 @@
 """Generation with a KerasHub causal LM in this process."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import keras_hub
@@ -56,6 +57,8 @@ class KerasEngine:
     completions[0].token_ids
     ```
     """
+
+    needs_folder = False
 
     def __init__(  # noqa: PLR0913 (by keyword only)
         self,
@@ -120,6 +123,9 @@ class KerasEngine:
             self._seed_sampler(seed, number)
             completions.update(self._answer(prompts, batch))
         return [completions[i] for i in range(len(prompts))]
+
+    def update(self, folder: Path) -> None:
+        """Does nothing: the weights are the trainer's."""
 
     def _answer(
         self, prompts: Sequence[Sequence[int]], batch: Batch

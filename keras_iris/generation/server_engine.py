@@ -55,6 +55,8 @@ class ServerEngine:
         ImportError: If `openai` isn't installed.
     """
 
+    needs_folder = True
+
     def __init__(  # noqa: PLR0913 (by keyword only)
         self,
         base_url: str,

@@ -23,7 +23,8 @@ class VLLMEngine:
     with the first call, and ends with `close` or with this process.
 
     Args:
-        folder: Of the exported model, in Hugging Face format.
+        folder: Of the exported model, in Hugging Face format; None where
+            `update` will give one, as in self-play.
         python: The Python of the environment with vLLM.
         end_token_ids: A completion ends with the first of these, which is
             kept.
@@ -43,16 +44,18 @@ class VLLMEngine:
     ```
     """
 
+    needs_folder = True
+
     def __init__(
         self,
-        folder: str | Path,
+        folder: str | Path | None = None,
         *,
         python: str | Path,
         end_token_ids: Sequence[int],
         max_new_tokens: int,
         vllm_options: Mapping[str, Any] | None = None,
     ) -> None:
-        self.folder = Path(folder)
+        self.folder = None if folder is None else Path(folder)
         self.python = str(python)
         self.end_token_ids = tuple(int(i) for i in end_token_ids)
         self.max_new_tokens = max_new_tokens
@@ -120,10 +123,10 @@ class VLLMEngine:
         return process.returncode
 
     def _start(self) -> None:
-        if not (self.folder / "config.json").is_file():
+        if self.folder is None or not (self.folder / "config.json").is_file():
             raise ValueError(
-                f"Expected a folder in Hugging Face format, {self.folder} has "
-                "no config.json. Pass what keras_iris.export wrote."
+                "Expected a folder in Hugging Face format, with a config.json. "
+                f"Received: {self.folder}. Pass what keras_iris.export wrote."
             )
         try:
             self._process = subprocess.Popen(

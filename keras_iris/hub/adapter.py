@@ -9,7 +9,7 @@ from keras import ops
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from keras_iris.hub.atomic import check_replaceable, written_beside
+from keras_iris.files import check_replaceable, written_beside
 from keras_iris.hub.peft_layout import PEFT_FILES, read_peft, write_peft
 
 _SUFFIX = ".safetensors"
@@ -34,9 +34,9 @@ def save_adapter(causal_lm: keras.Model, path: str | Path) -> Path:
 
     Example:
     ```python
-    keras_iris.save_adapter(causal_lm, "adapter.safetensors")
+    keras_iris.hub.save_adapter(causal_lm, "adapter.safetensors")
     causal_lm = keras_iris.load(preset, lora_rank=16)
-    keras_iris.load_adapter(causal_lm, "adapter.safetensors")
+    keras_iris.hub.load_adapter(causal_lm, "adapter.safetensors")
     ```
     """
     path = Path(path).expanduser().absolute()

@@ -7,8 +7,8 @@ from typing import Any
 
 import keras
 
+from keras_iris.files import check_replaceable, written_beside
 from keras_iris.hub.architectures import read_config
-from keras_iris.hub.atomic import check_replaceable, written_beside
 from keras_iris.hub.checkpoint import read_json
 from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
 from keras_iris.hub.export_tokenizer import write_tokenizer

@@ -59,7 +59,7 @@ def load(
 
     Example:
     ```python
-    causal_lm = keras_iris.load("hf://org/name", dtype="bfloat16")
+    causal_lm = keras_iris.load("path/to/folder", dtype="bfloat16")
     prompt = causal_lm.chat_template.render_prompt(messages)
     token_ids = causal_lm.tokenizer.encode(prompt)
     ```

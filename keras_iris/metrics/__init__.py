@@ -17,6 +17,7 @@ from keras_iris.metrics.log_ratios import (
 from keras_iris.metrics.nll import Gap, RealNLL, SyntheticNLL, TokenMetric
 from keras_iris.metrics.recent import PairBatch, RecentLogProbs
 from keras_iris.metrics.summary import (
+    divergence,
     effective_sample_size,
     summary,
     token_gap,
@@ -38,6 +39,7 @@ __all__ = [
     "SyntheticLogRatio",
     "SyntheticNLL",
     "TokenMetric",
+    "divergence",
     "effective_sample_size",
     "self_play_metrics",
     "summary",

@@ -36,6 +36,32 @@ def token_gap(batch: PairBatch) -> float:
     return nll[0] - nll[1]
 
 
+def divergence(batch: PairBatch, alpha: float) -> float:
+    """The variational Rényi estimate: minus the IRIS loss, in nats.
+
+    Args:
+        batch: The batch.
+        alpha: The order.
+
+    Reference: IRIS, arXiv 2604.20933; Birrell et al., arXiv 2007.03814.
+    """
+    real, synthetic = batch.log_ratio.T
+    weight = batch.sample_weight
+    return -(
+        _tilted_risk(-real, 1 - alpha, weight)
+        + _tilted_risk(synthetic, alpha, weight)
+    )
+
+
+def _tilted_risk(values: np.ndarray, tilt: float, weight: np.ndarray) -> float:
+    """`keras_iris.losses.tilted_risk`, in NumPy."""
+    if abs(tilt) < 1e-6:
+        return float(np.average(values, weights=weight))
+    z = tilt * values
+    mean = np.average(np.exp(z - z.max()), weights=weight)
+    return float((z.max() + np.log(mean)) / tilt)
+
+
 def real_and_synthetic_nll(batch: PairBatch) -> tuple[float, float]:
     """NLL per token of both kinds under the policy, in nats."""
     weight = batch.sample_weight[:, None]

@@ -13,6 +13,7 @@ Tensor = Any
 # as much again.
 _MAX_LOGITS = 2**25
 _MIN_CHUNK_TOKENS = 256
+_MAX_CHUNK_TOKENS = 4096
 
 
 def sequence_log_probs(
@@ -38,52 +39,48 @@ def sequence_log_probs(
             `token_ids` holds a token of the response, its end token
             included. The first position of a row predicts nothing and can't
             be part of a response.
-        head: Maps hidden states `(rows, n, width)` to logits
-            `(rows, n, vocabulary_size)`.
+        head: Maps hidden states `(n, width)` to logits
+            `(n, vocabulary_size)`.
         vocabulary_size: Number of logits.
 
     Returns:
         Float32 tensor of shape `(rows,)`.
     """
-    hidden_states = hidden_states[:, :-1]
-    token_ids = token_ids[:, 1:]
-    mask = ops.cast(response_mask[:, 1:], "float32")
+    rows, time = ops.shape(token_ids)  # tensors where TensorFlow traces
+    width = hidden_states.shape[-1]
+    hidden_states = ops.reshape(hidden_states[:, :-1], (-1, width))
+    token_ids = ops.reshape(token_ids[:, 1:], (-1,))
+    mask = ops.reshape(ops.cast(response_mask[:, 1:], "float32"), (-1,))
+    row = ops.repeat(ops.arange(rows), time - 1)  # of each token
 
-    def chunk_sum(hidden: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        logits = ops.cast(head(hidden), "float32")  # (rows, n, vocabulary)
-        chosen = ops.take_along_axis(logits, ids[..., None], axis=-1)[..., 0]
-        log_probs = chosen - ops.logsumexp(logits, axis=-1)
+    def row_sums(hidden: Tensor, ids: Tensor, row: Tensor, mask: Tensor) -> Any:
+        logits = ops.cast(head(hidden), "float32")  # (n, vocabulary)
+        chosen = ops.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
+        log_probs = chosen - ops.logsumexp(logits, axis=1)
         # `where`, not a product: a padding position may hold -inf.
-        return ops.sum(ops.where(mask > 0, log_probs, 0.0), axis=-1)
+        log_probs = ops.where(mask > 0, log_probs, 0.0)
+        return ops.segment_sum(log_probs, row, num_segments=rows)
 
-    rows, time, _ = hidden_states.shape
-    length = _chunk_length(rows, vocabulary_size)
-    # TensorFlow may not know the shape when it traces.
-    if time is None or length >= time:
-        return chunk_sum(hidden_states, token_ids, mask)
-    # Response positions first, so that the chunks behind them are empty.
-    order = ops.argsort(1.0 - mask, axis=1)
-    arrays = (
-        ops.take_along_axis(hidden_states, order[..., None], axis=1),
-        ops.take_along_axis(token_ids, order, axis=1),
-        ops.take_along_axis(mask, order, axis=1),
-    )
-    return backend.sum_chunks(
-        chunk_sum, tuple(_chunks(array, length) for array in arrays)
-    )
+    arrays = (hidden_states, token_ids, row, mask)
+    size = _chunk_size(vocabulary_size)
+    num_tokens = rows * (time - 1)
+    if isinstance(num_tokens, int) and num_tokens <= size:
+        return row_sums(*arrays)
+    # Response tokens first, so that the chunks behind them are empty.
+    order = ops.argsort(1.0 - mask)
+    chunks = (_chunks(ops.take(a, order, axis=0), size) for a in arrays)
+    return backend.sum_chunks(row_sums, tuple(chunks))
 
 
-def _chunk_length(rows: int | None, vocabulary_size: int) -> int:
-    """Positions of every row that go through the head at a time."""
+def _chunk_size(vocabulary_size: int) -> int:
+    """Tokens that go through the head at a time."""
     tokens = max(_MIN_CHUNK_TOKENS, _MAX_LOGITS // vocabulary_size)
-    return max(1, tokens // (rows or 16))
+    return min(_MAX_CHUNK_TOKENS, tokens)
 
 
-def _chunks(array: Tensor, length: int) -> Tensor:
-    """Cuts `(rows, time, ...)` into `(num_chunks, rows, length, ...)`."""
-    time, *rest = array.shape[1:]
-    num_chunks = -(-time // length)
-    widths = [(0, 0), (0, num_chunks * length - time)] + [(0, 0)] * len(rest)
-    shape = (ops.shape(array)[0], num_chunks, length, *rest)
-    array = ops.reshape(ops.pad(array, widths), shape)
-    return ops.moveaxis(array, 1, 0)
+def _chunks(array: Tensor, size: int) -> Tensor:
+    """Cuts `(tokens, ...)` into `(num_chunks, size, ...)`."""
+    num_tokens, *rest = ops.shape(array)
+    padding = ops.zeros((-num_tokens % size, *rest), array.dtype)
+    array = ops.concatenate([array, padding])
+    return ops.reshape(array, (-1, size, *rest))

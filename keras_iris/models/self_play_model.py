@@ -41,13 +41,13 @@ class SelfPlayModel(backend.Trainer):
     Example:
     ```python
     model = keras_iris.SelfPlayModel(causal_lm)
-    opponent = model.predict(pairs)
+    opponent = model.predict(inputs)
     model.compile(
         optimizer=keras.optimizers.AdamW(5e-7),
         loss=keras_iris.losses.IRIS(alpha=1.0),
         micro_batch_size=4,
     )
-    model.fit(pairs, opponent, batch_size=64)
+    model.fit(inputs, opponent, batch_size=64)
     ```
     """
 

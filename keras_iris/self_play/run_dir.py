@@ -12,12 +12,8 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_iris.self_play.files import (
-    Arrays,
-    read_arrays,
-    replaced,
-    write_arrays,
-)
+from keras_iris.files import replaced
+from keras_iris.self_play.arrays import Arrays, read_arrays, write_arrays
 
 
 class RunDir:

@@ -31,6 +31,7 @@ class StepLogger(keras.callbacks.Callback):
         self.indices = indices
         self.num_tokens = 0
         self._start = time.perf_counter()
+        self._steps: list[dict[str, float]] = []
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
@@ -49,25 +50,47 @@ class StepLogger(keras.callbacks.Callback):
             )
         alpha = float(model.alpha.value)
         self.num_tokens += int(latest.num_tokens.sum())
+        values = {
+            "loss": float(logs["loss"]) if logs else float("nan"),
+            "alpha": alpha,
+            **summary(latest, alpha),
+        }
+        self._steps.append(values)
         self.log(
             "step",
             iteration=self.iteration,
             step=int(model.optimizer.iterations.value),
             seconds=round(time.perf_counter() - self._start, 3),
-            loss=float(logs["loss"]) if logs else float("nan"),
-            alpha=alpha,
-            **summary(latest, alpha),
+            **values,
         )
+
+    def means(self) -> dict[str, float]:
+        """Means over the steps of what was logged; alpha is the last."""
+        names = (
+            "gap",
+            "margin",
+            "margin_accuracy",
+            "real_ess",
+            "synthetic_ess",
+        )
+        return {
+            "alpha": self._steps[-1]["alpha"],
+            **{
+                name: float(np.mean([step[name] for step in self._steps]))
+                for name in names
+            },
+        }
 
 
 class CheckpointWriter(keras.callbacks.Callback):
-    """Writes a checkpoint every few steps of an epoch.
+    """Writes checkpoints in the middle of an epoch.
 
     Args:
         write: Takes the position in the run.
         position: Position of the epoch.
         first_batch: Batches of the epoch that were done before.
-        every: Steps between checkpoints.
+        every_steps: Most steps between checkpoints, or None.
+        every_minutes: Longest time between them.
     """
 
     def __init__(
@@ -76,19 +99,25 @@ class CheckpointWriter(keras.callbacks.Callback):
         position: dict[str, Any],
         *,
         first_batch: int,
-        every: int,
+        every_steps: int | None,
+        every_minutes: float,
     ) -> None:
         super().__init__()
         self.write = write
         self.position = position
         self.first_batch = first_batch
-        self.every = every
+        self.every_steps = every_steps
+        self.every_minutes = every_minutes
+        self._written = time.monotonic()
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Writes a checkpoint when it is time."""
         num_done = self.first_batch + batch + 1
-        if num_done % self.every == 0:
+        is_step = self.every_steps and num_done % self.every_steps == 0
+        minutes = (time.monotonic() - self._written) / 60
+        if is_step or minutes >= self.every_minutes:
             _ = self.model  # fetches the state from the device
             self.write({**self.position, "batch": num_done})
+            self._written = time.monotonic()

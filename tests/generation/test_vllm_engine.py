@@ -83,7 +83,7 @@ def test_the_limit(make_engine):
     ("options", "error", "message"),
     [
         ({"python": "/no/such/python"}, RuntimeError, "can't be started"),
-        ({"folder": "/no/such"}, ValueError, "has no config.json"),
+        ({"folder": "/no/such"}, ValueError, "with a config.json"),
         (
             {"vllm_options": {"tensor_parallel_size": 99}},
             RuntimeError,

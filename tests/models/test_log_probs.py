@@ -3,9 +3,12 @@ import numpy as np
 import pytest
 from backend_helpers import gradient
 from oracles import sequence_log_probs as oracle
+from tiny_models import VOCABULARY_SIZE as MODEL_VOCABULARY_SIZE
 from tiny_models import make_causal_lm, make_pairs
 
 import keras_iris
+from keras_iris import backend
+from keras_iris.data import Example, PairDataset
 from keras_iris.models import log_probs
 
 VOCABULARY_SIZE = 11
@@ -22,7 +25,7 @@ def _data(rows=3, time=9, width=4):
 
 
 def _chunked(monkeypatch):
-    # 6 tokens a chunk: 2 of each row, and the last chunks have no response.
+    # Chunks of 6 tokens: the last of 4 has no response token.
     monkeypatch.setattr(log_probs, "_MIN_CHUNK_TOKENS", 6)
     monkeypatch.setattr(log_probs, "_MAX_LOGITS", 0)
 
@@ -88,3 +91,41 @@ def test_training_in_chunks(architecture, monkeypatch):
     _chunked(monkeypatch)
     for change, whole in zip(train(), expected, strict=True):
         np.testing.assert_allclose(change, whole, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_lengths_that_are_unknown_in_tracing(jit_compile, monkeypatch):
+    """`fit` over batches of two lengths, which TensorFlow traces once."""
+    if jit_compile and keras.backend.backend() == "torch":
+        pytest.skip("torch.compile takes minutes")
+    rng = np.random.default_rng(0)
+    ids = [
+        rng.integers(2, MODEL_VOCABULARY_SIZE, n).astype("int32")
+        for n in (4, 4, 4, 40, 40, 40)
+    ]
+    pairs = PairDataset(
+        [Example(i[:3], i) for i in ids],
+        [i[::-1] for i in ids],
+        np.full((6, 2), -60.0),
+        batch_size=3,
+    )
+
+    def train():
+        causal_lm = make_causal_lm(num_layers=1)
+        before = causal_lm.get_weights()
+        model = keras_iris.SelfPlayModel(causal_lm)
+        model.compile(
+            optimizer=keras.optimizers.SGD(0.1),
+            loss=keras_iris.losses.IRIS(2.0),
+            jit_compile=jit_compile,
+        )
+        model.fit(backend.dataset(pairs), shuffle=False, verbose=0)
+        return [
+            new - old
+            for new, old in zip(causal_lm.get_weights(), before, strict=True)
+        ]
+
+    expected = train()
+    _chunked(monkeypatch)
+    for change, whole in zip(train(), expected, strict=True):
+        np.testing.assert_allclose(change, whole, rtol=1e-3, atol=3e-5)

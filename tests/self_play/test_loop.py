@@ -14,7 +14,9 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 import keras_iris
 from keras_iris.callbacks import AlphaScheduler
 from keras_iris.data import Example
-from keras_iris.self_play.files import read_arrays, replaced
+from keras_iris.files import replaced
+from keras_iris.generation import Completion
+from keras_iris.self_play.arrays import read_arrays, write_arrays
 
 END = 1
 
@@ -114,18 +116,15 @@ class _Killed(BaseException):
 
 def _kill_at_write(monkeypatch, number):
     """Dies instead of the `number`-th write of a whole file."""
-    from keras_iris.self_play import files
-
-    original = files.write_arrays
     count = 0
 
     def write(path, arrays, metadata):
         nonlocal count
         count += 1
         if count == number:
-            (path.parent / f".{path.name}.1.tmp").write_bytes(b"half")
+            (path.parent / f".{path.name}-1").write_bytes(b"half")
             raise _Killed
-        original(path, arrays, metadata)
+        write_arrays(path, arrays, metadata)
 
     monkeypatch.setattr("keras_iris.self_play.run_dir.write_arrays", write)
 
@@ -191,6 +190,49 @@ def test_other_settings_are_refused_line_by_line(finished):
     assert "batch_size: 8 there, 6 here" in str(error.value)
     assert "seed: 0 there, 1 here" in str(error.value)
     assert "optimizer.learning_rate: 0.0" in str(error.value)
+
+
+def test_other_arguments_of_the_scheduler_are_refused(finished):
+    with pytest.raises(ValueError, match="max_alpha: 2.0 there, 1.0 here"):
+        make_self_play(finished, callbacks=[AlphaScheduler(max_alpha=1.0)])
+
+
+def test_checkpoint_by_time(tmp_path, monkeypatch):
+    """With no time between them, the epoch's first step has one."""
+    self_play = make_self_play(
+        tmp_path / "run",
+        checkpoint_every_steps=None,
+        checkpoint_every_minutes=1e-9,
+    )
+    with monkeypatch.context() as patch:
+        _kill_at_write(patch, 9)
+        with pytest.raises(_Killed):
+            self_play.run()
+    _, metadata = read_arrays(tmp_path / "run" / "checkpoint.safetensors")
+    assert json.loads(metadata["position"])["batch"] == 1
+
+
+class _OtherProcess:
+    """Stands in for an engine that has weights of its own."""
+
+    needs_folder = True
+
+    def __init__(self):
+        self.folders = []
+
+    def update(self, folder):
+        assert (folder / "model.safetensors").is_file()
+        self.folders.append(folder)
+
+    def generate(self, prompts, *, seed):
+        return [Completion((3, END), "stop") for _ in prompts]
+
+
+def test_engine_with_weights_of_its_own_gets_each_iteration(tmp_path):
+    engine = _OtherProcess()
+    self_play = make_self_play(tmp_path / "run", engine=engine, epochs=1)
+    self_play.run()
+    assert engine.folders == [tmp_path / "run" / "export"] * 2
 
 
 def test_nan_stops_training_with_the_ids_and_keeps_the_checkpoint(tmp_path):

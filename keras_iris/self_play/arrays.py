@@ -1,38 +1,14 @@
-"""Files that are either whole or not there."""
+"""Arrays in safetensors files, written whole or not at all."""
 
-import contextlib
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from keras_iris.files import replaced
+
 Arrays = dict[str, np.ndarray]
-
-
-@contextlib.contextmanager
-def replaced(path: Path) -> Iterator[Path]:
-    """Gives a temporary path, which becomes `path` if nothing is raised.
-
-    The file is flushed to disk before it takes the place of an old one, so
-    a crash at any instant leaves the old file or the new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_arrays(path: Path, arrays: Arrays, metadata: dict[str, str]) -> None:

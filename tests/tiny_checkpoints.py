@@ -77,7 +77,7 @@ def save_checkpoint(folder, architecture, seed=0, dtype="float32", **options):
             parameter.data.normal_(0, 0.2)
         else:
             parameter.data.normal_(0, 0.08)
-    model.generation_config.eos_token_id = _END_IDS[architecture]
+    model.generation_config.eos_token_id = END_IDS[architecture]
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     _TOKENIZERS[architecture](folder)
     return folder
@@ -261,7 +261,7 @@ _MODELS = {
         dict(head_dim=24),
     ),
 }
-_END_IDS = {
+END_IDS = {
     "mistral": 2,
     "qwen2": [634, 632],
     "llama": [633, 636],

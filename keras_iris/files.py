@@ -1,4 +1,4 @@
-"""Folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import os
 import shutil
@@ -31,6 +31,33 @@ def check_replaceable(
         "replaced. Expected a new or empty folder, or an earlier one of the "
         "same kind. Choose another name, or remove it yourself."
     )
+
+
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """A temporary path that becomes the file `path` if nothing goes wrong.
+
+    What is written is on disk before the rename: a crash at any instant
+    leaves the old file or the new one.
+
+    Args:
+        path: The file's final place; its folder is made if it isn't there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.name}-", dir=path.parent
+    )
+    os.close(descriptor)
+    new = Path(name)
+    try:
+        yield new
+        new.chmod(0o644)
+        _sync(new)
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
 
 
 @contextmanager

@@ -1,0 +1,186 @@
+"""What an iteration learns from: the opponent's responses and log-probs."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+from keras_iris.data import Example
+from keras_iris.generation import Engine, check_log_probs
+from keras_iris.hub import export
+from keras_iris.models import SelfPlayModel, score_pairs
+from keras_iris.self_play.arrays import Arrays
+from keras_iris.self_play.run_dir import RunDir
+
+
+class Opponent:
+    """The model as an iteration starts, which answers the prompts.
+
+    It keeps what it gives in shards of the run's folder, and reads those
+    that are there.
+
+    Args:
+        model: The model.
+        engine: What generates.
+        examples: Prompts and annotated responses.
+        folder: The run's folder.
+        batch_size: Pairs that are scored at a time.
+        shard_size: Responses of a file.
+        seed: Seed of the sampling.
+    """
+
+    def __init__(  # noqa: PLR0913 (by keyword only)
+        self,
+        model: SelfPlayModel,
+        engine: Engine,
+        examples: list[Example],
+        folder: RunDir,
+        *,
+        batch_size: int,
+        shard_size: int,
+        seed: int,
+    ) -> None:
+        self.model = model
+        self.engine = engine
+        self.folder = folder
+        self.batch_size = batch_size
+        self.seed = seed
+        self._shards = [
+            examples[start : start + shard_size]
+            for start in range(0, len(examples), shard_size)
+        ]
+
+    def play(
+        self, iteration: int, key: str
+    ) -> tuple[list[np.ndarray], np.ndarray, dict[str, float]]:
+        """Answers all prompts and scores both responses.
+
+        Args:
+            iteration: Number of the iteration.
+            key: Names the weights and the data.
+
+        Returns:
+            The responses' token ids, the log-probs in nats of annotated and
+            synthetic responses, `(examples, 2)`, and what it took.
+
+        Raises:
+            FloatingPointError: A log-prob is not finite.
+            ValueError: The engine has another model than the trainer.
+        """
+        start = time.perf_counter()
+        responses, engine_log_probs = self._generate(iteration, key)
+        generated = time.perf_counter()
+        log_probs = self._score(iteration, key, responses)
+        num_tokens = np.array([len(ids) for ids in responses])
+        # NaN where the engine doesn't tell.
+        is_given = np.isfinite(engine_log_probs)
+        check_log_probs(
+            engine_log_probs[is_given],
+            log_probs[is_given, 1],
+            num_tokens[is_given],
+        )
+        timing = {
+            "generate_seconds": round(generated - start, 3),
+            "generated_tokens": int(num_tokens.sum()),
+            "score_seconds": round(time.perf_counter() - generated, 3),
+        }
+        return responses, log_probs, timing
+
+    def _generate(
+        self, iteration: int, key: str
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Responses, and the engine's log-probs of them."""
+        is_updated = not self.engine.needs_folder
+
+        def make(number: int) -> Arrays:
+            nonlocal is_updated
+            if not is_updated:
+                self._update_engine()
+                is_updated = True
+            seeds = np.random.SeedSequence([self.seed, iteration, number])
+            completions = self.engine.generate(
+                [e.prompt_ids.tolist() for e in self._shards[number]],
+                seed=int(seeds.generate_state(1)[0] >> 1),
+            )
+            ids = [completion.token_ids for completion in completions]
+            log_probs = [
+                np.nan if c.log_probs is None else np.sum(c.log_probs)
+                for c in completions
+            ]
+            return {
+                "lengths": np.array([len(i) for i in ids], "int32"),
+                "token_ids": np.concatenate(ids).astype("int32"),
+                "log_probs": np.array(log_probs, "float32"),
+            }
+
+        shards = self._read_or_make(iteration, "synthetic", key, make)
+        responses = [
+            ids
+            for shard in shards
+            for ids in np.split(
+                shard["token_ids"], np.cumsum(shard["lengths"])[:-1]
+            )
+        ]
+        return responses, np.concatenate([s["log_probs"] for s in shards])
+
+    def _score(
+        self, iteration: int, key: str, responses: list[np.ndarray]
+    ) -> np.ndarray:
+        """Log-probs of both responses, `(examples, 2)`."""
+        starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+
+        def make(number: int) -> Arrays:
+            first, end = starts[number], starts[number + 1]
+            log_probs = score_pairs(
+                self.model,
+                self._shards[number],
+                responses[first:end],
+                batch_size=self.batch_size,
+            )
+            _check_finite(log_probs, np.arange(first, end))
+            return {"log_probs": log_probs}
+
+        shards = self._read_or_make(iteration, "opponent", key, make)
+        return np.concatenate([shard["log_probs"] for shard in shards])
+
+    def _read_or_make(
+        self,
+        iteration: int,
+        kind: str,
+        key: str,
+        make: Callable[[int], Arrays],
+    ) -> list[Arrays]:
+        """All shards of one kind; `make` makes one, from its number."""
+        verb = {"synthetic": "generate", "opponent": "score"}[kind]
+        print(f"Iteration {iteration}: {verb}")
+        progress = keras.utils.Progbar(len(self._shards), unit_name="shard")
+        shards = []
+        for number in range(len(self._shards)):
+            shards.append(
+                self.folder.shard(
+                    f"iteration_{iteration:03d}/{kind}",
+                    number,
+                    key,
+                    functools.partial(make, number),
+                )
+            )
+            progress.update(number + 1)
+        return shards
+
+    def _update_engine(self) -> None:
+        """Gives an engine outside of this process the current weights."""
+        path = self.folder.path / "export"
+        print(f"Exporting the model to {path}")
+        self.engine.update(export(self.model.causal_lm, path))
+
+
+def _check_finite(log_probs: np.ndarray, indices: np.ndarray) -> None:
+    bad = indices[~np.isfinite(log_probs).all(axis=1)]
+    if len(bad):
+        raise FloatingPointError(
+            f"The log-probs of examples {bad.tolist()} are not finite, "
+            "under the model as the iteration starts. Check its weights and "
+            "dtype, and these rows of the data."
+        )

@@ -1,0 +1,107 @@
+"""A real llama.cpp server (`xllamacpp`) with SmolLM2-135M-Instruct.
+
+Needs `pip install xllamacpp`, the model's GGUF file in KERAS_IRIS_GGUF, and
+a Hugging Face folder with the same weights in KERAS_IRIS_SMOLLM2.
+"""
+
+import os
+
+import numpy as np
+import pytest
+
+import keras_iris
+from keras_iris.data import encode_prompt
+from keras_iris.generation import ServerEngine, check_log_probs
+
+FOLDER = os.environ.get("KERAS_IRIS_SMOLLM2")
+GGUF = os.environ.get("KERAS_IRIS_GGUF")
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "What is 7 times 8?",
+]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not FOLDER or not GGUF,
+        reason="set KERAS_IRIS_SMOLLM2 and KERAS_IRIS_GGUF",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def causal_lm():
+    return keras_iris.load(FOLDER, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def engine(causal_lm):
+    xllamacpp = pytest.importorskip("xllamacpp")
+    params = xllamacpp.CommonParams()
+    params.model.path = GGUF
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0  # any that is free
+    params.n_ctx = 2048
+    params.n_parallel = 2
+    params.cpuparams.n_threads = 2
+    server = xllamacpp.Server(params)
+    # The server ends with its object, so this frame has to last.
+    yield ServerEngine(
+        f"{server.listening_address}/v1",
+        "smollm2",
+        tokenizer=causal_lm.tokenizer,
+        max_new_tokens=24,
+        concurrency=2,
+    )
+
+
+@pytest.fixture(scope="module")
+def prompts(causal_lm):
+    return [
+        encode_prompt(
+            [{"role": "user", "content": question}],
+            causal_lm.tokenizer,
+            causal_lm.chat_template,
+        )
+        for question in QUESTIONS
+    ]
+
+
+def test_the_server_samples_from_the_trainers_model(engine, causal_lm, prompts):
+    completions = engine.generate(prompts, seed=0)
+    ends = causal_lm.tokenizer.end_token_ids
+    for completion in completions:
+        assert (completion.token_ids[-1] in ends) == (
+            completion.finish_reason == "stop"
+        )
+    examples = [
+        keras_iris.data.Example(
+            np.array(prompt, "int32"), np.array(c.token_ids, "int32")
+        )
+        for prompt, c in zip(prompts, completions, strict=True)
+    ]
+    scores = keras_iris.models.score_pairs(
+        keras_iris.SelfPlayModel(causal_lm),
+        examples,
+        [example.response_ids for example in examples],
+        batch_size=4,
+    )
+    given = [c.log_probs for c in completions]
+    assert any(g is not None for g in given)
+    difference = check_log_probs(
+        [np.sum(g) for g in given if g is not None],
+        [s for s, g in zip(scores[:, 0], given, strict=True) if g is not None],
+        [len(g) for g in given if g is not None],
+    )
+    print(f"difference: {difference:.4f} nats per token")
+
+
+def test_seeds_give_different_samples_that_repeat(engine, prompts):
+    first, again, other = (
+        [c.token_ids for c in engine.generate(prompts[:2], seed=seed)]
+        for seed in (1, 1, 7)
+    )
+    assert first != other
+    assert first == again

@@ -1,0 +1,211 @@
+"""The harness of the benchmarks, their records and the README's table."""
+
+import json
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    yield
+    for name in ("harness", "models", "records", "scaling", "table"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def record(monkeypatch, tmp_path, capsys):
+    """A function that writes a record of two contestants and one bar."""
+    import records
+
+    def write(name="train_step", quick=False, value=1.25):
+        command = [f"{name}.py", "--output", str(tmp_path), "--backend", "jax"]
+        monkeypatch.setattr(sys, "argv", command)
+        rows = [
+            {
+                "contestant": contestant,
+                "tokens/s": 1234.5678,
+                "x plain loop": 1.0,
+                "x TRL": 2.0,
+                "peak MB": 3000.123,
+            }
+            for contestant in ("ours", "theirs")
+        ]
+        records.finish(
+            f"somewhere/{name}.py",
+            types.SimpleNamespace(quick=quick, output=tmp_path),
+            settings={"rounds": 1},
+            rows=rows,
+            bars=[records.bar("time over theirs", value, at_most=1.1)],
+        )
+        return capsys.readouterr().out
+
+    return write
+
+
+def test_record(record, tmp_path):
+    printed = record()
+    content = json.loads((tmp_path / "train_step.json").read_text())
+    assert content["command"] == (
+        "python benchmarks/train_step.py --backend jax"
+    )
+    assert content["rows"][0]["tokens/s"] == 1235.0
+    assert content["machine"]["cores"] >= 1
+    assert content["versions"]["keras"]
+    assert not content["bars"][0]["met"]
+    assert "missed  time over theirs: 1.25 (at most 1.1)" in printed
+    assert "theirs" in printed
+    # Neither a host's name nor a path.
+    assert str(tmp_path) not in json.dumps(content)
+
+
+def test_quick_record_replaces_nothing(record, tmp_path):
+    record()
+    record(quick=True, value=1.0)
+    content = json.loads((tmp_path / "train_step.json").read_text())
+    assert content["bars"][0]["value"] == 1.25
+
+
+@pytest.mark.parametrize(
+    "value, limits, is_met",
+    [
+        (1.0, {"at_most": 1.0}, True),
+        (1.001, {"at_most": 1.0}, False),
+        (1.0, {"at_least": 1.0}, True),
+        (0.999, {"at_least": 1.0}, False),
+        (float("nan"), {"at_most": 1.0}, False),
+    ],
+)
+def test_bar(value, limits, is_met):
+    import records
+
+    assert records.bar("figure", value, **limits)["met"] == is_met
+
+
+def test_table(record, tmp_path):
+    import table
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before\n\n{table.START}\nold\n{table.END}\n\nAfter\n")
+    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    record()
+    record("startup", value=0.1)
+    assert table.main([*options, "--check"]) == 1
+    assert table.main(options) == 0
+    text = readme.read_text()
+    assert text.startswith("Before") and text.endswith("After\n")
+    assert "old" not in text
+    assert "| ours | 1,235 | 1 | 2 | 3,000 |" in text
+    assert (
+        "| `train_step` | time over theirs | at most 1.1 | 1.25 | missed |"
+    ) in text
+    assert (
+        "| `startup` | time over theirs | at most 1.1 | 0.1 | met |"
+    ) in text
+    assert table.main([*options, "--check"]) == 0
+    # Another figure.
+    record(value=1.0)
+    assert table.main([*options, "--check"]) == 1
+
+
+def test_table_without_records(tmp_path, record):
+    import table
+
+    record(quick=True)
+    with pytest.raises(ValueError, match="no record of a benchmark"):
+        table.read_records(tmp_path)
+
+
+def test_table_of_two_machines(tmp_path, record):
+    import table
+
+    record()
+    record("startup")
+    file = tmp_path / "startup.json"
+    content = json.loads(file.read_text())
+    content["machine"]["cores"] += 1
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="of 2 machines, expected one"):
+        table.read_records(tmp_path)
+
+
+def test_readme_without_marks():
+    import table
+
+    with pytest.raises(ValueError, match="no place for the figures"):
+        table.insert("# A README", "figures")
+
+
+def test_worker(tmp_path, monkeypatch):
+    import harness
+
+    # What a library prints must not be taken for the answer.
+    (tmp_path / "echo.py").write_text(
+        "import os\n"
+        "class Echo:\n"
+        "    def __init__(self, first):\n"
+        "        print('noise')\n"
+        "        self.first = first\n"
+        "    def add(self, number):\n"
+        "        os.write(1, b'noise\\n')\n"
+        "        return [self.first + number, os.environ['KERAS_BACKEND']]\n"
+        "    def fail(self):\n"
+        "        raise RuntimeError('the reason')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with harness.Worker("x/echo.py", "Echo", backend="jax", first=1) as worker:
+        assert worker.call("add", number=2) == [3, "jax"]
+        answers = harness.take_turns({"a": worker}, "add", 2, number=3)
+        assert answers == {"a": [[4, "jax"]] * 2}
+        with pytest.raises(RuntimeError, match="the reason"):
+            worker.call("fail")
+
+
+def test_memory_above():
+    import harness
+
+    # 64 MB, written to.
+    memory_mb, total = harness.memory_above(
+        lambda: float(np.ones(8_000_000).sum())
+    )
+    assert total == 8_000_000
+    assert 60 < memory_mb < 100
+
+
+def test_median_ratio_is_taken_round_by_round():
+    import harness
+
+    # A busy third round, ten times slower for both.
+    assert harness.median_ratio([2, 2, 20], [1, 1, 10]) == 2
+
+
+def test_scaling_finds_exponents_and_terms():
+    import scaling
+
+    sizes = scaling.list_sizes(scaling.BASE, scaling.FACTORS)
+    assert len(sizes) == 1 + 4 * 3
+    # All of it the layers' matrices: proportional to tokens and layers.
+    seconds = [
+        1e-6 * s["batch"] * s["length"] * s["layers"] for _, _, s in sizes
+    ]
+    slopes = scaling.exponents(sizes, seconds)
+    expected = {"batch": 1, "length": 1, "vocabulary": 0, "layers": 1}
+    assert slopes == pytest.approx(expected, abs=1e-9)
+    shares, error = scaling.shares(sizes, seconds)
+    assert shares[0]["layers"] == pytest.approx(1)
+    assert error < 1e-9
+
+
+@pytest.mark.skipif(
+    not any((FOLDER / "results").glob("*.json")), reason="not measured yet"
+)
+def test_readme_shows_the_results():
+    import table
+
+    assert table.main(["--check"]) == 0
