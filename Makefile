@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart test test-slow lint clean
+.PHONY: quickstart test test-slow bench lint clean
 
 quickstart: .venv/installed-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
@@ -25,6 +25,14 @@ test-slow: .venv/installed-dev
 	for backend in $(BACKENDS); do \
 	    KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; \
 	done
+
+BENCHMARKS := startup remat log_probs micro_batch train_step generation scaling
+
+bench: .venv/installed-bench
+	for name in $(BENCHMARKS); do \
+	    $(BIN)/python benchmarks/$$name.py || exit 1; \
+	done
+	$(BIN)/python benchmarks/table.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

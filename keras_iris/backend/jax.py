@@ -124,14 +124,15 @@ class Trainer(keras.Model):
             if self.loss.is_additive:
                 given = jax.grad(row_loss)(y_pred, *given)
             gradients = jax.tree.map(jnp.add, gradients, pullback(given)[0])
+            # Unused log-probs cost nothing: XLA drops their computation.
             return (fixed, gradients), y_pred
 
         if self.loss.is_additive:
             given = _split(y, size, "edge"), _split(sample_weight, size)
         else:
-            _, y_pred = jax.lax.scan(log_probs, fixed, batches)
+            _, first_pass = jax.lax.scan(log_probs, fixed, batches)
             coefficients, _ = jax.grad(batch_loss, argnums=1, has_aux=True)(
-                trainable, _join(y_pred, num_rows)
+                trainable, _join(first_pass, num_rows)
             )
             given = _split(coefficients, size)
         zeros = [
@@ -141,6 +142,8 @@ class Trainer(keras.Model):
         (new_fixed, gradients), y_pred = jax.lax.scan(
             accumulate, (fixed, zeros), (batches, given)
         )
+        if not self.loss.is_additive:
+            y_pred = first_pass
         y_pred = _join(y_pred, num_rows)
         # What the loss depends on beside the log-probs: weight regularisers.
         direct, (loss, metrics_state) = jax.grad(batch_loss, has_aux=True)(

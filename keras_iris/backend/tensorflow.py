@@ -8,9 +8,7 @@ import tensorflow as tf
 
 # This pass of Grappler (2.21) lets the optimizer write a variable before a
 # rematerialised layer has read it, in some traces: the gradient is wrong.
-tf.config.optimizer.set_experimental_options(
-    {"dependency_optimization": False}
-)
+tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
 
 
 def dataset(batches: keras.utils.PyDataset) -> tf.data.Dataset:
@@ -157,7 +155,7 @@ class Trainer(keras.Model):
         if self.loss.is_additive:
             given = (y, sample_weight)
         else:
-            given = (self._coefficients(x, y, sample_weight),)
+            given = self._coefficients(x, y, sample_weight)
         total_weight = tf.reduce_sum(sample_weight)
         variables = self.trainable_weights
 
@@ -174,6 +172,7 @@ class Trainer(keras.Model):
                     objective = self.optimizer.scale_loss(loss)
                 else:
                     objective = tf.reduce_sum(own[0] * y_pred * is_row[:, None])
+                    y_pred = own[1]  # so that XLA drops the forward head
             updates = tape.gradient(
                 objective, variables, unconnected_gradients="zero"
             )
@@ -187,8 +186,8 @@ class Trainer(keras.Model):
 
     def _coefficients(
         self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
-    ) -> tf.Tensor:
-        """The (scaled) dL/dlog p of the whole batch, from a forward pass."""
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The (scaled) dL/dlog p of the whole batch, and its log-probs."""
 
         def step(
             rows: tf.Tensor, is_row: tf.Tensor, nothing: Any
@@ -207,7 +206,7 @@ class Trainer(keras.Model):
             tape.watch(y_pred)
             loss = self._batch_loss(x, y, y_pred, sample_weight)
             scaled = self.optimizer.scale_loss(loss)
-        return tape.gradient(scaled, y_pred)
+        return tape.gradient(scaled, y_pred), y_pred
 
     def _loop(
         self,

@@ -55,7 +55,9 @@ def sequence_log_probs(
 
     def row_sums(hidden: Tensor, ids: Tensor, row: Tensor, mask: Tensor) -> Any:
         logits = ops.cast(head(hidden), "float32")  # (n, vocabulary)
-        chosen = ops.take_along_axis(logits, ids[:, None], axis=1)[:, 0]
+        # Not a gather, whose gradient is a scatter into new logits.
+        is_chosen = ops.arange(vocabulary_size) == ids[:, None]
+        chosen = ops.sum(ops.where(is_chosen, logits, 0.0), axis=1)
         log_probs = chosen - ops.logsumexp(logits, axis=1)
         # `where`, not a product: a padding position may hold -inf.
         log_probs = ops.where(mask > 0, log_probs, 0.0)

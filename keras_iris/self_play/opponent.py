@@ -137,7 +137,8 @@ class Opponent:
                 self.model,
                 self._shards[number],
                 responses[first:end],
-                batch_size=self.batch_size,
+                # A forward pass has room where a training step has.
+                batch_size=self.model.micro_batch_size or self.batch_size,
             )
             _check_finite(log_probs, np.arange(first, end))
             return {"log_probs": log_probs}

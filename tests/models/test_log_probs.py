@@ -103,12 +103,6 @@ def test_lengths_that_are_unknown_in_tracing(jit_compile, monkeypatch):
         rng.integers(2, MODEL_VOCABULARY_SIZE, n).astype("int32")
         for n in (4, 4, 4, 40, 40, 40)
     ]
-    pairs = PairDataset(
-        [Example(i[:3], i) for i in ids],
-        [i[::-1] for i in ids],
-        np.full((6, 2), -60.0),
-        batch_size=3,
-    )
 
     def train():
         causal_lm = make_causal_lm(num_layers=1)
@@ -118,6 +112,12 @@ def test_lengths_that_are_unknown_in_tracing(jit_compile, monkeypatch):
             optimizer=keras.optimizers.SGD(0.1),
             loss=keras_iris.losses.IRIS(2.0),
             jit_compile=jit_compile,
+        )
+        pairs = PairDataset(
+            [Example(i[:3], i) for i in ids],
+            [i[::-1] for i in ids],
+            np.full((6, 2), -60.0),
+            batch_size=3,
         )
         model.fit(backend.dataset(pairs), shuffle=False, verbose=0)
         return [

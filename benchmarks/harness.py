@@ -1,0 +1,167 @@
+"""Contestants in processes of their own, and what they need of memory.
+
+A contestant is a class of a benchmark's script. It runs in a worker process
+of its own, because a process has one Keras backend and its memory is its own
+only there. Workers stay warm and wait for calls, so that contestants take
+turns and a busy minute of the machine falls on all of them.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+BACKENDS = ("jax", "tensorflow", "torch")
+
+
+class Worker:
+    """A process that holds one contestant.
+
+    Args:
+        script: The `__file__` of the benchmark that defines the contestant.
+        contestant: The name of its class.
+        backend: The value of `KERAS_BACKEND`.
+        **settings: What the class is called with.
+    """
+
+    def __init__(self, script, contestant, *, backend="torch", **settings):
+        self.name = f"{contestant} on {backend}"
+        # Of interest only if the worker fails.
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                str(FOLDER / "harness.py"),
+                Path(script).stem,
+                contestant,
+                json.dumps(settings),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env={
+                "TF_CPP_MIN_LOG_LEVEL": "3",
+                "TOKENIZERS_PARALLELISM": "false",
+                **os.environ,
+                "KERAS_BACKEND": backend,
+            },
+        )
+        self._receive()
+
+    def call(self, method, **arguments):
+        """Calls a method of the contestant; gives what it returns."""
+        request = json.dumps({"method": method, "arguments": arguments})
+        self._process.stdin.write(request + "\n")
+        self._process.stdin.flush()
+        return self._receive()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+    def _receive(self):
+        line = self._process.stdout.readline()
+        if not line:
+            code = self._process.wait()
+            self._errors.seek(0)
+            raise RuntimeError(
+                f"The worker of {self.name} ended with code {code}, expected "
+                "an answer; -9 is mostly a lack of memory. Its last lines: "
+                + self._errors.read()[-3000:]
+            )
+        return json.loads(line)
+
+
+def take_turns(workers, method, rounds, **arguments):
+    """Calls a method of each worker in turn, `rounds` times.
+
+    Args:
+        workers: Workers by name.
+        method: The method to call.
+        rounds: How often. Every second round goes backwards.
+        **arguments: Its arguments.
+
+    Returns:
+        The answers by name, one a round.
+    """
+    answers = {name: [] for name in workers}
+    for number in range(rounds):
+        for name in list(workers)[:: -1 if number % 2 else 1]:
+            answers[name].append(workers[name].call(method, **arguments))
+    return answers
+
+
+def median_ratio(values, others):
+    """The median of the ratios of two contestants, round by round."""
+    pairs = zip(values, others, strict=True)
+    return statistics.median(value / other for value, other in pairs)
+
+
+def resident_mb():
+    """Resident memory of this process in MB."""
+    return _status("VmRSS")
+
+
+def reset_peak():
+    """Starts a new measurement of `peak_mb`."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mb():
+    """The largest resident memory since `reset_peak`, in MB."""
+    return _status("VmHWM")
+
+
+def memory_above(function):
+    """What a call needs on top of what the process holds before it.
+
+    Args:
+        function: Called without arguments.
+
+    Returns:
+        MB at the peak, and the result.
+    """
+    # Else the allocator serves the call from what an earlier one gave back.
+    ctypes.CDLL(None).malloc_trim(0)
+    reset_peak()
+    before = resident_mb()
+    result = function()
+    return peak_mb() - before, result
+
+
+def _status(name):
+    text = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{name}:\s+(\d+) kB", text)[1]) * 1024 / 1e6
+
+
+def _serve(module, contestant, settings):
+    """The worker's side: builds the contestant, then answers calls."""
+    # What libraries print must not get between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    instance = getattr(importlib.import_module(module), contestant)(
+        **json.loads(settings)
+    )
+    answers.write("null\n")
+    answers.flush()
+    for line in sys.stdin:
+        request = json.loads(line)
+        result = getattr(instance, request["method"])(**request["arguments"])
+        answers.write(json.dumps(result) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    _serve(*sys.argv[1:])

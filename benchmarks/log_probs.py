@@ -1,0 +1,148 @@
+"""Sequence log-probs: `sequence_log_probs` against logits of all tokens.
+
+    python benchmarks/log_probs.py [--backend jax]
+
+Loss and gradient, by hidden states and head, of 8 responses that fill their
+rows. Memory is XLA's temporary memory on JAX; elsewhere it is the peak of the
+resident memory above what it was before the call, so with the head's gradient
+(float32, as large as the head) on both sides. At the large size ours and the
+naive one take turns in time but not in memory: one is gone before the other
+comes, and each is timed once. Errors are those of single tokens against
+float64, at logits of standard deviation 1.
+"""
+
+import contextlib
+import statistics
+
+import harness
+import log_probs_contestants as contestants
+import records
+
+WAYS = ("naive", "keras_iris")
+SIZES = {
+    "medium": {
+        "tokens": 2_048,
+        "width": 512,
+        "vocabulary": 32_000,
+        "dtype": "float32",
+    },
+    "large": {
+        "tokens": 2_048,
+        "width": 2_048,
+        "vocabulary": 151_936,
+        "dtype": "bfloat16",
+    },
+}
+QUICK = {
+    "medium": SIZES["medium"] | {"width": 16, "vocabulary": 2_048},
+    "large": SIZES["large"] | {"width": 16, "vocabulary": 4_096},
+}
+# PyTorch 2.13 multiplies bfloat16 matrices at 1 GFLOP/s on processors without
+# instructions for them: half an hour a gradient. So float32 there.
+LARGE_DTYPES = {"torch": "float32"}
+ERROR_LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # nats
+
+
+def _measure(backend, size, rounds):
+    """Answers by way. Several rounds: both loaded; one: one after another."""
+    if rounds > 1:
+        with contextlib.ExitStack() as stack:
+            workers = {
+                way: stack.enter_context(_worker(backend, way, size))
+                for way in WAYS
+            }
+            harness.take_turns(workers, "run", 1)
+            return harness.take_turns(workers, "run", rounds)
+    answers = {}
+    for way in WAYS:
+        with _worker(backend, way, size) as worker:
+            answers[way] = [worker.call("run")]
+    return answers
+
+
+def _worker(backend, way, size):
+    return harness.Worker(
+        contestants.__file__, "LogProbs", backend=backend, way=way, size=size
+    )
+
+
+def _compare(backend, name, size, rounds):
+    """The table's row of a backend and a size."""
+    answers = _measure(backend, size, rounds)
+    row = {"size": name, "backend": backend, "dtype": size["dtype"]}
+    seconds, memory = {}, {}
+    for way in WAYS:
+        seconds[way] = [answer["seconds"] for answer in answers[way]]
+        memory[way] = max(answer["memory_mb"] for answer in answers[way])
+        row[f"{way} s"] = statistics.median(seconds[way])
+    row["time ratio"] = harness.median_ratio(
+        seconds["keras_iris"], seconds["naive"]
+    )
+    for way in WAYS:
+        row[f"{way} MB"] = memory[way]
+    row["memory ratio"] = memory["keras_iris"] / memory["naive"]
+    return row
+
+
+def _bars(row, backend, errors):
+    limit = 1 / 8 if backend == "jax" else 1 / 3
+    return [
+        records.bar(
+            f"memory over naive, {backend}",
+            row["memory ratio"],
+            at_most=round(limit, 4),
+        ),
+        records.bar(
+            f"time over naive, {backend}",
+            row["time ratio"],
+            at_most=1.1,
+        ),
+        *(
+            records.bar(
+                f"error in {dtype}, {backend}",
+                error,
+                at_most=ERROR_LIMITS[dtype],
+            )
+            for dtype, error in errors.items()
+        ),
+    ]
+
+
+def main():
+    """Compares both ways at both sizes."""
+    arguments = records.parse_arguments(
+        __doc__,
+        backend={"choices": harness.BACKENDS, "help": "this one only"},
+    )
+    sizes = QUICK if arguments.quick else SIZES
+    rounds = 2 if arguments.quick else 5
+    rows, bars = [], []
+    one = arguments.backend
+    for backend in [one] if one else harness.BACKENDS:
+        errors = {}
+        for dtype in ERROR_LIMITS:
+            size = sizes["large"] | {"dtype": dtype}
+            with _worker(backend, "keras_iris", size) as worker:
+                errors[dtype] = worker.call("error")
+        rows.append(_compare(backend, "medium", sizes["medium"], rounds))
+        size = sizes["large"] | {
+            "dtype": LARGE_DTYPES.get(backend, sizes["large"]["dtype"])
+        }
+        rows.append(_compare(backend, "large", size, 1))
+        bars += _bars(rows[-1], backend, errors)
+    records.finish(
+        __file__,
+        arguments,
+        settings={
+            **sizes,
+            "rows": contestants.NUM_ROWS,
+            "rounds": {"medium": rounds, "large": 1},
+            "error_tokens": contestants.ERROR_TOKENS,
+        },
+        rows=rows,
+        bars=bars,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What an exact large batch costs beside the naive accumulation.
+
+    python benchmarks/micro_batch.py
+
+IRIS over a batch of B pairs in micro-batches of m = B/8, against two others:
+the accumulation that takes the loss of each micro-batch by itself, which is
+another objective but the cheapest that one can do, for the time; and a step
+of a batch of m pairs, for the memory. Memory is XLA's temporary memory on JAX,
+elsewhere the peak of the resident memory above what it was before the step.
+All gradients are in it; the sizes are such that activations are most of it.
+"""
+
+import contextlib
+import statistics
+import time
+
+import harness
+import models
+import records
+
+WAYS = ("exact", "naive accumulation", "batch of m")
+MODEL = {
+    "vocabulary": 4_096,
+    "layers": 6,
+    "width": 256,
+    "heads": 4,
+    "key_value_heads": 2,
+    "inner_width": 768,
+}
+BATCH = {"pairs": 16, "length": 256, "prompt_length": 64}
+NUM_MICRO_BATCHES = 8
+TIME_LIMIT = 1.4  # of two passes
+
+
+class Steps:
+    """Train steps of one way.
+
+    Args:
+        way: One of `WAYS`.
+        sizes: Of the model.
+        batch: `pairs`, `length` and `prompt_length`.
+    """
+
+    def __init__(self, way, sizes, batch):
+        import keras
+
+        import keras_iris
+
+        class NaiveIRIS(keras_iris.losses.IRIS):
+            """Makes the train step add up the losses of micro-batches."""
+
+            is_additive = True
+
+        is_naive = way == "naive accumulation"
+        size = batch["pairs"] // NUM_MICRO_BATCHES
+        num_pairs = size if way == "batch of m" else batch["pairs"]
+        loss = NaiveIRIS() if is_naive else keras_iris.losses.IRIS()
+        self.model = keras_iris.SelfPlayModel(models.keras_model(sizes))
+        self.model.compile(
+            optimizer=keras.optimizers.AdamW(1e-5),
+            loss=loss,
+            micro_batch_size=size,
+        )
+        token_ids = models.random_rows(
+            num_pairs, batch["length"], sizes["vocabulary"]
+        )
+        dataset = models.pair_dataset(
+            token_ids, batch["prompt_length"], num_pairs
+        )
+        self.data = dataset[0]
+
+    def run(self, steps):
+        """Seconds of a step."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.model.train_on_batch(*self.data)
+        return (time.perf_counter() - start) / steps
+
+    def memory_mb(self):
+        """The memory of a step in MB."""
+        return models.step_memory_mb(self.model, self.data)
+
+
+def _measure(backend, sizes, batch, rounds):
+    """Seconds by way, a list, and MB by way."""
+    with contextlib.ExitStack() as stack:
+        workers = {
+            way: stack.enter_context(
+                harness.Worker(
+                    __file__,
+                    "Steps",
+                    backend=backend,
+                    way=way,
+                    sizes=sizes,
+                    batch=batch,
+                )
+            )
+            for way in WAYS
+        }
+        harness.take_turns(workers, "run", 1, steps=1)  # compiles
+        seconds = harness.take_turns(workers, "run", rounds, steps=1)
+        memory = {w: workers[w].call("memory_mb") for w in WAYS}
+    return seconds, memory
+
+
+def main():
+    """Measures all backends."""
+    arguments = records.parse_arguments(__doc__)
+    sizes, batch, rounds = MODEL, BATCH, 5
+    if arguments.quick:
+        sizes, rounds = models.TINY, 1
+        batch = {"pairs": 16, "length": 32, "prompt_length": 8}
+    rows, bars = [], []
+    for backend in harness.BACKENDS:
+        seconds, memory = _measure(backend, sizes, batch, rounds)
+        rows += [
+            {
+                "backend": backend,
+                "way": way,
+                "s/step": statistics.median(seconds[way]),
+                "time ratio": harness.median_ratio(
+                    seconds[way], seconds["naive accumulation"]
+                ),
+                "MB": memory[way],
+                "memory ratio": memory[way] / memory["batch of m"],
+            }
+            for way in WAYS
+        ]
+        exact = rows[-len(WAYS)]
+        bars += [
+            records.bar(
+                f"time over naive, {backend}",
+                exact["time ratio"],
+                at_most=TIME_LIMIT,
+            ),
+            records.bar(
+                f"memory over a batch of m, {backend}",
+                exact["memory ratio"],
+                at_most=1.15,
+            ),
+        ]
+    records.finish(
+        __file__,
+        arguments,
+        settings={
+            "model": sizes,
+            "batch": batch,
+            "micro_batches": NUM_MICRO_BATCHES,
+            "rounds": rounds,
+        },
+        rows=rows,
+        bars=bars,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Writes the README's figures from the records of the benchmarks.
+
+    python benchmarks/table.py           # between the README's two marks
+    python benchmarks/table.py --check   # fails if the README differs
+
+Quick records don't count.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import records
+
+README = Path(__file__).parents[1] / "README.md"
+START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+# A benchmark whose rows are shown, and the columns to show.
+RACES = {
+    "train_step": ("contestant", "tokens/s", "x plain loop", "x TRL", "peak MB")
+}
+_PACKAGES = ("keras", "jax", "tensorflow", "torch", "transformers", "trl")
+
+
+def read_records(folder):
+    """The records of a folder by name.
+
+    Raises:
+        ValueError: There are none, or they are of several machines.
+    """
+    files = sorted(folder.glob("*.json"))
+    found = [json.loads(file.read_text()) for file in files]
+    found = [record for record in found if not record["quick"]]
+    if not found:
+        raise ValueError(
+            f"{folder} has no record of a benchmark. Run `make bench`."
+        )
+    machines = {json.dumps(record["machine"]) for record in found}
+    if len(machines) > 1:
+        raise ValueError(
+            f"The records of {folder} are of {len(machines)} machines, "
+            "expected one. Run `make bench` on one of them."
+        )
+    return {record["benchmark"]: record for record in found}
+
+
+def make_block(found):
+    """The README's lines between the marks."""
+    blocks = [_caption(found)]
+    for name, columns in RACES.items():
+        if name in found:
+            rows = [
+                [_number(row[column]) for column in columns]
+                for row in found[name]["rows"]
+            ]
+            blocks.append(_markdown(columns, rows))
+    bars = [
+        [
+            f"`{name}`",
+            bar["name"],
+            f"{bar['kind']} {_number(bar['limit'])}",
+            _number(bar["value"]),
+            "met" if bar["met"] else "missed",
+        ]
+        for name, record in found.items()
+        for bar in record["bars"]
+    ]
+    columns = ("benchmark", "figure", "bar", "measured", "")
+    blocks.append(_markdown(columns, bars))
+    return "\n\n".join(blocks)
+
+
+def insert(readme, block):
+    """The README with the block between its marks.
+
+    Raises:
+        ValueError: It lacks a mark.
+    """
+    if START not in readme or END not in readme:
+        raise ValueError(
+            f"The README has no place for the figures: expected {START} and "
+            f"{END}, each on a line of its own. Add them."
+        )
+    before, rest = readme.split(START, 1)
+    after = rest.split(END, 1)[1]
+    return f"{before}{START}\n\n{block}\n\n{END}{after}"
+
+
+def _caption(found):
+    record = next(iter(found.values()))
+    machine, versions = record["machine"], record["versions"]
+    dates = sorted(record["date"] for record in found.values())
+    packages = ", ".join(
+        f"{package} {versions[package]}"
+        for package in _PACKAGES
+        if package in versions
+    )
+    return (
+        f"Measured on {machine['processor']}, {machine['cores']} cores, "
+        f"{machine['memory_gib']} GiB,\n"
+        f"{' to '.join(sorted({dates[0], dates[-1]}))}, with {packages}."
+    )
+
+
+def _markdown(columns, rows):
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value):
+    if isinstance(value, str):
+        return value
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def main(arguments=None):
+    """Writes or checks the README; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=records.RESULTS)
+    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    before = options.readme.read_text()
+    after = insert(before, make_block(read_records(options.results)))
+    if options.check:
+        if before != after:
+            print(
+                f"{options.readme.name} isn't in step with the results. Run "
+                "`python benchmarks/table.py`."
+            )
+        return int(before != after)
+    options.readme.write_text(after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

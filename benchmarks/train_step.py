@@ -1,0 +1,136 @@
+"""Training steps of keras_iris against TRL and a plain transformers loop.
+
+    python benchmarks/train_step.py
+
+Same architecture, batch, optimizer (AdamW) and float32 for all, on the CPU.
+The objective of keras_iris and of the plain loop is IRIS; that of TRL's
+`DPOTrainer` is DPO with precomputed reference log-probs. Full-length rows, so
+that nobody computes padding. Every contestant has a process of its own; they
+take turns. A token is one of a prompt or of a response.
+"""
+
+import contextlib
+import statistics
+
+import harness
+import models
+import records
+import train_contestants
+
+PLAIN, TRL = "transformers, plain loop", "TRL DPOTrainer"
+CONTESTANTS = {
+    PLAIN: ("PlainLoop", "torch", {}),
+    TRL: ("Trl", "torch", {}),
+    "keras_iris, jax": ("KerasIris", "jax", {}),
+    "keras_iris, tensorflow": ("KerasIris", "tensorflow", {}),
+    "keras_iris, tensorflow XLA": (
+        "KerasIris",
+        "tensorflow",
+        {"jit_compile": True},
+    ),
+    "keras_iris, torch": ("KerasIris", "torch", {}),
+}
+OURS = [name for name in CONTESTANTS if name.startswith("keras_iris")]
+
+
+def main():
+    """Races all contestants."""
+    arguments = records.parse_arguments(__doc__)
+    batch = {"pairs": 4, "length": 256, "prompt_length": 64}
+    sizes, rounds, steps = models.SMALL, 5, 2
+    if arguments.quick:
+        batch |= {"length": 32, "prompt_length": 8}
+        sizes, rounds, steps = models.TINY, 1, 1
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(
+                harness.Worker(
+                    train_contestants.__file__,
+                    contestant,
+                    backend=backend,
+                    sizes=sizes,
+                    batch=batch,
+                    **options,
+                )
+            )
+            for name, (contestant, backend, options) in CONTESTANTS.items()
+        }
+        harness.take_turns(workers, "run", 1, steps=1)  # compiles
+        answers = harness.take_turns(workers, "run", rounds, steps=steps)
+    tokens = batch["pairs"] * 2 * batch["length"]
+    rows = [_row(name, answers, tokens) for name in CONTESTANTS]
+    records.finish(
+        __file__,
+        arguments,
+        settings={
+            "model": sizes,
+            "batch": batch,
+            "dtype": "float32",
+            "optimizer": "AdamW",
+            "rounds": rounds,
+            "steps": steps,
+        },
+        rows=rows,
+        bars=_bars({row["contestant"]: row for row in rows}, answers),
+    )
+
+
+def _row(name, answers, tokens):
+    def of(contestant, key):
+        return [answer[key] for answer in answers[contestant]]
+
+    seconds, peak = of(name, "seconds"), max(of(name, "peak_mb"))
+    return {
+        "contestant": name,
+        "tokens/s": tokens / statistics.median(seconds),
+        "x plain loop": harness.median_ratio(of(PLAIN, "seconds"), seconds),
+        "x TRL": harness.median_ratio(of(TRL, "seconds"), seconds),
+        "peak MB": peak,
+        "peak, x plain loop": peak / max(of(PLAIN, "peak_mb")),
+        "peak, x TRL": peak / max(of(TRL, "peak_mb")),
+        "peak MB above imports": peak - of(name, "imported_mb")[0],
+    }
+
+
+def _bars(rows, answers):
+    best = max((rows[name] for name in OURS), key=lambda row: row["tokens/s"])
+    xla = [a["seconds"] for a in answers["keras_iris, tensorflow XLA"]]
+    jax = [a["seconds"] for a in answers["keras_iris, jax"]]
+    name = best["contestant"]
+    return [
+        records.bar(f"tokens/s over TRL, {name}", best["x TRL"], at_least=4),
+        records.bar(
+            f"tokens/s over the plain loop, {name}",
+            best["x plain loop"],
+            at_least=1.5,
+        ),
+        records.bar(
+            f"peak memory over TRL, {name}", best["peak, x TRL"], at_most=1
+        ),
+        records.bar(
+            f"peak memory over the plain loop, {name}",
+            best["peak, x plain loop"],
+            at_most=1,
+        ),
+        records.bar(
+            "tokens/s, jax over tensorflow with XLA",
+            harness.median_ratio(xla, jax),
+            at_least=1,
+        ),
+        *(
+            records.bar(
+                f"tokens/s over the plain loop, {backend}",
+                max(
+                    rows[name]["x plain loop"]
+                    for name in OURS
+                    if name.startswith(f"keras_iris, {backend}")
+                ),
+                at_least=0.9,
+            )
+            for backend in harness.BACKENDS
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()
