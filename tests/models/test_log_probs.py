@@ -93,11 +93,13 @@ def test_training_in_chunks(architecture, monkeypatch):
         np.testing.assert_allclose(change, whole, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+# Eager, JAX takes long; compiled, PyTorch takes minutes.
+JIT = {"jax": [True], "tensorflow": [False, True], "torch": [False]}
+
+
+@pytest.mark.parametrize("jit_compile", JIT[keras.backend.backend()])
 def test_lengths_that_are_unknown_in_tracing(jit_compile, monkeypatch):
     """`fit` over batches of two lengths, which TensorFlow traces once."""
-    if jit_compile and keras.backend.backend() == "torch":
-        pytest.skip("torch.compile takes minutes")
     rng = np.random.default_rng(0)
     ids = [
         rng.integers(2, MODEL_VOCABULARY_SIZE, n).astype("int32")

@@ -37,7 +37,7 @@ def make_examples(number=24, seed=0):
 
 
 def make_self_play(run_dir, *, examples=None, learning_rate=0.01, **options):
-    model = keras_iris.SelfPlayModel(make_causal_lm())
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
     model.compile(
         optimizer=keras.optimizers.Adam(learning_rate),
         loss=keras_iris.losses.IRIS(),
@@ -257,7 +257,7 @@ def test_nan_in_the_opponent(tmp_path):
 
 class TestErrors:
     def test_not_compiled(self, tmp_path):
-        model = keras_iris.SelfPlayModel(make_causal_lm())
+        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
         with pytest.raises(ValueError, match="compiled with a loss"):
             keras_iris.SelfPlay(model, make_examples(), tmp_path)
 
