@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_iris.data import PairDataset
+
 # A pytree of arrays.
 Tree = Any
 
 
-def dataset(batches: keras.utils.PyDataset) -> keras.utils.PyDataset:
+def dataset(batches: PairDataset) -> PairDataset:
     """What `fit` takes for batches of several lengths: they themselves."""
     return batches
 

@@ -6,13 +6,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_iris.data import PairDataset
+
 # This pass of Grappler (2.21) lets the optimizer write a variable before a
 # rematerialised layer has read it, in some traces: the gradient is wrong.
 tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
 
 
-def dataset(batches: keras.utils.PyDataset) -> tf.data.Dataset:
-    """What `fit` takes for batches of several lengths.
+def dataset(batches: PairDataset) -> tf.data.Dataset:
+    """What `fit` takes for batches of the data set's bucket lengths.
 
     Keras (3.15) would take the shapes from the first two batches. Those of a
     resumed epoch may be of one length, and another trace of the step rounds
@@ -26,10 +28,13 @@ def dataset(batches: keras.utils.PyDataset) -> tf.data.Dataset:
         for index in range(len(batches)):
             yield batches[index]
 
+    has_one_length = len(batches.bucket_lengths) == 1
+
     def signature(array: Any) -> tf.TensorSpec:
-        # Only (batch, 2, time) has a dimension that changes.
-        is_input = array.ndim == 3
-        shape = (*array.shape[:2], None) if is_input else array.shape
+        # Only (batch, 2, time) has a dimension that may change. What XLA
+        # makes of an unknown one is slower.
+        is_known = has_one_length or array.ndim < 3
+        shape = array.shape if is_known else (*array.shape[:2], None)
         return tf.TensorSpec(shape, array.dtype)
 
     result = tf.data.Dataset.from_generator(

@@ -7,8 +7,10 @@ import keras
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from keras_iris.data import PairDataset
 
-def dataset(batches: keras.utils.PyDataset) -> keras.utils.PyDataset:
+
+def dataset(batches: PairDataset) -> PairDataset:
     """What `fit` takes for batches of several lengths: they themselves."""
     return batches
 

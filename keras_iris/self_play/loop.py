@@ -293,6 +293,7 @@ class _Rest(keras.utils.PyDataset):
         super().__init__()
         self.dataset = dataset
         self.first_batch = first_batch
+        self.bucket_lengths = dataset.bucket_lengths
 
     def __len__(self) -> int:
         return len(self.dataset) - self.first_batch
