@@ -37,7 +37,7 @@ def main():
     """Races all contestants."""
     arguments = records.parse_arguments(__doc__)
     batch = {"pairs": 4, "length": 256, "prompt_length": 64}
-    sizes, rounds, steps = models.SMALL, 3, 2
+    sizes, rounds, steps = models.SMALL, 3, 1
     if arguments.quick:
         batch |= {"length": 32, "prompt_length": 8}
         sizes, rounds, steps = models.TINY, 1, 1

@@ -1,0 +1,138 @@
+"""The dry run of `zephyr_7b.py` and `qwen2_5_3b.py`: checks and estimates."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+from paper_options import GENERATION_BATCH_SIZE, LOSSES, length_limits
+
+import keras_iris
+from keras_iris.distribution import RunEstimate
+from keras_iris.hub.checkpoint import find_weights, read_json
+from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
+from keras_iris.hub.tokenizer_folder import load_tokenizer
+
+NUM_CHECKED_ROWS = 64
+
+
+def dry_run(options, template_name):
+    """Checks what can be checked without weights, and prints estimates."""
+    folder = find_small_files(options.preset)
+    config = read_config(folder)
+    template = keras_iris.data.ChatTemplate.from_folder(folder)
+    tokenizer = load_tokenizer(folder, template)
+    template = template or keras_iris.data.ChatTemplate.named(template_name)
+    template.check()
+    conversations, num_rows = read_few_rows(options)
+    examples = keras_iris.data.tokenize(
+        conversations, tokenizer, template=template, **length_limits(options)
+    )
+    first = examples[0]
+    print(f"A prompt:\n{tokenizer.decode(first.prompt_ids)}")
+    print(f"Its response:\n{tokenizer.decode(first.response_ids)}")
+
+    estimate = RunEstimate(
+        config=config,
+        num_prompts=min(options.max_prompts, num_rows),
+        prompt_length=np.mean([len(e.prompt_ids) for e in examples]),
+        response_length=np.mean([len(e.response_ids) for e in examples]),
+        new_tokens=options.max_new_tokens,
+        max_length=options.max_length,
+        iterations=options.iterations,
+        epochs=options.epochs,
+        micro_batch_size=options.micro_batch_size,
+        generation_batch_size=GENERATION_BATCH_SIZE,
+        lora_rank=options.lora_rank,
+        quantize=options.quantize,
+        num_devices=options.shard or 1,
+        is_additive=LOSSES[options.objective].is_additive,
+    )
+    print_estimate(estimate, options)
+    print("The run starts without --dry-run.")
+
+
+def find_small_files(preset):
+    """The folder of a preset, without its weights if it has an id."""
+    if not preset.startswith("hf://"):
+        return Path(preset)
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            preset.removeprefix("hf://"), allow_patterns=["*.json", "*.jinja"]
+        )
+    except OSError as error:
+        raise SystemExit(
+            f"{preset} can't be downloaded: {error}. Check the name and the "
+            "connection, or pass a local folder as --preset."
+        ) from error
+    return Path(folder)
+
+
+def read_config(folder):
+    """The sizes of the decoder; a look at the weights that are there."""
+    content = read_json(folder / "config.json")
+    if content.get("model_type") not in MODEL_TYPES:
+        raise SystemExit(
+            f"{folder} has no config.json with a model_type out of "
+            f"{MODEL_TYPES}. Pass --preset hf://org/name, or a folder in "
+            "Hugging Face's layout."
+        )
+    config = DecoderConfig.from_json(content)
+    if any(folder.glob("*.safetensors")):
+        find_weights(folder, config.weight_shapes())
+    return config
+
+
+def read_few_rows(options):
+    """Some conversations, and how many there are at most."""
+    if Path(options.data).suffix in (".jsonl", ".parquet"):
+        conversations = keras_iris.data.read_conversations(options.data)
+        return conversations[:NUM_CHECKED_ROWS], len(conversations)
+    import datasets
+
+    rows = datasets.load_dataset(
+        options.data, split=options.split, streaming=True
+    )
+    rows = itertools.islice(rows, NUM_CHECKED_ROWS)
+    return keras_iris.data.read_conversations(rows), options.max_prompts
+
+
+def print_estimate(estimate, options):
+    """Prints memory, disk and time; stops where the disk is too small."""
+    kind = "all weights" if options.lora_rank is None else "LoRA"
+    print(
+        f"\n{estimate.num_weights:,} weights, {estimate.num_trained:,} trained "
+        f"({kind}). Estimates, not measured:"
+    )
+    memory = estimate.memory()
+    print_table(f"memory a device, of {estimate.num_devices}", memory)
+    disk = estimate.disk(needs_folder=options.engine != "keras")
+    needed = sum(disk.values())
+    folder = Path(options.run_dir).absolute()
+    free = shutil.disk_usage(
+        next(p for p in [folder, *folder.parents] if p.exists())
+    ).free
+    print_table(
+        f"disk of {folder}", disk | {"together": needed, "there is": free}
+    )
+    seconds = estimate.seconds(
+        flops_per_second=options.flops_per_second,
+        bytes_per_second=options.bytes_per_second,
+    )
+    print(
+        f"time at {options.flops_per_second:.3g} operations and "
+        f"{options.bytes_per_second:.3g} bytes a second and device"
+    )
+    for name, time in (seconds | {"together": sum(seconds.values())}).items():
+        print(f"  {name:20} {time / 3600:10.2f} hours")
+    if free < needed:
+        raise SystemExit("The disk is too small. Pass another --run-dir.")
+
+
+def print_table(title, sizes):
+    """Prints bytes by name."""
+    print(title)
+    for name, size in sizes.items():
+        print(f"  {name:20} {size / 2**30:10.2f} GiB")

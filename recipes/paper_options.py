@@ -1,0 +1,104 @@
+"""Options of `zephyr_7b.py` and `qwen2_5_3b.py`, by default the paper's."""
+
+import argparse
+import json
+from pathlib import Path
+
+import keras_iris
+
+LOSSES = {
+    "iris": keras_iris.losses.IRIS,
+    "spin": keras_iris.losses.SPIN,
+    "space": keras_iris.losses.SPACE,
+    "spif": keras_iris.losses.SPIF,
+    "sft": keras_iris.losses.SFT,
+}
+GENERATION_BATCH_SIZE = 32
+SERVED_MODEL_NAME = "keras_iris"
+
+
+def read_options(description, preset, arguments=None):
+    """The options of a recipe."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--preset", default=preset, help="hf://org/name, or a folder")
+    add(
+        "--data",
+        default="HuggingFaceH4/ultrachat_200k",
+        help="a dataset's id, or a .jsonl or .parquet file",
+    )
+    add("--split", default="train_sft", help="of a dataset with an id")
+    add("--max-prompts", type=int, default=50_000)
+    add("--run-dir", default="runs/" + Path(preset).name)
+    add("--objective", choices=LOSSES, default="iris")
+    add("--iterations", type=int, default=5)
+    add("--epochs", type=int, default=2, help="of an iteration")
+    add("--batch-size", type=int, default=64, help="pairs")
+    add("--micro-batch-size", type=int, default=8, help="pairs at a time")
+    add("--learning-rate", type=float, default=5e-7)
+    add("--max-length", type=int, default=2048, help="tokens of both together")
+    add("--max-new-tokens", type=int, default=256)
+    add("--lora-rank", type=int, help="per head; default: all weights")
+    add("--quantize", choices=("int8", "int4"), help="the base of LoRA")
+    add("--shard", type=int, metavar="N", help="cut all over N devices (JAX)")
+    add("--engine", choices=("keras", "server", "vllm"), default="keras")
+    add("--server-url", default="http://127.0.0.1:8000/v1")
+    add(
+        "--update-command",
+        help="makes the server serve the folder that is appended to it, as "
+        f"model {SERVED_MODEL_NAME}, and returns when it does",
+    )
+    add("--vllm-python", help="Python of an environment that has vLLM")
+    add(
+        "--vllm-options",
+        type=json.loads,
+        default={},
+        help='arguments of vllm.LLM, such as {"tensor_parallel_size": 2}',
+    )
+    add("--dry-run", action="store_true", help="check and estimate, then stop")
+    add(
+        "--flops-per-second",
+        type=float,
+        default=3e14,
+        help="that a device does, for the estimate of the time",
+    )
+    add(
+        "--bytes-per-second",
+        type=float,
+        default=2e12,
+        help="that a device reads from its memory, for the same",
+    )
+    options = parser.parse_args(arguments)
+    check_options(parser, options)
+    return options
+
+
+def check_options(parser, options):
+    """Refuses what doesn't go together."""
+    if options.engine == "server" and options.update_command is None:
+        parser.error("--engine server needs --update-command")
+    if options.engine == "vllm" and options.vllm_python is None:
+        parser.error("--engine vllm needs --vllm-python")
+    if options.max_length <= options.max_new_tokens:
+        parser.error("--max-length has to be above --max-new-tokens")
+    sizes = {
+        "--batch-size": options.batch_size,
+        "--micro-batch-size": options.micro_batch_size,
+        "the batch size of generation": GENERATION_BATCH_SIZE,
+    }
+    for name, size in sizes.items():
+        if size % (options.shard or 1):
+            parser.error(f"--shard {options.shard} has to divide {name}={size}")
+
+
+def length_limits(options):
+    """Half of the tokens are the prompt's, half the response's.
+
+    Longer prompts are cut on the left, and conversations with a longer
+    response left out.
+    """
+    half = options.max_length // 2
+    return {"max_prompt_length": half, "max_response_length": half}

@@ -1,0 +1,47 @@
+"""IRIS on Qwen2.5-3B (Qwen2).
+
+    export KERAS_BACKEND=jax
+    python recipes/qwen2_5_3b.py --dry-run             # checks and estimates
+    python recipes/qwen2_5_3b.py --lora-rank 16        # one 80 GB GPU
+    python recipes/qwen2_5_3b.py --lora-rank 16 --quantize int8
+    python recipes/qwen2_5_3b.py --shard 8             # all weights, 8 GPUs
+    python recipes/qwen2_5_3b.py                       # all weights, one GPU
+
+The setting is the paper's, in `paper_setting.py`; `--help` lists what can be
+changed, `--preset FOLDER --data FILE.jsonl` takes your own. 5e-7 is the rate
+for all weights: adapters may want a higher --learning-rate. With
+`--engine vllm` or `server`, vLLM or the server needs a GPU of its own.
+
+Hardware: GPUs with bfloat16; --shard needs JAX and one machine.
+Memory of a device, estimated by the dry run, which lists the parts and gives
+disk and time too:
+
+    LoRA of rank 16               23 GiB
+    all weights                   58 GiB
+    all weights, on 8 devices      8 GiB
+
+Training all weights writes checkpoints of 23 GiB, which pass through the
+host's memory; the disk has to hold two.
+
+Not measured: anything with the real weights, be it memory, time or scores.
+Tested on a CPU: the recipe from end to end on a tiny random checkpoint of
+this architecture and type of tokenizer (`tests/test_recipes.py`), and that
+shards on 4 virtual devices give one device's numbers
+(`tests/test_distribution.py`).
+"""
+
+import paper_setting
+
+
+def main(arguments=None):
+    """Runs the recipe."""
+    paper_setting.main(
+        __doc__,
+        preset="hf://Qwen/Qwen2.5-3B",
+        template_name="chatml",
+        arguments=arguments,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The recipes run from end to end on tiny checkpoints of their architecture."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+
+import keras_iris
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+NUM_ROWS = 6
+TINY = {
+    "--batch-size": 4,
+    "--micro-batch-size": 2,
+    "--iterations": 1,
+    "--epochs": 1,
+    "--max-length": 96,
+    "--max-new-tokens": 4,
+}
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Imports a recipe by its name, as Python does when it's a script."""
+    monkeypatch.syspath_prepend(RECIPES)
+    return importlib.import_module
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Conversations of one length, so that there is one shape to compile."""
+    file = tmp_path / "data.jsonl"
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"What is {i} plus {i}?"},
+                {"role": "assistant", "content": f"{i} and {i}."},
+            ]
+        }
+        for i in range(NUM_ROWS)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def _arguments(preset, data, run_dir, *more, **changes):
+    options = {"--preset": preset, "--data": data, "--run-dir": run_dir}
+    options |= TINY | {f"--{name}": value for name, value in changes.items()}
+    return [*map(str, sum(options.items(), ())), *more]
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "more"),
+    [
+        ("zephyr_7b", "mistral", ()),
+        ("qwen2_5_3b", "qwen2", ("--lora-rank", "2", "--objective", "spin")),
+    ],
+)
+def test_paper_recipe(  # noqa: PLR0913
+    name, architecture, more, recipe, checkpoint, data, tmp_path
+):
+    folder, run_dir = checkpoint(architecture), tmp_path / "run"
+    arguments = _arguments(
+        folder, data, run_dir, *more, **{"learning-rate": 1e-3}
+    )
+    recipe(name).main(arguments)
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    nll = [
+        line["nll_per_token"]
+        for line in map(json.loads, lines)
+        if line["kind"] == "evaluation"
+    ]
+    assert np.isfinite(nll).all()
+    settings = json.loads((run_dir / "manifest.json").read_text())["settings"]
+    assert settings["num_examples"] == 4  # and two held out
+    assert settings["loss"] == ("SPIN" if more else "IRIS")
+    # What was trained is in the exported folder.
+    old, new = (
+        keras_iris.load(path).get_weights()
+        for path in (folder, run_dir / "model")
+    )
+    changes = [np.abs(a - b).max() for a, b in zip(old, new, strict=True)]
+    assert max(changes) > 1e-4
+    assert (run_dir / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "prompt"),
+    [
+        ("zephyr_7b", "mistral", "<|user|>\nWhat is 0 plus 0?</s> \n"),
+        ("qwen2_5_3b", "qwen2", "<|im_start|>user\nWhat is 0 plus 0?<|im_end"),
+    ],
+)
+def test_dry_run(  # noqa: PLR0913
+    name, architecture, prompt, recipe, checkpoint, data, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    folder = shutil.copytree(checkpoint(architecture), tmp_path / "copy")
+    (folder / "model.safetensors").unlink()  # not needed
+    arguments = _arguments(folder, data, run_dir, "--dry-run")
+    recipe(name).main(arguments)
+    output = capsys.readouterr().out
+    assert prompt in output
+    for word in ("not measured", "activations", "checkpoint", "hours"):
+        assert word in output
+    assert not run_dir.exists()
+
+
+def test_dry_run_looks_at_the_weights(recipe, checkpoint, data, tmp_path):
+    folder = shutil.copytree(checkpoint("qwen2"), tmp_path / "copy")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(ValueError, match="Download"):
+        recipe("qwen2_5_3b").main(
+            _arguments(folder, data, tmp_path / "run", "--dry-run")
+        )
+
+
+def test_dry_run_looks_at_the_disk(
+    recipe, checkpoint, data, tmp_path, monkeypatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(SystemExit, match="disk is too small"):
+        recipe("zephyr_7b").main(
+            _arguments(
+                checkpoint("mistral"), data, tmp_path / "run", "--dry-run"
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--engine", "server"), "--update-command"),
+        (("--engine", "vllm"), "--vllm-python"),
+        (("--shard", "3"), "has to divide --batch-size=4"),
+        (("--max-new-tokens", "96"), "--max-length"),
+        (("--objective", "dpo"), "invalid choice"),
+    ],
+)
+def test_options_that_do_not_fit(more, message, recipe, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        recipe("zephyr_7b").main(_arguments("a", "b", tmp_path, *more))
+    assert message in capsys.readouterr().err
+
+
+def test_too_few_rows(recipe, checkpoint, data, tmp_path):
+    arguments = _arguments(
+        checkpoint("qwen2"), data, tmp_path / "run", **{"batch-size": 5}
+    )
+    with pytest.raises(SystemExit, match="Expected at least 7"):
+        recipe("qwen2_5_3b").main(arguments)
+
+
+def test_update_command_gets_the_folder(recipe, tmp_path):
+    script = tmp_path / "serve.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(sys.argv[1])\n"
+    )
+    options = recipe("paper_options").read_options(
+        "",
+        "hf://a/b",
+        [
+            "--engine",
+            "server",
+            "--update-command",
+            f"{sys.executable} {script}",
+        ],
+    )
+    tokenizer = keras_iris.data.SymbolTokenizer(["a"])
+    make_engine = recipe("paper_setting").make_engine
+    engine = make_engine(options, None, tokenizer)
+    engine.update(tmp_path / "export")
+    assert (tmp_path / "seen").read_text() == str(tmp_path / "export")
+    options.update_command = "false"
+    with pytest.raises(subprocess.CalledProcessError):
+        make_engine(options, None, tokenizer).update(tmp_path)
+
+
+def test_warm_up(recipe):
+    schedule = recipe("paper_setting").LinearWarmUp(5e-7, 10, 100)
+    rates = [float(schedule(step)) for step in range(100)]
+    np.testing.assert_allclose(rates[:10], 5e-8 * np.arange(1, 11), rtol=1e-5)
+    np.testing.assert_allclose(
+        rates[10:], 5e-7 * np.arange(90, 0, -1) / 90, rtol=1e-5
+    )
+    config = keras.optimizers.schedules.serialize(schedule)
+    again = keras.optimizers.schedules.deserialize(config)
+    assert float(again(3)) == rates[3]
+
+
+def test_smollm2(recipe, checkpoint, data, tmp_path, capsys, monkeypatch):  # noqa: PLR0913
+    module = recipe("smollm2_135m")
+    sizes = dict(NUM_HELD_OUT=2, NUM_SAMPLES=1, BATCH_SIZE=4, EPOCHS=1)
+    for name, value in sizes.items():
+        monkeypatch.setattr(module, name, value)
+    run_dir = tmp_path / "run"
+    options = {
+        "--preset": checkpoint("llama"),
+        "--data": data,
+        "--run-dir": run_dir,
+        "--prompts": 4,
+        "--iterations": 1,
+    }
+    module.main([*map(str, sum(options.items(), ()))])
+    output = capsys.readouterr().out
+    positions = [output.index(f"\n{w}:") for w in ("Prompt", "Before", "After")]
+    assert positions == sorted(positions)
+    assert (run_dir / "model" / "config.json").exists()
