@@ -1,8 +1,9 @@
 """The only folder that knows which backend Keras runs on.
 
-Each module offers the same three names: `Trainer`, the base of
+Each module offers the same four names: `Trainer`, the base of
 `SelfPlayModel` with its train step, `sum_chunks`, a sum over chunks that keeps
-the activations of one chunk, and `dataset`, what `fit` takes for batches.
+the activations of one chunk, `token_log_probs`, log-probs from logits in few
+passes over them, and `dataset`, what `fit` takes for batches.
 """
 
 # mypy: disable-error-code="assignment"
@@ -11,15 +12,30 @@ import keras
 
 match keras.backend.backend():
     case "jax":
-        from keras_iris.backend.jax import Trainer, dataset, sum_chunks
+        from keras_iris.backend.jax import (
+            Trainer,
+            dataset,
+            sum_chunks,
+            token_log_probs,
+        )
     case "tensorflow":
-        from keras_iris.backend.tensorflow import Trainer, dataset, sum_chunks
+        from keras_iris.backend.tensorflow import (
+            Trainer,
+            dataset,
+            sum_chunks,
+            token_log_probs,
+        )
     case "torch":
-        from keras_iris.backend.torch import Trainer, dataset, sum_chunks
+        from keras_iris.backend.torch import (
+            Trainer,
+            dataset,
+            sum_chunks,
+            token_log_probs,
+        )
     case name:
         raise ImportError(
             "keras_iris trains on JAX, TensorFlow and PyTorch; Keras runs on "
             f"{name!r}. Set KERAS_BACKEND to 'jax', 'tensorflow' or 'torch'."
         )
 
-__all__ = ["Trainer", "dataset", "sum_chunks"]
+__all__ = ["Trainer", "dataset", "sum_chunks", "token_log_probs"]

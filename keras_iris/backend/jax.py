@@ -49,6 +49,22 @@ def sum_chunks(
     return jax.lax.scan(step, zeros, arrays)[0]
 
 
+def token_log_probs(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
+    """Log-probs of tokens, in nats.
+
+    Args:
+        logits: Float32 tensor of shape `(tokens, vocabulary)`.
+        token_ids: Integer tensor of shape `(tokens,)`.
+
+    Returns:
+        Float32 tensor of shape `(tokens,)`.
+    """
+    # Not a gather, whose gradient is a scatter into new logits.
+    is_chosen = jnp.arange(logits.shape[1]) == token_ids[:, None]
+    chosen = jnp.sum(jnp.where(is_chosen, logits, 0.0), axis=1)
+    return chosen - jax.nn.logsumexp(logits, axis=1)
+
+
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 

@@ -121,6 +121,19 @@ def sum_chunks(
     return tf.custom_gradient(total)(arrays[0])
 
 
+def token_log_probs(logits: tf.Tensor, token_ids: tf.Tensor) -> tf.Tensor:
+    """Log-probs of tokens, in nats.
+
+    Args:
+        logits: Float32 tensor of shape `(tokens, vocabulary)`.
+        token_ids: Integer tensor of shape `(tokens,)`.
+
+    Returns:
+        Float32 tensor of shape `(tokens,)`.
+    """
+    return -tf.nn.sparse_softmax_cross_entropy_with_logits(token_ids, logits)
+
+
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 

@@ -41,6 +41,23 @@ def sum_chunks(
     return torch.stack(values).sum(dim=0)
 
 
+def token_log_probs(
+    logits: torch.Tensor, token_ids: torch.Tensor
+) -> torch.Tensor:
+    """Log-probs of tokens, in nats.
+
+    Args:
+        logits: Float32 tensor of shape `(tokens, vocabulary)`.
+        token_ids: Integer tensor of shape `(tokens,)`.
+
+    Returns:
+        Float32 tensor of shape `(tokens,)`.
+    """
+    return -torch.nn.functional.cross_entropy(
+        logits, token_ids.long(), reduction="none"
+    )
+
+
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 

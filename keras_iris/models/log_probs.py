@@ -9,9 +9,9 @@ from keras_iris import backend
 
 Tensor = Any
 
-# Logits held at a time: 2^25 float32 values are 128 MiB, and their gradient
-# as much again.
-_MAX_LOGITS = 2**25
+# Logits held at a time: 2^24 float32 values are 64 MiB, and their gradient as
+# much again. Of the last chunk, half is padding in the mean.
+_MAX_LOGITS = 2**24
 _MIN_CHUNK_TOKENS = 256
 _MAX_CHUNK_TOKENS = 4096
 
@@ -55,10 +55,7 @@ def sequence_log_probs(
 
     def row_sums(hidden: Tensor, ids: Tensor, row: Tensor, mask: Tensor) -> Any:
         logits = ops.cast(head(hidden), "float32")  # (n, vocabulary)
-        # Not a gather, whose gradient is a scatter into new logits.
-        is_chosen = ops.arange(vocabulary_size) == ids[:, None]
-        chosen = ops.sum(ops.where(is_chosen, logits, 0.0), axis=1)
-        log_probs = chosen - ops.logsumexp(logits, axis=1)
+        log_probs = backend.token_log_probs(logits, ids)
         # `where`, not a product: a padding position may hold -inf.
         log_probs = ops.where(mask > 0, log_probs, 0.0)
         return ops.segment_sum(log_probs, row, num_segments=rows)
