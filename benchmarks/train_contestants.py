@@ -11,7 +11,7 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.004
 
 
 class Contestant:
-    """Times steps, the first of each call apart.
+    """Times steps.
 
     Args:
         sizes: Of the model.
@@ -59,7 +59,6 @@ class KerasIris(Contestant):
 
     def time_steps(self, steps):
         """Seconds of `steps` steps."""
-        self._fit(1)
         start = time.perf_counter()
         self._fit(steps)
         return time.perf_counter() - start
@@ -94,7 +93,6 @@ class PlainLoop(Contestant):
 
     def time_steps(self, steps):
         """Seconds of `steps` steps."""
-        self._step()
         start = time.perf_counter()
         for _ in range(steps):
             self._step()
@@ -140,6 +138,9 @@ class Trl(Contestant):
         self.stamps = stamps = []
 
         class Stamps(transformers.TrainerCallback):
+            def on_step_begin(self, *arguments, **keywords):
+                stamps.append(time.perf_counter())
+
             def on_step_end(self, *arguments, **keywords):
                 stamps.append(time.perf_counter())
 
@@ -168,9 +169,9 @@ class Trl(Contestant):
         )
 
     def time_steps(self, steps):
-        """Seconds of `steps` steps, after the first of a `train`."""
+        """Seconds of `steps` steps, what `train` does before them apart."""
         self.stamps.clear()
-        self.trainer.args.max_steps = steps + 1
+        self.trainer.args.max_steps = steps
         with contextlib.redirect_stdout(None):
             self.trainer.train()
         return self.stamps[-1] - self.stamps[0]

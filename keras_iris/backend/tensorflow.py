@@ -143,10 +143,10 @@ class Trainer(keras.Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if y is None or not self.micro_batch_size:  # without, the loss raises
+            return super().train_step(data)
         num_rows = y.shape[0]  # None where the data has no fixed batch size
-        if not self.micro_batch_size or (
-            num_rows is not None and self.micro_batch_size >= num_rows
-        ):
+        if num_rows is not None and self.micro_batch_size >= num_rows:
             return super().train_step(data)
         if sample_weight is None:
             sample_weight = tf.ones(tf.shape(y)[:1])

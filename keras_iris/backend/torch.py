@@ -67,9 +67,10 @@ class Trainer(keras.Model):
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        num_rows = y.shape[0]
+        num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
         if (self.micro_batch_size or num_rows) >= num_rows:
             return super().train_step(data)
+        y = keras.ops.convert_to_tensor(y)
         if sample_weight is None:
             sample_weight = torch.ones(num_rows, device=y.device)
         self.zero_grad()
@@ -116,9 +117,11 @@ class Trainer(keras.Model):
         slices: list[slice],
     ) -> torch.Tensor:
         """The (scaled) dL/dlog p of the whole batch, from a forward pass."""
-        # Both passes have to draw the same dropout masks.
+        # Both passes have to draw the same dropout masks: from seeds that are
+        # variables, or from PyTorch's own random numbers.
         states = [(v, v.value.clone()) for v in self.non_trainable_variables]
-        with torch.no_grad():
+        devices = [y.device] if y.is_cuda else []
+        with torch.no_grad(), torch.random.fork_rng(devices):
             y_pred = torch.cat(
                 [self(_rows(x, rows), training=True) for rows in slices]
             )

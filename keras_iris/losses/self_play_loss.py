@@ -84,6 +84,12 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         sample_weight: Tensor | None = None,
     ) -> Tensor:
         """The loss of a batch, a scalar."""
+        if y_true is None:
+            raise ValueError(
+                "The opponent's log-probs of shape (batch, 2) are missing. "
+                "Pass them as `y`: `opponent = model.predict(inputs)`, then "
+                "`model.fit(inputs, opponent)`."
+            )
         y_true = ops.cast(ops.convert_to_tensor(y_true), self.dtype)
         y_pred = ops.cast(ops.convert_to_tensor(y_pred), self.dtype)
         _check_shapes(y_true, y_pred)

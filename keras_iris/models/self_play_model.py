@@ -1,5 +1,7 @@
 """The model that self-play trains: it predicts pairs of log-probs."""
 
+import copy
+import numbers
 from typing import Any
 
 import keras
@@ -83,49 +85,55 @@ class SelfPlayModel(backend.Trainer):
         self._alpha_metrics: tuple[AlphaMetric, ...] = ()
         self.built = True
 
-    def compile(
+    def compile(  # noqa: PLR0913
         self,
         optimizer: Any = "rmsprop",
         loss: SelfPlayLoss | None = None,
         *,
-        metrics: list[keras.metrics.Metric] | None = None,
+        metrics: Any = None,
+        weighted_metrics: Any = None,
         micro_batch_size: int | None = None,
+        loss_weights: None = None,
         **kwargs: Any,
     ) -> None:
         """Configures the model for training.
 
         Args:
             optimizer: As in `keras.Model.compile`.
-            loss: A `keras_iris.losses.SelfPlayLoss`. The order of an `IRIS`
-                loss becomes `model.alpha`, which takes its value.
-            metrics: Metrics of `(y_true, y_pred)`, all weighted by
-                `sample_weight`, and those of `keras_iris.metrics`.
+            loss: A `keras_iris.losses.SelfPlayLoss`, of which the model takes
+                a copy. The order of an `IRIS` loss becomes `model.alpha`,
+                which takes its value.
+            metrics: A metric or a list of metrics of `(y_true, y_pred)`, all
+                weighted by `sample_weight`, and of `keras_iris.metrics`.
+            weighted_metrics: More of the same.
             micro_batch_size: Pairs per forward and backward pass. Loss,
                 gradient and metrics are those of the whole batch for every
                 value; `None` takes the batch at once.
+            loss_weights: Not taken: there is one loss.
             **kwargs: Other arguments of `keras.Model.compile`.
 
         Raises:
             ValueError: For a loss of another type, a `micro_batch_size`
-                below 1, or an optimizer that can't train the dtype.
+                below 1, metrics by output name, `loss_weights`, or an
+                optimizer that can't train the dtype.
         """
         if loss is not None and not isinstance(loss, SelfPlayLoss):
             raise ValueError(
                 "`loss` has to be a `keras_iris.losses.SelfPlayLoss`, such as "
                 f"`keras_iris.losses.IRIS()`. Received: loss={loss!r}"
             )
-        if micro_batch_size is not None and (
-            not isinstance(micro_batch_size, int) or micro_batch_size < 1
-        ):
+        if loss_weights is not None:
             raise ValueError(
-                "`micro_batch_size` has to be an integer of at least 1, or "
-                f"None for the whole batch. Received: {micro_batch_size!r}"
+                "`loss_weights` is not taken, as there is one loss: scale the "
+                f"learning rate. Received: loss_weights={loss_weights!r}"
             )
+        micro_batch_size = _check_micro_batch_size(micro_batch_size)
         optimizer = keras.optimizers.get(optimizer)
         _check_optimizer(optimizer, self.causal_lm.backbone)
         if loss is not None:
+            loss = copy.copy(loss)  # which may be another model's as well
             loss.bind_alpha(self.alpha)
-        metrics = list(metrics or [])
+        metrics = _metric_list(metrics) + _metric_list(weighted_metrics)
         self._alpha_metrics = tuple(
             metric for metric in metrics if isinstance(metric, AlphaMetric)
         )
@@ -258,6 +266,29 @@ def _check_causal_lm(causal_lm: Any) -> None:
             f"{[operation.name for operation in operations]}. Pass the causal "
             "LM itself, not its backbone, or one of another architecture."
         )
+
+
+def _check_micro_batch_size(size: Any) -> int | None:
+    if size is None:
+        return None
+    is_integer = isinstance(size, numbers.Integral)
+    if not is_integer or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            "`micro_batch_size` has to be an integer of at least 1, or None "
+            f"for the whole batch. Received: {size!r}"
+        )
+    return int(size)
+
+
+def _metric_list(metrics: Any) -> list[Any]:
+    if isinstance(metrics, dict):
+        raise ValueError(
+            "Metrics have to be a list, as the model has one output. "
+            f"Received: {metrics}"
+        )
+    if metrics is None or isinstance(metrics, (list, tuple)):
+        return list(metrics or [])
+    return [metrics]
 
 
 def _check_inputs(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -74,11 +74,10 @@ def test_mixed_bfloat16_log_probs_are_float32():
 
 def test_alpha_is_a_variable_bound_at_compile():
     model = keras_iris.SelfPlayModel(make_causal_lm())
-    loss = keras_iris.losses.IRIS(alpha=1.5)
-    model.compile(loss=loss)
+    model.compile(loss=keras_iris.losses.IRIS(alpha=1.5))
     assert float(model.alpha.value) == 1.5
     model.alpha.assign(0.25)
-    assert float(loss.alpha.value) == 0.25
+    assert float(model.loss.alpha.value) == 0.25
     assert model.alpha in model.non_trainable_variables
 
 
@@ -103,6 +102,30 @@ def test_whole_model_round_trip(tmp_path):
     np.testing.assert_array_equal(
         other.predict(pairs, verbose=0), model.predict(pairs, verbose=0)
     )
+
+
+def test_loss_of_two_models():
+    loss = keras_iris.losses.IRIS(alpha=1.5)
+    models = [keras_iris.SelfPlayModel(make_causal_lm()) for _ in range(2)]
+    for model in models:
+        model.compile(loss=loss)
+        assert model.loss.alpha is model.alpha
+    models[0].alpha.assign(0.5)
+    assert [float(model.alpha.value) for model in models] == [0.5, 1.5]
+
+
+def test_one_metric_and_weighted_metrics():
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    model.compile(
+        loss=keras_iris.losses.IRIS(),
+        metrics=keras_iris.metrics.Margin(),
+        weighted_metrics=["mse"],
+        micro_batch_size=np.int64(2),
+    )
+    logs = model.evaluate(
+        make_pairs(), np.zeros((8, 2)), verbose=0, return_dict=True
+    )
+    assert {"margin", "mse"} < set(logs)
 
 
 def test_lora_trains_the_adapters_alone():
@@ -137,11 +160,31 @@ class TestErrors:
         with pytest.raises(ValueError, match="not its backbone"):
             keras_iris.SelfPlayModel(make_causal_lm().backbone)
 
-    @pytest.mark.parametrize("size", [0, -1, 2.5])
+    @pytest.mark.parametrize("size", [0, -1, 2.5, True])
     def test_micro_batch_size(self, size):
         model = keras_iris.SelfPlayModel(make_causal_lm())
         with pytest.raises(ValueError, match="`micro_batch_size`"):
             model.compile(loss=keras_iris.losses.IRIS(), micro_batch_size=size)
+
+    @pytest.mark.parametrize("method", ["train_on_batch", "test_on_batch"])
+    @pytest.mark.parametrize("micro_batch_size", [None, 1])
+    def test_no_opponent(self, method, micro_batch_size):
+        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+        model.compile(
+            loss=keras_iris.losses.IRIS(), micro_batch_size=micro_batch_size
+        )
+        with pytest.raises(ValueError, match="opponent's log-probs"):
+            getattr(model, method)(make_pairs())
+
+    def test_loss_weights(self):
+        model = keras_iris.SelfPlayModel(make_causal_lm())
+        with pytest.raises(ValueError, match="scale the learning rate"):
+            model.compile(loss=keras_iris.losses.SPIN(), loss_weights=2.0)
+
+    def test_metrics_by_name_of_output(self):
+        model = keras_iris.SelfPlayModel(make_causal_lm())
+        with pytest.raises(ValueError, match="have to be a list"):
+            model.compile(loss=keras_iris.losses.SPIN(), metrics={"a": "mse"})
 
     def test_loss_of_another_type(self):
         model = keras_iris.SelfPlayModel(make_causal_lm())
