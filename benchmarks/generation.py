@@ -33,7 +33,7 @@ SETTINGS = {
     "max_new_tokens": 128,
     "batch_size": contestants.BATCH_SIZE,
     "rounds": 2,
-    "prompts_of_step_counts": (64, 512),
+    "prompts_of_step_counts": (64, 512, 4096),
 }
 QUICK = SETTINGS | {
     "model": models.TINY,
