@@ -41,9 +41,14 @@ def dataset(batches: PairDataset) -> tf.data.Dataset:
         generate,
         output_signature=keras.tree.map_structure(signature, batches[0]),
     )
-    return result.apply(
+    result = result.apply(
         tf.data.experimental.assert_cardinality(len(batches))
     ).prefetch(1)
+    # There is nothing to tune, and the thread that would makes the end of
+    # `fit` wait for seconds.
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return result.with_options(options)
 
 
 def sum_chunks(
