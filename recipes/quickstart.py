@@ -209,7 +209,10 @@ def main():
             verbose=2,
         )
         RUN_DIR.mkdir(parents=True, exist_ok=True)
-        causal_lm.save_weights(sft_weights)
+        # Under its name only when it is whole.
+        partial = RUN_DIR / "partial.weights.h5"
+        causal_lm.save_weights(partial)
+        partial.replace(sft_weights)
     control_lm = make_causal_lm(tokenizer.vocabulary_size)
     control_lm.load_weights(sft_weights)
 

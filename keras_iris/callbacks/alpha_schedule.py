@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from keras_iris.losses.iris import check_alpha
+
 
 class AlphaSchedule(keras.callbacks.Callback):
     """Sets `model.alpha` to `schedule(step)` before every batch.
@@ -14,6 +16,10 @@ class AlphaSchedule(keras.callbacks.Callback):
     Args:
         schedule: A `keras.optimizers.schedules.LearningRateSchedule`, or any
             function of the step.
+
+    Raises:
+        ValueError: `schedule` isn't a function, or gives an order outside of
+            [0, 100].
 
     Example:
     ```python
@@ -26,6 +32,11 @@ class AlphaSchedule(keras.callbacks.Callback):
         self, schedule: keras.optimizers.schedules.LearningRateSchedule
     ) -> None:
         super().__init__()
+        if not callable(schedule):
+            raise ValueError(
+                "`schedule` has to be a function of the step. Received: "
+                f"{schedule!r}. A constant order needs no callback."
+            )
         self.schedule = schedule
 
     def on_train_batch_begin(
@@ -34,4 +45,5 @@ class AlphaSchedule(keras.callbacks.Callback):
         """Sets the order for the batch."""
         model = self.model
         step = keras.ops.cast(model.optimizer.iterations.value, "float32")
-        model.alpha.assign(self.schedule(step))
+        alpha = float(keras.ops.convert_to_numpy(self.schedule(step)))
+        model.alpha.assign(check_alpha(alpha))

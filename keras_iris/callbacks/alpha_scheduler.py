@@ -25,7 +25,10 @@ class AlphaScheduler(keras.callbacks.Callback):
     the one whose smaller effective sample size is largest.
 
     The moving average and `gap_0` are variables of the model: they are saved
-    with its weights, and carry over from one `fit` to the next.
+    with its weights, and carry over from one `fit` to the next. The first
+    batch of all has the order that the loss was compiled with. A batch whose
+    gap isn't finite leaves alpha as it is; of a batch of more than 512 pairs
+    the last 512 are looked at.
 
     Args:
         min_alpha: Order where the gap has closed.
@@ -71,14 +74,24 @@ class AlphaScheduler(keras.callbacks.Callback):
                 "`min_effective_sample_size` is a share of the batch, in "
                 f"[0, 1]. Received: {min_effective_sample_size}"
             )
-        if update_every_batches < 1:
+        if update_every_batches < 1 or update_every_batches % 1:
             raise ValueError(
-                "`update_every_batches` has to be at least 1. "
+                "`update_every_batches` has to be an integer of at least 1. "
                 f"Received: {update_every_batches}"
+            )
+        gap_estimator = TokenGap() if gap_estimator is None else gap_estimator
+        if isinstance(gap_estimator, type) or not isinstance(
+            gap_estimator, GapEstimator
+        ):
+            raise ValueError(
+                "`gap_estimator` has to be an object that is called with a "
+                "batch and alpha and has `starts_at_zero`, such as "
+                "`keras_iris.callbacks.MarginGap()`. Received: "
+                f"{gap_estimator!r}"
             )
         self.min_alpha = min_alpha
         self.max_alpha = max_alpha
-        self.gap_estimator = gap_estimator or TokenGap()
+        self.gap_estimator = gap_estimator
         self.smoothing = smoothing
         self.min_effective_sample_size = min_effective_sample_size
         self.update_every_batches = update_every_batches
@@ -97,9 +110,14 @@ class AlphaScheduler(keras.callbacks.Callback):
             return
         model = self.model  # fetches the state from the device: only here
         latest = model.recent.latest()
+        if not len(latest.sample_weight):
+            return  # all of weight 0
         alpha = float(keras.ops.convert_to_numpy(model.alpha.value))
+        gap = self.gap_estimator(latest, alpha)
+        if not np.isfinite(gap):
+            return  # the order stays; the loop of self-play stops by itself
         state = keras.ops.convert_to_numpy(model.gap_state.value)
-        state = self._smooth(state, self.gap_estimator(latest, alpha))
+        state = self._smooth(state, gap)
         model.gap_state.assign(state)
         model.alpha.assign(self._capped(self._order(state), latest))
 

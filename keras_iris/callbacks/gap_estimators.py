@@ -1,12 +1,13 @@
 """Estimates of the gap between the model and the data."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from keras_iris.metrics import PairBatch, divergence, token_gap
 
 
+@runtime_checkable
 class GapEstimator(Protocol):
     """Estimates, from one batch, how far the model is from the data.
 

@@ -76,9 +76,12 @@ class PairDataset(keras.utils.PyDataset):
     opponent's log-probs of shape `(batch_size, 2)` (nats; zeros if not given),
     `sample_weight` of shape `(batch_size,)`. All batches have `batch_size`
     rows; the incomplete one is filled with copies of its first row, of weight
-    0. The order is a function of `seed` and `epoch` alone; the end of an epoch
-    advances `epoch`. Give `fit` the argument `shuffle=False`, because
-    Keras would shuffle the batches again, from another source of randomness.
+    0. The order is a function of `seed` and `epoch` alone, which Keras advances
+    at the end of an epoch, of `evaluate` too, and once before the first. Give
+    `fit` the argument `shuffle=False`, because Keras would shuffle the batches
+    again, from another source of randomness. `predict` gives its rows in the
+    order of the batches, with those that fill up: `keras_iris.models.
+    score_pairs` gives them in the order of the examples.
 
     Args:
         examples: Prompts with their annotated responses.
@@ -91,7 +94,7 @@ class PairDataset(keras.utils.PyDataset):
             Defaults to at most four, from the quartiles of the data.
         shuffle: Whether to shuffle. If not, rows are sorted by length.
         seed: Of the shuffling.
-        epoch: The epoch to start with.
+        epoch: The epoch whose order is in force until Keras advances it.
 
     Raises:
         ValueError: If there are fewer examples than `batch_size`, the

@@ -124,6 +124,18 @@ class KerasEngine:
             completions.update(self._answer(prompts, batch))
         return [completions[i] for i in range(len(prompts))]
 
+    def get_config(self) -> dict[str, Any]:
+        """What decides the completions, beside model, prompts and seed."""
+        sampler = self._decoder.sampler
+        return {
+            "end_token_ids": self.end_token_ids,
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+            "bucket_lengths": self.bucket_lengths,
+            "sampler": type(sampler).__name__,
+            **{f"sampler.{k}": v for k, v in sampler.get_config().items()},
+        }
+
     def update(self, folder: Path) -> None:
         """Does nothing: the weights are the trainer's."""
 

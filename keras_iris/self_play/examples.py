@@ -13,6 +13,7 @@ from keras_iris.data import (
     read_conversations,
     tokenize,
 )
+from keras_iris.data.tokenize import OnOverflow
 
 
 def prepare_examples(  # noqa: PLR0913 (by keyword only)
@@ -23,6 +24,7 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
     template: ChatTemplate | None,
     max_prompt_length: int,
     max_response_length: int,
+    on_overflow: OnOverflow,
 ) -> tuple[list[Example], tuple[int, ...], str]:
     """Tokenises data for a causal LM.
 
@@ -33,18 +35,22 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
         template: The chat template, or None.
         max_prompt_length: Tokens of a prompt.
         max_response_length: Tokens of a response.
+        on_overflow: `"drop"`, `"truncate"` or `"error"`.
 
     Returns:
         The examples, the ids that end a response, and a fingerprint of the
         tokenizer.
 
     Raises:
-        ValueError: There is no tokenizer, the data can't be read, or hold
-            ids that the model doesn't know.
+        ValueError: There is no tokenizer, the data are empty or can't be
+            read, or hold ids that the model doesn't know.
     """
     tokenizer = tokenizer or _own_tokenizer(causal_lm)
-    if isinstance(data, list) and data and isinstance(data[0], Example):
-        examples = data
+    is_list = isinstance(data, list | tuple)
+    if is_list and not data:
+        raise ValueError("The data are empty. Expected at least one row.")
+    if is_list and isinstance(data[0], Example):
+        examples = list(data)
     elif tokenizer is None:
         raise ValueError(
             "Text needs a tokenizer, and the causal LM has no preprocessor. "
@@ -58,6 +64,7 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
             template=template or getattr(causal_lm, "chat_template", None),
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
+            on_overflow=on_overflow,
         )
     check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
     if tokenizer is not None:

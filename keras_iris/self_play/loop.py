@@ -15,6 +15,7 @@ import numpy as np
 
 from keras_iris import backend
 from keras_iris.data import ChatTemplate, PairDataset, Tokenizer
+from keras_iris.data.tokenize import OnOverflow
 from keras_iris.generation import Engine, KerasEngine
 from keras_iris.models import SelfPlayModel
 from keras_iris.self_play.examples import prepare_examples
@@ -51,15 +52,18 @@ class SelfPlay:
         epochs: Epochs of an iteration.
         batch_size: Pairs of a batch; the mean of the loss is over all.
         max_prompt_length: Tokens of a prompt; longer ones are cut on the
-            left.
+            left. Examples that are `Example`s stay as they are.
         max_response_length: Tokens of a response, annotated or synthetic.
+        on_overflow: What becomes of longer annotated responses: `"drop"`,
+            `"truncate"` or `"error"`, as in `keras_iris.data.tokenize`.
         tokenizer: A `keras_iris.data.Tokenizer`; by default the one of
             `keras_iris.load`, or of the causal LM's preprocessor.
         template: The chat template; by default that of `keras_iris.load`.
         engine: What generates; by default a `KerasEngine`.
         evaluate: Maps the model to scores on held-out data; runs before the
             first iteration and after each.
-        callbacks: Keras callbacks for `fit`, such as `AlphaScheduler`.
+        callbacks: Keras callbacks for `fit`, such as `AlphaScheduler`; their
+            epochs count on over the iterations.
         shard_size: Responses of a file; what a crash loses at most.
         checkpoint_every_minutes: Longest time between checkpoints within an
             epoch; there is one after each epoch in any case.
@@ -83,11 +87,13 @@ class SelfPlay:
         batch_size: int = 64,
         max_prompt_length: int = 1024,
         max_response_length: int = 256,
+        on_overflow: OnOverflow = "drop",
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
         engine: Engine | None = None,
         evaluate: Evaluate | None = None,
-        callbacks: Sequence[keras.callbacks.Callback] = (),
+        callbacks: keras.callbacks.Callback
+        | Sequence[keras.callbacks.Callback] = (),
         shard_size: int = 512,
         checkpoint_every_minutes: float = 10.0,
         checkpoint_every_steps: int | None = None,
@@ -100,14 +106,26 @@ class SelfPlay:
                 "Call `model.compile(optimizer=..., "
                 "loss=keras_iris.losses.IRIS())` first."
             )
+        if model.steps_per_execution != 1:
+            raise ValueError(
+                "Self-play logs and checks every step. Compile the model with "
+                "steps_per_execution=1. Received: "
+                f"{model.steps_per_execution}"
+            )
+        if isinstance(callbacks, keras.callbacks.Callback):
+            callbacks = [callbacks]
         _check_positive(
             iterations=iterations,
             epochs=epochs,
             batch_size=batch_size,
+            max_prompt_length=max_prompt_length,
+            max_response_length=max_response_length,
             shard_size=shard_size,
             checkpoint_every_minutes=checkpoint_every_minutes,
             checkpoint_every_steps=checkpoint_every_steps,
         )
+        if seed < 0:
+            raise ValueError(f"`seed` has to be at least 0. Received: {seed}")
         self.model = model
         self.examples, end_token_ids, fingerprint = prepare_examples(
             model.causal_lm,
@@ -116,6 +134,7 @@ class SelfPlay:
             template=template,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
+            on_overflow=on_overflow,
         )
         if len(self.examples) < batch_size:
             raise ValueError(
@@ -142,6 +161,7 @@ class SelfPlay:
             "batch_size": batch_size,
             "max_prompt_length": max_prompt_length,
             "max_response_length": max_response_length,
+            "on_overflow": on_overflow,
             "shard_size": shard_size,
             "seed": seed,
             "num_examples": len(self.examples),
@@ -247,6 +267,8 @@ class SelfPlay:
             self.model.fit(
                 backend.dataset(rest),
                 shuffle=False,
+                initial_epoch=(iteration - 1) * self.epochs + epoch,
+                epochs=(iteration - 1) * self.epochs + epoch + 1,
                 # The checkpoint last: with all that the others have set.
                 callbacks=[logger, *self.callbacks, keep],
             )
@@ -259,8 +281,7 @@ class SelfPlay:
         if self.evaluate is None:
             return {}
         start = time.perf_counter()
-        scores = self.evaluate(self.model)
-        scores = {name: float(value) for name, value in scores.items()}
+        scores = _check_scores(self.evaluate(self.model))
         self.folder.log(
             "evaluation",
             iteration=iteration,
@@ -309,6 +330,16 @@ def _check_positive(**values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value <= 0:
             raise ValueError(f"`{name}` has to be above 0. Received: {value}")
+
+
+def _check_scores(scores: Any) -> dict[str, float]:
+    taken = {"kind", "iteration", "step", "seconds"}
+    if not isinstance(scores, dict) or taken & scores.keys():
+        raise ValueError(
+            "`evaluate` has to return a dictionary of scores, of other names "
+            f"than {sorted(taken)}. Received: {scores!r}"
+        )
+    return {name: float(value) for name, value in scores.items()}
 
 
 def _line(iteration: int, values: dict[str, float]) -> str:

@@ -3,12 +3,13 @@
 import functools
 import time
 from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_iris.data import Example
-from keras_iris.generation import Engine, check_log_probs
+from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export
 from keras_iris.models import SelfPlayModel, score_pairs
 from keras_iris.self_play.arrays import Arrays
@@ -104,6 +105,7 @@ class Opponent:
                 [e.prompt_ids.tolist() for e in self._shards[number]],
                 seed=int(seeds.generate_state(1)[0] >> 1),
             )
+            self._check(completions, len(self._shards[number]))
             ids = [completion.token_ids for completion in completions]
             log_probs = [
                 np.nan if c.log_probs is None else np.sum(c.log_probs)
@@ -124,6 +126,27 @@ class Opponent:
             )
         ]
         return responses, np.concatenate([s["log_probs"] for s in shards])
+
+    def _check(self, completions: Any, num_prompts: int) -> None:
+        """Refuses what an engine may not give back."""
+        engine = type(self.engine).__name__
+        if len(completions) != num_prompts or not all(
+            isinstance(c, Completion) for c in completions
+        ):
+            raise ValueError(
+                f"{engine}.generate has to give one `Completion` for each of "
+                f"the {num_prompts} prompts. Received {len(completions)}: "
+                f"{sorted({type(c).__name__ for c in completions})}."
+            )
+        size = self.model.causal_lm.backbone.token_embedding.input_dim
+        for i, completion in enumerate(completions):
+            ids = completion.token_ids
+            if not ids or min(ids) < 0 or max(ids) >= size:
+                raise ValueError(
+                    f"Completion {i} of {engine} has to be ids below {size}, "
+                    f"the model's vocabulary. Received: {ids}. Give the engine "
+                    "the model's own tokenizer and weights."
+                )
 
     def _score(
         self, iteration: int, key: str, responses: list[np.ndarray]

@@ -32,8 +32,8 @@ class RunDir:
         title: A line for the report.
 
     Raises:
-        ValueError: The folder holds a run with other settings, or can't be
-            written to.
+        ValueError: The folder holds a run with other or unknown settings, or
+            can't be written to.
     """
 
     def __init__(
@@ -47,9 +47,15 @@ class RunDir:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if manifest.exists():
-                old = json.loads(manifest.read_text())["settings"]
-                _check_settings(self.path, old, settings)
+                _check_settings(self.path, _read_settings(manifest), settings)
+                open(self.path / "metrics.jsonl", "a").close()
                 return
+            if self.checkpoint.exists():
+                raise ValueError(
+                    f"{self.path} holds a checkpoint without its manifest.json,"
+                    " so its settings are unknown. Put the manifest back, or "
+                    "pass another `run_dir`."
+                )
             content = {
                 "title": title,
                 "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -116,7 +122,13 @@ class RunDir:
         """Assigns the checkpoint's values; returns the position, if any."""
         if not self.checkpoint.exists():
             return None
-        arrays, metadata = read_arrays(self.checkpoint)
+        try:
+            arrays, metadata = read_arrays(self.checkpoint)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. Put back a whole checkpoint, or remove the file: "
+                "then the run starts again, with the weights the model has."
+            ) from error
         shapes = [tuple(a.shape) for _, a in sorted(arrays.items())]
         if shapes != [tuple(variable.shape) for variable in variables]:
             raise ValueError(
@@ -141,6 +153,16 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "cpus": str(os.cpu_count()),
     }
+
+
+def _read_settings(manifest: Path) -> dict[str, Any]:
+    try:
+        return json.loads(manifest.read_text())["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{manifest} is not the manifest of a run ({error!r}). Put the "
+            "right one back, or pass another `run_dir`."
+        ) from error
 
 
 def _check_settings(

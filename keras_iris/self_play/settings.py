@@ -10,17 +10,24 @@ import numpy as np
 
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler
 from keras_iris.data import Example
-from keras_iris.generation import Engine
+from keras_iris.generation import Engine, KerasEngine
 from keras_iris.models import SelfPlayModel
 
 
 def model_settings(model: SelfPlayModel) -> dict[str, Any]:
-    """Loss, optimizer and size of a compiled model."""
+    """Loss, optimizer, size and frozen weights of a compiled model."""
+    frozen = [
+        variable
+        for variable in model.causal_lm.non_trainable_variables
+        if variable.name != "seed_generator_state"
+    ]
     return {
         **_named("loss", model.loss, model.loss.get_config()),
         **_named("optimizer", model.optimizer, model.optimizer.get_config()),
         "micro_batch_size": model.micro_batch_size,
         "parameters": model.causal_lm.count_params(),
+        # Those that are trained are in the checkpoint.
+        "frozen_weights": hash_variables(frozen) if frozen else "none",
         "dtype": model.dtype_policy.name,
         "backend": keras.backend.backend(),
     }
@@ -29,8 +36,9 @@ def model_settings(model: SelfPlayModel) -> dict[str, Any]:
 def part_settings(
     engine: Engine, callbacks: Sequence[keras.callbacks.Callback]
 ) -> dict[str, Any]:
-    """Classes of engine and callbacks, and the arguments of our callbacks."""
-    settings: dict[str, Any] = {"engine": type(engine).__name__}
+    """Classes of engine and callbacks, and the arguments of our own."""
+    config = engine.get_config() if isinstance(engine, KerasEngine) else {}
+    settings = _named("engine", engine, config)
     for i, callback in enumerate(callbacks):
         config = {}
         # Keras' own keep in such attributes what they learned in `fit`, too.
@@ -50,7 +58,8 @@ def _plain(value: Any) -> Any:
         return value
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return keras.optimizers.schedules.serialize(value)
-    return type(value).__name__
+    arguments = getattr(value, "__dict__", {})  # a function has none
+    return [type(value).__name__, {k: str(v) for k, v in arguments.items()}]
 
 
 def hash_examples(examples: Sequence[Example]) -> str:

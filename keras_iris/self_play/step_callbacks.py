@@ -51,7 +51,19 @@ class StepLogger(keras.callbacks.Callback):
         alpha = float(model.alpha.value)
         self.num_tokens += int(latest.num_tokens.sum())
         values = {
-            "loss": float(logs["loss"]) if logs else float("nan"),
+            # That of the step: Keras' own log is a mean over the epoch.
+            "loss": float(
+                model.loss(
+                    *(
+                        value.astype("float32")
+                        for value in (
+                            latest.opponent,
+                            latest.policy,
+                            latest.sample_weight,
+                        )
+                    )
+                )
+            ),
             "alpha": alpha,
             **summary(latest, alpha),
         }

@@ -181,6 +181,50 @@ def test_schedule_of_the_step():
     np.testing.assert_allclose(alphas.values, [2.0, 1.5, 1.0, 0.5], rtol=1e-6)
 
 
+def test_schedule_that_is_none():
+    with pytest.raises(ValueError, match="function of the step"):
+        AlphaSchedule(1.5)
+    model = _model()
+    for alpha in (-3.0, 200.0):
+        with pytest.raises(ValueError, match=r"in \[0, 100\]"):
+            model.fit(
+                make_pairs(),
+                np.zeros((8, 2)),
+                verbose=0,
+                callbacks=[AlphaSchedule(lambda step, alpha=alpha: alpha)],
+            )
+
+
+def test_a_gap_that_is_not_finite_and_rows_of_no_weight_change_nothing():
+    class Gap:
+        starts_at_zero = False
+        value = 1.0
+
+        def __call__(self, batch, alpha):
+            return self.value
+
+    gap, model = Gap(), _model()
+    scheduler = AlphaScheduler(gap_estimator=gap)
+    pairs = make_pairs()
+    opponent = model.predict(pairs, verbose=0)
+
+    def fit(weight):
+        model.fit(
+            pairs,
+            opponent,
+            sample_weight=np.full(8, weight, "float32"),
+            verbose=0,
+            callbacks=[scheduler],
+        )
+        return float(model.alpha.value), model.gap_state.numpy().tolist()
+
+    before = fit(1.0)
+    gap.value = float("nan")
+    assert fit(1.0) == before
+    gap.value = 0.5
+    assert fit(0.0) == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -189,6 +233,9 @@ def test_schedule_of_the_step():
         ({"smoothing": 1.0}, "`smoothing`"),
         ({"min_effective_sample_size": 1.5}, "share of the batch"),
         ({"update_every_batches": 0}, "`update_every_batches`"),
+        ({"update_every_batches": 1.5}, "`update_every_batches`"),
+        ({"gap_estimator": "margin"}, "has `starts_at_zero`"),
+        ({"gap_estimator": MarginGap}, "has `starts_at_zero`"),
     ],
 )
 def test_errors(options, message):

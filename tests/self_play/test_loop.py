@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from tiny_models import VOCABULARY_SIZE, make_causal_lm
@@ -15,7 +16,7 @@ import keras_iris
 from keras_iris.callbacks import AlphaScheduler
 from keras_iris.data import Example
 from keras_iris.files import replaced
-from keras_iris.generation import Completion
+from keras_iris.generation import Completion, KerasEngine
 from keras_iris.self_play.arrays import read_arrays, write_arrays
 
 END = 1
@@ -54,7 +55,10 @@ def make_self_play(run_dir, *, examples=None, learning_rate=0.01, **options):
         **options,
     }
     return keras_iris.SelfPlay(
-        model, examples or make_examples(), run_dir, **options
+        model,
+        make_examples() if examples is None else examples,
+        run_dir,
+        **options,
     )
 
 
@@ -197,6 +201,69 @@ def test_other_arguments_of_the_scheduler_are_refused(finished):
         make_self_play(finished, callbacks=[AlphaScheduler(max_alpha=1.0)])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.3}, "engine.sampler.temperature: 1.0 there, 0.3"),
+        ({"batch_size": 4}, "engine.batch_size: 32 there, 4 here"),
+    ],
+)
+def test_other_options_of_the_engine_are_refused(options, message, finished):
+    temperature = options.pop("temperature", 1.0)
+    engine = KerasEngine(
+        make_causal_lm(num_layers=1),
+        end_token_ids=(END,),
+        max_new_tokens=6,
+        sampler=keras_hub.samplers.RandomSampler(temperature=temperature),
+        **options,
+    )
+    with pytest.raises(ValueError, match=message):
+        make_self_play(finished, engine=engine)
+
+
+def test_other_frozen_weights_are_refused(tmp_path):
+    def start(value):
+        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+        frozen = model.causal_lm.backbone.get_layer("token_embedding")
+        frozen.embeddings.assign(np.full(frozen.embeddings.shape, value))
+        frozen.trainable = False
+        model.compile(loss=keras_iris.losses.IRIS())
+        return keras_iris.SelfPlay(
+            model, make_examples(), tmp_path / "run", batch_size=8
+        )
+
+    start(0.5)
+    start(0.5)
+    with pytest.raises(ValueError, match="frozen_weights"):
+        start(0.25)
+
+
+def test_epochs_count_on_and_every_step_has_its_own_loss(tmp_path):
+    class Recorder(keras.callbacks.Callback):
+        epochs, losses = [], []
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epochs.append(epoch)
+
+        def on_train_batch_begin(self, batch, logs=None):
+            self.losses.append(0.0)
+
+        def on_train_batch_end(self, batch, logs=None):
+            # Keras logs the mean over the epoch so far.
+            earlier = sum(self.losses[-batch - 1 : -1])
+            self.losses[-1] = logs["loss"] * (batch + 1) - earlier
+
+    make_self_play(tmp_path / "run", callbacks=Recorder()).run()
+    assert Recorder.epochs == [0, 1, 2, 3]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    logged = [
+        line["loss"]
+        for line in map(json.loads, lines)
+        if line["kind"] == "step"
+    ]
+    np.testing.assert_allclose(logged, Recorder.losses, rtol=1e-3, atol=1e-4)
+
+
 def test_checkpoint_by_time(tmp_path, monkeypatch):
     """With no time between them, the epoch's first step has one."""
     self_play = make_self_play(
@@ -226,6 +293,35 @@ class _OtherProcess:
 
     def generate(self, prompts, *, seed):
         return [Completion((3, END), "stop") for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda prompts: [Completion((END,), "stop")],
+        lambda prompts: [(3, END) for _ in prompts],
+        lambda prompts: [Completion((VOCABULARY_SIZE,), "stop")] * len(prompts),
+        lambda prompts: [Completion((), "stop") for _ in prompts],
+    ],
+    ids=["too few", "no Completion", "unknown id", "no id"],
+)
+def test_what_an_engine_may_not_answer(answer, tmp_path):
+    class Engine(_OtherProcess):
+        needs_folder = False
+
+        def generate(self, prompts, *, seed):
+            return answer(prompts)
+
+    self_play = make_self_play(tmp_path / "run", engine=Engine())
+    with pytest.raises(ValueError, match="Received"):
+        self_play.run()
+
+
+@pytest.mark.parametrize("scores", [None, {"step": 1.0}])
+def test_what_evaluate_may_not_return(scores, tmp_path):
+    self_play = make_self_play(tmp_path / "run", evaluate=lambda model: scores)
+    with pytest.raises(ValueError, match="`evaluate` has to return"):
+        self_play.run()
 
 
 def test_engine_with_weights_of_its_own_gets_each_iteration(tmp_path):
@@ -281,6 +377,37 @@ class TestErrors:
         examples[0].response_ids[-1] = 5
         with pytest.raises(ValueError, match="end in 2 different"):
             make_self_play(tmp_path, examples=examples)
+
+    def test_no_data(self, tmp_path):
+        with pytest.raises(ValueError, match="data are empty"):
+            make_self_play(tmp_path, examples=())
+
+    def test_negative_seed(self, tmp_path):
+        with pytest.raises(ValueError, match="`seed`"):
+            make_self_play(tmp_path, seed=-1)
+
+    def test_steps_per_execution(self, tmp_path):
+        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+        model.compile(loss=keras_iris.losses.IRIS(), steps_per_execution=2)
+        with pytest.raises(ValueError, match="steps_per_execution=1"):
+            keras_iris.SelfPlay(model, make_examples(), tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]"])
+    def test_broken_manifest(self, text, tmp_path):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="not the manifest of a run"):
+            make_self_play(tmp_path)
+
+    def test_checkpoint_without_a_manifest(self, tmp_path):
+        (tmp_path / "checkpoint.safetensors").write_text("")
+        with pytest.raises(ValueError, match="without its manifest"):
+            make_self_play(tmp_path)
+
+    def test_broken_checkpoint(self, tmp_path):
+        self_play = make_self_play(tmp_path)
+        (tmp_path / "checkpoint.safetensors").write_text("half")
+        with pytest.raises(ValueError, match="Put back a whole checkpoint"):
+            self_play.run()
 
     def test_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")
