@@ -102,6 +102,11 @@ def labelled_rows(source: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
+    if path.suffix in (".jsonl", ".parquet") and not path.is_file():
+        raise ValueError(
+            f"There is no file {path} (looked in {path.parent.resolve()}). "
+            "Pass the path of a .jsonl or .parquet file."
+        )
     if path.suffix == ".jsonl":
         yield from _read_jsonl(path)
     elif path.suffix == ".parquet":
@@ -109,24 +114,25 @@ def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     else:
         raise ValueError(
             f"Cannot read {path}: the file name ends in {path.suffix!r}, "
-            "expected '.jsonl' or '.parquet'. Load other formats with "
-            "`keras_iris.data.load_dataset`."
+            "expected '.jsonl' or '.parquet'. Load a dataset of the hub with "
+            "`keras_iris.data.load_dataset`, and turn other files into these."
         )
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             where = f"line {number} of {path}"
             try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
+                # Some editors start a file with a byte-order mark.
+                yield where, json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # of JSON or of UTF-8
+                text = line.decode("utf-8", errors="replace").strip()
                 raise ValueError(
-                    f"{where} is not valid JSON ({error}): "
-                    f"{_shorten(line.strip())}. Expected one JSON object a "
-                    "line."
+                    f"{where} is not valid JSON in UTF-8 ({error}): "
+                    f"{_shorten(text)}. Expected one JSON object a line."
                 ) from error
 
 

@@ -5,6 +5,12 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
+# Beside those of numbers only, which is what a line's other values are.
+_COUNTS = {
+    "step": ("iteration", "step"),
+    "evaluation": ("iteration", "step"),
+    "iteration": ("iteration",),
+}
 
 
 def read_metrics(path: str | Path) -> list[Line]:
@@ -21,7 +27,7 @@ def read_metrics(path: str | Path) -> list[Line]:
         The lines, in the order of the run.
 
     Raises:
-        ValueError: There is no such file, or a line isn't a JSON object.
+        ValueError: There is no such file, or a line isn't what a run writes.
     """
     path = Path(path)
     file = path / "metrics.jsonl" if path.is_dir() else path
@@ -40,7 +46,8 @@ def read_metrics(path: str | Path) -> list[Line]:
             lines[key] = line
         elif text.strip() and number < len(texts):
             raise ValueError(
-                f"Expected a JSON object in line {number} of {file}. "
+                "Expected a JSON object of numbers, with its iteration and "
+                f"step, in line {number} of {file}. "
                 f"Received: {text[:60]!r}. Delete that line."
             )
     return list(lines.values())
@@ -57,6 +64,15 @@ def _parse(text: str) -> Line | None:
             line = json.loads(text[max(start, 0) :])
         except json.JSONDecodeError:
             continue
-        if isinstance(line, dict):
+        if isinstance(line, dict) and _is_of_a_run(line):
             return line
     return None
+
+
+def _is_of_a_run(line: Line) -> bool:
+    counts = _COUNTS.get(line.get("kind", ""), ())
+    return all(isinstance(line.get(name), int) for name in counts) and all(
+        isinstance(value, int | float)
+        for name, value in line.items()
+        if name != "kind"
+    )

@@ -65,11 +65,11 @@ def read_run(run_dir: Path, name: str) -> RunRecord:
     manifest: dict[str, Any] = {}
     if file.is_file():
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            manifest = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
             raise ValueError(
-                f"Expected JSON in {file}. Received what can't be read: "
-                f"{error}. Delete the file for a report without settings."
+                f"Expected a JSON object in {file}. Received what can't be "
+                f"read: {error}. Delete the file for a report without settings."
             ) from error
     return RunRecord(name, lines, manifest)
 

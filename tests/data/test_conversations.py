@@ -139,3 +139,22 @@ def test_tokenised_rows():
 def test_bad_tokenised_rows_are_named(rows, error):
     with pytest.raises(ValueError, match=error):
         read_examples(rows)
+
+
+def test_byte_order_mark(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"prompt": "a", "response": "é"}', encoding="utf-8-sig")
+    assert read_conversations(file) == [Conversation("a", "é")]
+
+
+def test_text_that_is_not_utf8(tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text('\n{"prompt": "a", "response": "é"}', encoding="latin-1")
+    with pytest.raises(ValueError, match="line 2 of .* in UTF-8"):
+        read_conversations(file)
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_no_such_file(tmp_path, suffix):
+    with pytest.raises(ValueError, match="There is no file"):
+        read_conversations(tmp_path / f"data.{suffix}")

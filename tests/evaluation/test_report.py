@@ -147,10 +147,16 @@ def test_line_after_a_truncated_one_is_found(tmp_path):
 
 
 def test_damaged_line_in_the_middle(tmp_path):
-    text = f"spilled ink\n{json.dumps(step_line(1, 1))}\n"
-    (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(ValueError, match="line 1 of .*'spilled ink'. Delete"):
-        read_metrics(tmp_path)
+    for bad in (
+        "spilled ink",
+        '{"kind": "step", "alpha": 1}',
+        '{"kind": "evaluation", "x": 1}',
+        '{"kind": "step", "iteration": 1, "step": 9, "alpha": "a"}',
+    ):
+        text = f"{bad}\n{json.dumps(step_line(1, 1))}\n"
+        (tmp_path / "metrics.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=f"line 1 of .*{bad}.*Delete"):
+            read_metrics(tmp_path)
 
 
 def test_missing_folder(tmp_path):
@@ -162,9 +168,12 @@ def test_missing_folder(tmp_path):
         report(tmp_path)
 
 
-def test_damaged_manifest(run_dir):
-    (run_dir / "manifest.json").write_text("{")
-    with pytest.raises(ValueError, match="Expected JSON in .*manifest.json"):
+@pytest.mark.parametrize("text", ["{", "[1]", "1"])
+def test_damaged_manifest(run_dir, text):
+    (run_dir / "manifest.json").write_text(text)
+    with pytest.raises(
+        ValueError, match="Expected a JSON object in .*manifest"
+    ):
         report(run_dir)
 
 
