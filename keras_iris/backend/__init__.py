@@ -1,9 +1,10 @@
 """The only folder that knows which backend Keras runs on.
 
-Each module offers the same four names: `Trainer`, the base of
+Each module offers the same five names: `Trainer`, the base of
 `SelfPlayModel` with its train step, `sum_chunks`, a sum over chunks that keeps
 the activations of one chunk, `token_log_probs`, log-probs from logits in few
-passes over them, and `dataset`, what `fit` takes for batches.
+passes over them, `dataset`, what `fit` takes for batches, and `seed_step`,
+which seeds a step's random numbers where no variable of the model does.
 """
 
 # mypy: disable-error-code="assignment"
@@ -15,6 +16,7 @@ match keras.backend.backend():
         from keras_iris.backend.jax import (
             Trainer,
             dataset,
+            seed_step,
             sum_chunks,
             token_log_probs,
         )
@@ -22,6 +24,7 @@ match keras.backend.backend():
         from keras_iris.backend.tensorflow import (
             Trainer,
             dataset,
+            seed_step,
             sum_chunks,
             token_log_probs,
         )
@@ -29,6 +32,7 @@ match keras.backend.backend():
         from keras_iris.backend.torch import (
             Trainer,
             dataset,
+            seed_step,
             sum_chunks,
             token_log_probs,
         )
@@ -38,4 +42,4 @@ match keras.backend.backend():
             f"{name!r}. Set KERAS_BACKEND to 'jax', 'tensorflow' or 'torch'."
         )
 
-__all__ = ["Trainer", "dataset", "sum_chunks", "token_log_probs"]
+__all__ = ["Trainer", "dataset", "seed_step", "sum_chunks", "token_log_probs"]

@@ -18,6 +18,10 @@ def dataset(batches: PairDataset) -> PairDataset:
     return batches
 
 
+def seed_step(seed: int) -> None:
+    """Does nothing: dropout's seeds are variables of the model."""
+
+
 def sum_chunks(
     function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...]
 ) -> jax.Array:

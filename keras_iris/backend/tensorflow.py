@@ -51,6 +51,10 @@ def dataset(batches: PairDataset) -> tf.data.Dataset:
     return result.with_options(options)
 
 
+def seed_step(seed: int) -> None:
+    """Does nothing: dropout's seeds are variables of the model."""
+
+
 def sum_chunks(
     function: Callable[..., tf.Tensor], arrays: tuple[tf.Tensor, ...]
 ) -> tf.Tensor:

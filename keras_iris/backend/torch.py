@@ -15,6 +15,15 @@ def dataset(batches: PairDataset) -> PairDataset:
     return batches
 
 
+def seed_step(seed: int) -> None:
+    """Seeds PyTorch's own random numbers, which dropout is drawn from.
+
+    Args:
+        seed: Of the step.
+    """
+    torch.manual_seed(seed)
+
+
 def sum_chunks(
     function: Callable[..., torch.Tensor], arrays: tuple[torch.Tensor, ...]
 ) -> torch.Tensor:

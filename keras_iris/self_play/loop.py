@@ -27,7 +27,11 @@ from keras_iris.self_play.settings import (
     model_settings,
     part_settings,
 )
-from keras_iris.self_play.step_callbacks import CheckpointWriter, StepLogger
+from keras_iris.self_play.step_callbacks import (
+    CheckpointWriter,
+    StepLogger,
+    StepSeeds,
+)
 
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
 
@@ -262,6 +266,7 @@ class SelfPlay:
                 every_steps=self.checkpoint_every_steps,
                 every_minutes=self.checkpoint_every_minutes,
             )
+            seeds = StepSeeds((self.seed, iteration, epoch), first_batch)
             logger = StepLogger(self.folder.log, iteration, rest.indices)
             print(f"Iteration {iteration}, epoch {epoch + 1}/{self.epochs}")
             self.model.fit(
@@ -270,7 +275,7 @@ class SelfPlay:
                 initial_epoch=(iteration - 1) * self.epochs + epoch,
                 epochs=(iteration - 1) * self.epochs + epoch + 1,
                 # The checkpoint last: with all that the others have set.
-                callbacks=[logger, *self.callbacks, keep],
+                callbacks=[seeds, logger, *self.callbacks, keep],
             )
             self._write_checkpoint({**here, "epoch": epoch + 1, "batch": 0})
             loggers.append(logger)

@@ -1,12 +1,13 @@
 """What `fit` writes to the run's folder while it runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_iris import backend
 from keras_iris.metrics import summary
 
 
@@ -92,6 +93,28 @@ class StepLogger(keras.callbacks.Callback):
                 for name in names
             },
         }
+
+
+class StepSeeds(keras.callbacks.Callback):
+    """Gives every step random numbers that don't depend on those before it.
+
+    Args:
+        seeds: What tells the epoch from others.
+        first_batch: Batches of the epoch that were done before.
+    """
+
+    def __init__(self, seeds: Sequence[int], first_batch: int) -> None:
+        super().__init__()
+        self.seeds = seeds
+        self.first_batch = first_batch
+
+    def on_train_batch_begin(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Seeds the step."""
+        entropy = [*self.seeds, self.first_batch + batch]
+        state = np.random.SeedSequence(entropy).generate_state(1)
+        backend.seed_step(int(state[0]))
 
 
 class CheckpointWriter(keras.callbacks.Callback):

@@ -37,8 +37,12 @@ def make_examples(number=24, seed=0):
     ]
 
 
-def make_self_play(run_dir, *, examples=None, learning_rate=0.01, **options):
-    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+def make_self_play(  # noqa: PLR0913
+    run_dir, *, examples=None, learning_rate=0.01, dropout=0.0, **options
+):
+    model = keras_iris.SelfPlayModel(
+        make_causal_lm(num_layers=1, dropout=dropout)
+    )
     model.compile(
         optimizer=keras.optimizers.Adam(learning_rate),
         loss=keras_iris.losses.IRIS(),
@@ -149,6 +153,24 @@ def test_killed_at_a_write(write, finished, tmp_path, monkeypatch):
             make_self_play(tmp_path / "run").run()
     make_self_play(tmp_path / "run").run()
     assert_same_end(tmp_path / "run", finished)
+
+
+def test_killed_in_fit_with_dropout(tmp_path, monkeypatch):
+    ends = tmp_path / "whole", tmp_path / "killed"
+    options = dict(dropout=0.3, iterations=1, epochs=1)
+    options["checkpoint_every_steps"] = 1
+    make_self_play(ends[0], **options).run()
+    killed = make_self_play(ends[1], **options)
+    with monkeypatch.context() as patch:
+        _kill_at_write(patch, 9)
+        with pytest.raises(_Killed):
+            killed.run()
+    _, metadata = read_arrays(ends[1] / "checkpoint.safetensors")
+    assert json.loads(metadata["position"])["batch"] == 1
+    # Random numbers that were drawn in between change nothing.
+    keras.random.normal((7,))
+    make_self_play(ends[1], **options).run()
+    assert_same_end(*ends)
 
 
 def test_kill_9_in_the_middle_of_fit(finished, tmp_path):
