@@ -106,6 +106,9 @@ def encode_prompt(
         tokenizer: A `Tokenizer`.
         template: Renders the messages.
 
+    Returns:
+        Token ids, at least one.
+
     Raises:
         ValueError: If the prompt cannot be rendered or has no ids.
     """

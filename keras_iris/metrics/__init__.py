@@ -48,7 +48,11 @@ __all__ = [
 
 
 def self_play_metrics() -> list[keras.metrics.Metric]:
-    """A new instance of every metric, for `SelfPlayModel.compile`."""
+    """A new instance of every metric.
+
+    Returns:
+        A list, for the argument `metrics` of `SelfPlayModel.compile`.
+    """
     return [
         RealLogRatio(),
         SyntheticLogRatio(),

@@ -39,6 +39,10 @@ class RealLogRatio(_MeanOverPairs):
 
     It falls where the likelihood of the data collapses, also while the
     margin grows.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
     """
 
     def __init__(self, name: str = "real_log_ratio", dtype: Any = None):
@@ -51,7 +55,12 @@ class RealLogRatio(_MeanOverPairs):
 
 @keras.saving.register_keras_serializable(package="keras_iris")
 class SyntheticLogRatio(_MeanOverPairs):
-    """Mean `r(y')` of synthetic responses, in nats."""
+    """Mean `r(y')` of synthetic responses, in nats.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
+    """
 
     def __init__(self, name: str = "synthetic_log_ratio", dtype: Any = None):
         super().__init__(name=name, dtype=dtype)
@@ -63,7 +72,12 @@ class SyntheticLogRatio(_MeanOverPairs):
 
 @keras.saving.register_keras_serializable(package="keras_iris")
 class Margin(_MeanOverPairs):
-    """Mean of `r(y) - r(y')`, in nats."""
+    """Mean of `r(y) - r(y')`, in nats.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
+    """
 
     def __init__(self, name: str = "margin", dtype: Any = None):
         super().__init__(name=name, dtype=dtype)
@@ -75,7 +89,12 @@ class Margin(_MeanOverPairs):
 
 @keras.saving.register_keras_serializable(package="keras_iris")
 class MarginAccuracy(_MeanOverPairs):
-    """Share of pairs with `r(y) > r(y')`."""
+    """Share of pairs with `r(y) > r(y')`.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
+    """
 
     def __init__(self, name: str = "margin_accuracy", dtype: Any = None):
         super().__init__(name=name, dtype=dtype)

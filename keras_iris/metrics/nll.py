@@ -14,6 +14,10 @@ class TokenMetric(keras.metrics.Metric, abc.ABC):
 
     `SelfPlayModel` calls `update_state(num_tokens, y_pred, sample_weight)`:
     response tokens, and policy log-probs in nats, both of shape `(batch, 2)`.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
     """
 
     def __init__(self, name: str, dtype: Any = None) -> None:
@@ -47,7 +51,12 @@ class TokenMetric(keras.metrics.Metric, abc.ABC):
 
 @keras.saving.register_keras_serializable(package="keras_iris")
 class RealNLL(TokenMetric):
-    """NLL per token of annotated responses, in nats."""
+    """NLL per token of annotated responses, in nats.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
+    """
 
     def __init__(self, name: str = "real_nll", dtype: Any = None) -> None:
         super().__init__(name=name, dtype=dtype)
@@ -59,7 +68,12 @@ class RealNLL(TokenMetric):
 
 @keras.saving.register_keras_serializable(package="keras_iris")
 class SyntheticNLL(TokenMetric):
-    """NLL per token of synthetic responses, in nats."""
+    """NLL per token of synthetic responses, in nats.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
+    """
 
     def __init__(self, name: str = "synthetic_nll", dtype: Any = None) -> None:
         super().__init__(name=name, dtype=dtype)
@@ -74,6 +88,10 @@ class Gap(TokenMetric):
     """NLL per token of annotated minus that of synthetic responses, in nats.
 
     0 where the policy finds the data as likely as its own samples.
+
+    Args:
+        name: Name of the metric.
+        dtype: As in `keras.metrics.Metric`.
     """
 
     def __init__(self, name: str = "gap", dtype: Any = None) -> None:

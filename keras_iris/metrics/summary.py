@@ -31,7 +31,14 @@ def effective_sample_size(
 
 
 def token_gap(batch: PairBatch) -> float:
-    """NLL per token of annotated minus synthetic responses, in nats."""
+    """NLL per token of annotated minus synthetic responses.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The gap in nats.
+    """
     nll = real_and_synthetic_nll(batch)
     return nll[0] - nll[1]
 
@@ -42,6 +49,9 @@ def divergence(batch: PairBatch, alpha: float) -> float:
     Args:
         batch: The batch.
         alpha: The order.
+
+    Returns:
+        The estimate in nats.
 
     Reference: IRIS, arXiv 2604.20933; Birrell et al., arXiv 2007.03814.
     """
