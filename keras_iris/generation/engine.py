@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,7 @@ class Completion:
     log_probs: NDArray[np.float32] | None = None
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Something that answers prompts.
 
@@ -58,6 +59,14 @@ class Engine(Protocol):
 
         Args:
             folder: What `keras_iris.export` wrote.
+        """
+        ...
+
+    def get_config(self) -> dict[str, Any]:
+        """What decides the completions, beside model, prompts and seed.
+
+        Self-play refuses to go on with a run under another one. Where and
+        how fast the engine runs doesn't belong to it.
         """
         ...
 

@@ -15,6 +15,7 @@ from keras_iris.generation.batch_plan import (
 )
 from keras_iris.generation.decoder import Decoder
 from keras_iris.generation.engine import Completion, check_prompts
+from keras_iris.losses.self_play_loss import check_positive
 
 
 class KerasEngine:
@@ -74,8 +75,8 @@ class KerasEngine:
         sampler = sampler or keras_hub.samplers.RandomSampler(temperature=1.0)
         _check_model(causal_lm)
         _check_sampler(sampler)
-        _check_positive("max_new_tokens", max_new_tokens)
-        _check_positive("batch_size", batch_size)
+        check_positive("max_new_tokens", max_new_tokens)
+        check_positive("batch_size", batch_size)
         if not end_token_ids:
             raise ValueError(
                 "Expected at least one id in `end_token_ids`, received none. "
@@ -202,13 +203,6 @@ def _check_sampler(sampler: Any) -> None:
             "Expected `sampler` to be a keras_hub.samplers.Sampler that draws "
             f"token by token, received {sampler!r}. Self-play needs the "
             "default, RandomSampler(temperature=1.0)."
-        )
-
-
-def _check_positive(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(
-            f"Expected `{name}` to be at least 1, received {value}."
         )
 
 

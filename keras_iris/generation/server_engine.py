@@ -133,6 +133,13 @@ class ServerEngine:
             )
         self.on_update(Path(folder))
 
+    def get_config(self) -> dict[str, Any]:
+        """What decides the completions, beside model, prompts and seed."""
+        return {
+            "end_token_ids": tuple(self.tokenizer.end_token_ids),
+            "max_new_tokens": self.max_new_tokens,
+        }
+
     def _request(self, prompt: list[int], seed: int) -> Completion:
         openai, where = self._openai, f"The server at {self.base_url}"
         try:

@@ -109,6 +109,13 @@ class VLLMEngine:
         self.close()
         self.folder = Path(folder)
 
+    def get_config(self) -> dict[str, Any]:
+        """What decides the completions, beside model, prompts and seed."""
+        return {
+            "end_token_ids": tuple(self.end_token_ids),
+            "max_new_tokens": self.max_new_tokens,
+        }
+
     def close(self) -> int | None:
         """Ends the process, which frees its memory.
 

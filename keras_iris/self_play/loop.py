@@ -17,9 +17,11 @@ from keras_iris import backend
 from keras_iris.data import ChatTemplate, PairDataset, Tokenizer
 from keras_iris.data.tokenize import OnOverflow
 from keras_iris.generation import Engine, KerasEngine
+from keras_iris.losses.self_play_loss import check_positive
 from keras_iris.models import SelfPlayModel
 from keras_iris.self_play.examples import prepare_examples
-from keras_iris.self_play.opponent import Opponent
+from keras_iris.self_play.opponent import Opponent, check_engine
+from keras_iris.self_play.rest import Rest
 from keras_iris.self_play.run_dir import RunDir
 from keras_iris.self_play.settings import (
     hash_examples,
@@ -56,7 +58,7 @@ class SelfPlay:
         epochs: Epochs of an iteration.
         batch_size: Pairs of a batch; the mean of the loss is over all.
         max_prompt_length: Tokens of a prompt; longer ones are cut on the
-            left. Examples that are `Example`s stay as they are.
+            left. A list of `Example` stays as it is, whatever its lengths.
         max_response_length: Tokens of a response, annotated or synthetic.
         on_overflow: What becomes of longer annotated responses: `"drop"`,
             `"truncate"` or `"error"`, as in `keras_iris.data.tokenize`.
@@ -118,16 +120,19 @@ class SelfPlay:
             )
         if isinstance(callbacks, keras.callbacks.Callback):
             callbacks = [callbacks]
-        _check_positive(
-            iterations=iterations,
-            epochs=epochs,
-            batch_size=batch_size,
-            max_prompt_length=max_prompt_length,
-            max_response_length=max_response_length,
-            shard_size=shard_size,
-            checkpoint_every_minutes=checkpoint_every_minutes,
-            checkpoint_every_steps=checkpoint_every_steps,
-        )
+        counts = {
+            "iterations": iterations,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "max_prompt_length": max_prompt_length,
+            "max_response_length": max_response_length,
+            "shard_size": shard_size,
+        }
+        for name, value in counts.items():
+            check_positive(name, value)
+        check_positive("checkpoint_every_minutes", checkpoint_every_minutes)
+        if checkpoint_every_steps is not None:
+            check_positive("checkpoint_every_steps", checkpoint_every_steps)
         if seed < 0:
             raise ValueError(f"`seed` has to be at least 0. Received: {seed}")
         self.model = model
@@ -153,6 +158,7 @@ class SelfPlay:
             end_token_ids=end_token_ids,
             max_new_tokens=max_response_length,
         )
+        check_engine(self.engine)
         self.evaluate = evaluate
         self.callbacks = list(callbacks)
         self.checkpoint_every_minutes = checkpoint_every_minutes
@@ -160,13 +166,8 @@ class SelfPlay:
         self.seed = seed
         self._data_key = f"{fingerprint}-{hash_examples(self.examples)}"
         settings = {
-            "iterations": iterations,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "max_prompt_length": max_prompt_length,
-            "max_response_length": max_response_length,
+            **counts,
             "on_overflow": on_overflow,
-            "shard_size": shard_size,
             "seed": seed,
             "num_examples": len(self.examples),
             "data": self._data_key,
@@ -181,6 +182,7 @@ class SelfPlay:
             self.examples,
             self.folder,
             batch_size=batch_size,
+            max_response_length=max_response_length,
             shard_size=shard_size,
             seed=seed,
         )
@@ -258,7 +260,7 @@ class SelfPlay:
                 epoch=epoch,
             )
             here = {**position, "epoch": epoch}
-            rest = _Rest(dataset, first_batch)
+            rest = Rest(dataset, first_batch)
             keep = CheckpointWriter(
                 self._write_checkpoint,
                 here,
@@ -286,15 +288,13 @@ class SelfPlay:
         if self.evaluate is None:
             return {}
         start = time.perf_counter()
-        scores = _check_scores(self.evaluate(self.model))
-        self.folder.log(
-            "evaluation",
+        scores = self.evaluate(self.model)
+        return self.folder.log_scores(
+            scores,
             iteration=iteration,
             step=int(self.model.optimizer.iterations.value),
             seconds=round(time.perf_counter() - start, 3),
-            **scores,
         )
-        return scores
 
     def _weights(self) -> list[keras.Variable]:
         return self.model.causal_lm.variables
@@ -310,41 +310,6 @@ class SelfPlay:
 
     def _write_checkpoint(self, position: dict[str, Any]) -> None:
         self.folder.write_checkpoint(self._variables(), position)
-
-
-class _Rest(keras.utils.PyDataset):
-    """A data set without its first batches."""
-
-    def __init__(self, dataset: PairDataset, first_batch: int) -> None:
-        super().__init__()
-        self.dataset = dataset
-        self.first_batch = first_batch
-        self.bucket_lengths = dataset.bucket_lengths
-
-    def __len__(self) -> int:
-        return len(self.dataset) - self.first_batch
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index + self.first_batch]
-
-    def indices(self, index: int) -> np.ndarray:
-        return self.dataset.indices(index + self.first_batch)
-
-
-def _check_positive(**values: float | None) -> None:
-    for name, value in values.items():
-        if value is not None and value <= 0:
-            raise ValueError(f"`{name}` has to be above 0. Received: {value}")
-
-
-def _check_scores(scores: Any) -> dict[str, float]:
-    taken = {"kind", "iteration", "step", "seconds"}
-    if not isinstance(scores, dict) or taken & scores.keys():
-        raise ValueError(
-            "`evaluate` has to return a dictionary of scores, of other names "
-            f"than {sorted(taken)}. Received: {scores!r}"
-        )
-    return {name: float(value) for name, value in scores.items()}
 
 
 def _line(iteration: int, values: dict[str, float]) -> str:

@@ -28,6 +28,7 @@ class Opponent:
         examples: Prompts and annotated responses.
         folder: The run's folder.
         batch_size: Pairs that are scored at a time.
+        max_response_length: The longest response, in tokens.
         shard_size: Responses of a file.
         seed: Seed of the sampling.
     """
@@ -40,6 +41,7 @@ class Opponent:
         folder: RunDir,
         *,
         batch_size: int,
+        max_response_length: int,
         shard_size: int,
         seed: int,
     ) -> None:
@@ -47,6 +49,7 @@ class Opponent:
         self.engine = engine
         self.folder = folder
         self.batch_size = batch_size
+        self.max_response_length = max_response_length
         self.seed = seed
         self._shards = [
             examples[start : start + shard_size]
@@ -68,7 +71,8 @@ class Opponent:
 
         Raises:
             FloatingPointError: A log-prob is not finite.
-            ValueError: The engine has another model than the trainer.
+            ValueError: The engine has another model than the trainer, or
+                answers what can't be used.
         """
         start = time.perf_counter()
         responses, engine_log_probs = self._generate(iteration, key)
@@ -130,17 +134,25 @@ class Opponent:
     def _check(self, completions: Any, num_prompts: int) -> None:
         """Refuses what an engine may not give back."""
         engine = type(self.engine).__name__
-        if len(completions) != num_prompts or not all(
-            isinstance(c, Completion) for c in completions
+        if (
+            not isinstance(completions, list | tuple)
+            or len(completions) != num_prompts
+            or not all(isinstance(c, Completion) for c in completions)
         ):
             raise ValueError(
-                f"{engine}.generate has to give one `Completion` for each of "
-                f"the {num_prompts} prompts. Received {len(completions)}: "
-                f"{sorted({type(c).__name__ for c in completions})}."
+                f"{engine}.generate has to give a list with one `Completion` "
+                f"for each of the {num_prompts} prompts. Received: "
+                f"{str(completions)[:80]}"
             )
         size = self.model.causal_lm.backbone.token_embedding.input_dim
         for i, completion in enumerate(completions):
             ids = completion.token_ids
+            if len(ids) > self.max_response_length:
+                raise ValueError(
+                    f"Completion {i} of {engine} has {len(ids)} tokens, more "
+                    f"than max_response_length={self.max_response_length}. "
+                    "Give the engine that limit, or raise it."
+                )
             if not ids or min(ids) < 0 or max(ids) >= size:
                 raise ValueError(
                     f"Completion {i} of {engine} has to be ids below {size}, "
@@ -198,6 +210,20 @@ class Opponent:
         path = self.folder.path / "export"
         print(f"Exporting the model to {path}")
         self.engine.update(export(self.model.causal_lm, path))
+
+
+def check_engine(engine: Any) -> None:
+    """Refuses what isn't an engine.
+
+    Raises:
+        ValueError: It lacks a part of `keras_iris.generation.Engine`.
+    """
+    if isinstance(engine, type) or not isinstance(engine, Engine):
+        raise ValueError(
+            "`engine` has to be a `keras_iris.generation.Engine`: an object "
+            "with `generate`, `update`, `get_config` and `needs_folder`. "
+            f"Received: {engine!r}"
+        )
 
 
 def _check_finite(log_probs: np.ndarray, indices: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class RunDir:
             if manifest.exists():
                 _check_settings(self.path, _read_settings(manifest), settings)
                 open(self.path / "metrics.jsonl", "a").close()
+                tempfile.TemporaryFile(dir=self.path).close()
                 return
             if self.checkpoint.exists():
                 raise ValueError(
@@ -75,6 +77,30 @@ class RunDir:
         line = json.dumps({"kind": kind, **values})
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
+
+    def log_scores(self, scores: Any, **where: float) -> dict[str, float]:
+        """Appends a line of an evaluation.
+
+        Args:
+            scores: What `evaluate` returned.
+            **where: The line's other values.
+
+        Returns:
+            The scores as numbers.
+
+        Raises:
+            ValueError: `scores` isn't a dictionary of numbers, or has a name
+                that the line needs for something else.
+        """
+        try:
+            numbers = {name: float(value) for name, value in scores.items()}
+            self.log("evaluation", **where, **numbers)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                "`evaluate` has to return a dictionary of numbers, of other "
+                f"names than {sorted(['kind', *where])}. Received: {scores!r}"
+            ) from error
+        return numbers
 
     def shard(
         self, name: str, number: int, key: str, make: Callable[[], Arrays]

@@ -10,8 +10,10 @@ import numpy as np
 
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler
 from keras_iris.data import Example
-from keras_iris.generation import Engine, KerasEngine
+from keras_iris.generation import Engine
 from keras_iris.models import SelfPlayModel
+
+_PLAIN = bool | int | float | str | None
 
 
 def model_settings(model: SelfPlayModel) -> dict[str, Any]:
@@ -37,8 +39,7 @@ def part_settings(
     engine: Engine, callbacks: Sequence[keras.callbacks.Callback]
 ) -> dict[str, Any]:
     """Classes of engine and callbacks, and the arguments of our own."""
-    config = engine.get_config() if isinstance(engine, KerasEngine) else {}
-    settings = _named("engine", engine, config)
+    settings = _named("engine", engine, engine.get_config())
     for i, callback in enumerate(callbacks):
         config = {}
         # Keras' own keep in such attributes what they learned in `fit`, too.
@@ -54,12 +55,14 @@ def part_settings(
 
 def _plain(value: Any) -> Any:
     """A number or a string as it is, of others the class and arguments."""
-    if isinstance(value, bool | int | float | str | None):
+    if isinstance(value, _PLAIN):
         return value
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
         return keras.optimizers.schedules.serialize(value)
-    arguments = getattr(value, "__dict__", {})  # a function has none
-    return [type(value).__name__, {k: str(v) for k, v in arguments.items()}]
+    # Those that are the same in another process; a function has none.
+    arguments = getattr(value, "__dict__", {}).items()
+    plain = {name: v for name, v in arguments if isinstance(v, _PLAIN)}
+    return [type(value).__name__, plain]
 
 
 def hash_examples(examples: Sequence[Example]) -> str:
@@ -94,7 +97,7 @@ def _named(kind: str, part: Any, config: dict[str, Any]) -> dict[str, Any]:
     """The class of a part, and its configuration, with the part's kind."""
     values = {
         f"{kind}.{name}": value
-        if isinstance(value, bool | int | float | str | None)
+        if isinstance(value, _PLAIN)
         else json.dumps(value, default=str)
         for name, value in config.items()
         if name != "name"

@@ -223,8 +223,8 @@ def test_bad_prompts(engine, prompts, message):
     ("options", "message"),
     [
         ({"end_token_ids": ()}, "at least one id in `end_token_ids`"),
-        ({"max_new_tokens": 0}, "`max_new_tokens` to be at least 1.* 0"),
-        ({"batch_size": 0}, "`batch_size` to be at least 1.* 0"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` has to be a pos.* 0"),
+        ({"batch_size": 0}, "`batch_size` has to be a pos.* 0"),
         ({"bucket_lengths": (8, 4)}, r"increasing.*\(8, 4\)"),
         ({"sampler": "top_k"}, "token by token, received 'top_k'"),
         ({"sampler": keras_hub.samplers.BeamSampler()}, "token by token"),

@@ -116,6 +116,19 @@ def test_requests_ask_for_the_whole_distribution(server):
     assert request["stop_token_ids"] == [END]
 
 
+def test_the_configuration_is_what_decides_the_completions(server):
+    first = make_engine(server).get_config()
+    second = ServerEngine(
+        "http://127.0.0.1:1/v1",
+        "other name",
+        tokenizer=LetterTokenizer(),
+        max_new_tokens=4,
+        concurrency=2,
+        timeout_seconds=1.0,
+    ).get_config()
+    assert first == second == {"end_token_ids": (END,), "max_new_tokens": 4}
+
+
 @pytest.mark.filterwarnings("error")
 def test_a_busy_server_is_asked_again(server):
     def answer(handler, request):

@@ -74,6 +74,14 @@ def test_ids_in_ids_out(make_engine, tmp_path):
     assert again.token_ids == first.token_ids
 
 
+def test_the_configuration_is_what_decides_the_completions(make_engine):
+    engine = make_engine(vllm_options={"tensor_parallel_size": 1})
+    assert engine.get_config() == {
+        "end_token_ids": (END,),
+        "max_new_tokens": 3,
+    }
+
+
 def test_the_limit(make_engine):
     (completion,) = make_engine(max_new_tokens=2).generate([[5]], seed=0)
     assert completion.finish_reason == "length"

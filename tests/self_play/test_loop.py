@@ -13,8 +13,8 @@ import pytest
 from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 import keras_iris
-from keras_iris.callbacks import AlphaScheduler
-from keras_iris.data import Example
+from keras_iris.callbacks import AlphaSchedule, AlphaScheduler, TokenGap
+from keras_iris.data import Example, SymbolTokenizer
 from keras_iris.files import replaced
 from keras_iris.generation import Completion, KerasEngine
 from keras_iris.self_play.arrays import read_arrays, write_arrays
@@ -223,6 +223,47 @@ def test_other_arguments_of_the_scheduler_are_refused(finished):
         make_self_play(finished, callbacks=[AlphaScheduler(max_alpha=1.0)])
 
 
+class _Gap(TokenGap):
+    def __init__(self, scale):
+        self.scale = scale
+        self.function = lambda value: value  # no two of them are equal
+
+
+def _decay(steps):
+    return keras.optimizers.schedules.CosineDecay(2.0, steps)
+
+
+@pytest.mark.parametrize(
+    ("there", "same", "other", "message"),
+    [
+        (
+            AlphaScheduler(gap_estimator=_Gap(1.0)),
+            AlphaScheduler(gap_estimator=_Gap(1.0)),
+            AlphaScheduler(gap_estimator=_Gap(2.0)),
+            r'"scale": 1.0.* there, .*"scale": 2.0.* here',
+        ),
+        (
+            AlphaSchedule(_decay(10)),
+            AlphaSchedule(_decay(10)),
+            AlphaSchedule(_decay(20)),
+            r'"decay_steps": 10.* there, .*"decay_steps": 20.* here',
+        ),
+        (
+            AlphaSchedule(lambda step: 1.0),
+            AlphaSchedule(lambda step: 1.0),
+            AlphaSchedule(_decay(10)),
+            r'\["function", \{\}\].* there, .*CosineDecay.* here',
+        ),
+    ],
+    ids=["gap estimator", "schedule", "function"],
+)
+def test_parts_of_a_callback(there, same, other, message, tmp_path):
+    make_self_play(tmp_path, callbacks=there)
+    make_self_play(tmp_path, callbacks=same)
+    with pytest.raises(ValueError, match=message):
+        make_self_play(tmp_path, callbacks=other)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -313,21 +354,39 @@ class _OtherProcess:
         assert (folder / "model.safetensors").is_file()
         self.folders.append(folder)
 
+    def get_config(self):
+        return {}
+
     def generate(self, prompts, *, seed):
         return [Completion((3, END), "stop") for _ in prompts]
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "message"),
     [
-        lambda prompts: [Completion((END,), "stop")],
-        lambda prompts: [(3, END) for _ in prompts],
-        lambda prompts: [Completion((VOCABULARY_SIZE,), "stop")] * len(prompts),
-        lambda prompts: [Completion((), "stop") for _ in prompts],
+        (lambda prompts: None, "10 prompts. Received: None"),
+        (lambda prompts: [], r"10 prompts. Received: \[\]"),
+        (
+            lambda prompts: [Completion((END,), "stop")] * 11,
+            r"10 prompts. Received: \[Completion",
+        ),
+        (lambda prompts: [(3, END)] * 10, r"Received: \[\(3, 1\), "),
+        (
+            lambda prompts: [Completion((VOCABULARY_SIZE,), "stop")] * 10,
+            rf"vocabulary. Received: \({VOCABULARY_SIZE},\)",
+        ),
+        (
+            lambda prompts: [Completion((), "stop")] * 10,
+            r"Completion 0 of Engine .* Received: \(\)",
+        ),
+        (
+            lambda prompts: [Completion((3,) * 7, "length")] * 10,
+            "Completion 0 of Engine has 7 tokens, more than max_resp.*=6",
+        ),
     ],
-    ids=["too few", "no Completion", "unknown id", "no id"],
+    ids=["None", "none", "many", "ids", "unknown id", "no id", "long"],
 )
-def test_what_an_engine_may_not_answer(answer, tmp_path):
+def test_what_an_engine_may_not_answer(answer, message, tmp_path):
     class Engine(_OtherProcess):
         needs_folder = False
 
@@ -335,15 +394,31 @@ def test_what_an_engine_may_not_answer(answer, tmp_path):
             return answer(prompts)
 
     self_play = make_self_play(tmp_path / "run", engine=Engine())
-    with pytest.raises(ValueError, match="Received"):
+    with pytest.raises(ValueError, match=message):
         self_play.run()
 
 
-@pytest.mark.parametrize("scores", [None, {"step": 1.0}])
+def test_what_is_no_engine(tmp_path):
+    class OnlyGenerates:
+        generate = _OtherProcess.generate
+
+    for engine in (OnlyGenerates(), _OtherProcess):
+        with pytest.raises(ValueError, match="`engine` has to be a `keras_"):
+            make_self_play(tmp_path, engine=engine)
+
+
+@pytest.mark.parametrize(
+    "scores", [None, {"step": 1.0}, {"kind": 1.0}, {"score": [1.0, 2.0]}]
+)
 def test_what_evaluate_may_not_return(scores, tmp_path):
     self_play = make_self_play(tmp_path / "run", evaluate=lambda model: scores)
-    with pytest.raises(ValueError, match="`evaluate` has to return"):
+    with pytest.raises(ValueError) as error:
         self_play.run()
+    assert str(error.value) == (
+        "`evaluate` has to return a dictionary of numbers, of other names "
+        "than ['iteration', 'kind', 'seconds', 'step']. "
+        f"Received: {scores!r}"
+    )
 
 
 def test_engine_with_weights_of_its_own_gets_each_iteration(tmp_path):
@@ -371,6 +446,19 @@ def test_nan_in_the_opponent(tmp_path):
     variable.assign(np.full(variable.shape, np.nan, "float32"))
     with pytest.raises(FloatingPointError, match="as the iteration starts"):
         self_play.run()
+
+
+def test_too_long_responses_of_text(tmp_path):
+    tokenizer = SymbolTokenizer(["a", "b", "c"])
+    rows = [{"prompt": "a", "response": "b c b c b"}] * 8
+    options = dict(examples=rows, tokenizer=tokenizer, max_response_length=3)
+    with pytest.raises(ValueError, match="8 of 8 .*3"):
+        make_self_play(tmp_path, on_overflow="error", **options)
+    with pytest.warns(UserWarning, match="8 of 8 .* were cut"):
+        self_play = make_self_play(tmp_path, on_overflow="truncate", **options)
+    b, c = tokenizer.encode("b c")
+    for example in self_play.examples:
+        assert example.response_ids.tolist() == [b, c, b]
 
 
 class TestErrors:
@@ -408,6 +496,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="`seed`"):
             make_self_play(tmp_path, seed=-1)
 
+    @pytest.mark.parametrize(
+        "name", ["max_prompt_length", "checkpoint_every_steps"]
+    )
+    def test_counts(self, name, tmp_path):
+        with pytest.raises(ValueError, match=f"`{name}` has .* Received: 0"):
+            make_self_play(tmp_path, **{name: 0})
+
     def test_steps_per_execution(self, tmp_path):
         model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
         model.compile(loss=keras_iris.losses.IRIS(), steps_per_execution=2)
@@ -435,6 +530,12 @@ class TestErrors:
         (tmp_path / "file").write_text("")
         with pytest.raises(ValueError, match="can't be written to"):
             make_self_play(tmp_path / "file" / "run")
+
+    def test_log_that_cannot_be_written(self, tmp_path):
+        make_self_play(tmp_path)
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.raises(ValueError, match="can't be written to"):
+            make_self_play(tmp_path)
 
 
 def test_replaced_keeps_the_old_file_when_writing_fails(tmp_path):
