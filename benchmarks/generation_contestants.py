@@ -177,7 +177,7 @@ def _plan(lengths):
     """The batches of `KerasEngine`."""
     from keras_iris.generation import batch_plan
 
-    return batch_plan.plan_batches(
+    return batch_plan.plan_prompts(
         lengths,
         batch_size=BATCH_SIZE,
         bucket_lengths=batch_plan.DEFAULT_BUCKET_LENGTHS,

@@ -25,7 +25,7 @@ class Batch:
     bucket_length: int
 
 
-def plan_batches(
+def plan_prompts(
     lengths: Sequence[int], *, batch_size: int, bucket_lengths: Sequence[int]
 ) -> list[Batch]:
     """Sorts prompts by length and cuts them into batches.

@@ -11,7 +11,7 @@ from keras_iris.generation.batch_plan import (
     DEFAULT_BUCKET_LENGTHS,
     Batch,
     pad_prompts,
-    plan_batches,
+    plan_prompts,
 )
 from keras_iris.generation.decoder import Decoder
 from keras_iris.generation.engine import Completion, check_prompts
@@ -114,7 +114,7 @@ class KerasEngine:
                 before anything is generated.
         """
         check_prompts(prompts, self.bucket_lengths[-1])
-        plan = plan_batches(
+        plan = plan_prompts(
             [len(prompt) for prompt in prompts],
             batch_size=self.batch_size,
             bucket_lengths=self.bucket_lengths,

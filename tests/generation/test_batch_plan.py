@@ -3,12 +3,12 @@ import numpy as np
 from keras_iris.generation.batch_plan import (
     DEFAULT_BUCKET_LENGTHS,
     pad_prompts,
-    plan_batches,
+    plan_prompts,
 )
 
 
 def test_prompts_of_like_length_go_together():
-    plan = plan_batches([3, 8, 2, 5, 2], batch_size=2, bucket_lengths=(4, 6, 8))
+    plan = plan_prompts([3, 8, 2, 5, 2], batch_size=2, bucket_lengths=(4, 6, 8))
     assert [batch.indices for batch in plan] == [(2, 4), (0, 3), (1,)]
     assert [batch.bucket_length for batch in plan] == [4, 6, 8]
 
@@ -17,7 +17,7 @@ def test_shapes_and_steps_of_many_prompts():
     """Log-normal lengths of mean 180, as in the generation benchmark."""
     rng = np.random.default_rng(0)
     lengths = rng.lognormal(np.log(180) - 0.125, 0.5, 10_000).astype(int) + 1
-    plan = plan_batches(
+    plan = plan_prompts(
         lengths.tolist(), batch_size=32, bucket_lengths=DEFAULT_BUCKET_LENGTHS
     )
     assert sorted(sum((b.indices for b in plan), ())) == list(range(10_000))
@@ -29,7 +29,7 @@ def test_shapes_and_steps_of_many_prompts():
 
 def test_rows_without_a_prompt():
     prompts = [[7, 8], [9]]
-    (batch,) = plan_batches([2, 1], batch_size=3, bucket_lengths=(4,))
+    (batch,) = plan_prompts([2, 1], batch_size=3, bucket_lengths=(4,))
     arrays = pad_prompts(prompts, batch, batch_size=3, pad_token_id=5)
     assert arrays["token_ids"].tolist() == [
         [9, 5, 5, 5],
