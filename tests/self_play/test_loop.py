@@ -155,6 +155,10 @@ def test_killed_at_a_write(write, finished, tmp_path, monkeypatch):
     assert_same_end(tmp_path / "run", finished)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="elsewhere the seeds of dropout are variables, as weights are",
+)
 def test_killed_in_fit_with_dropout(tmp_path, monkeypatch):
     ends = tmp_path / "whole", tmp_path / "killed"
     options = dict(dropout=0.3, iterations=1, epochs=1)
