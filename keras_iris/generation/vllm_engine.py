@@ -112,7 +112,7 @@ class VLLMEngine:
     def get_config(self) -> dict[str, Any]:
         """What decides the completions, beside model, prompts and seed."""
         return {
-            "end_token_ids": tuple(self.end_token_ids),
+            "end_token_ids": self.end_token_ids,
             "max_new_tokens": self.max_new_tokens,
         }
 
