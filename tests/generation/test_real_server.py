@@ -8,6 +8,7 @@ import os
 
 import numpy as np
 import pytest
+from generation_helpers import trainer_log_probs
 
 import keras_iris
 from keras_iris.data import encode_prompt
@@ -76,23 +77,12 @@ def test_the_server_samples_from_the_trainers_model(engine, causal_lm, prompts):
         assert (completion.token_ids[-1] in ends) == (
             completion.finish_reason == "stop"
         )
-    examples = [
-        keras_iris.data.Example(
-            np.array(prompt, "int32"), np.array(c.token_ids, "int32")
-        )
-        for prompt, c in zip(prompts, completions, strict=True)
-    ]
-    scores = keras_iris.models.score_pairs(
-        keras_iris.SelfPlayModel(causal_lm),
-        examples,
-        [example.response_ids for example in examples],
-        batch_size=4,
-    )
+    scores = trainer_log_probs(causal_lm, prompts, completions)
     given = [c.log_probs for c in completions]
     assert any(g is not None for g in given)
     difference = check_log_probs(
         [np.sum(g) for g in given if g is not None],
-        [s for s, g in zip(scores[:, 0], given, strict=True) if g is not None],
+        [s for s, g in zip(scores, given, strict=True) if g is not None],
         [len(g) for g in given if g is not None],
     )
     print(f"difference: {difference:.4f} nats per token")

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from generation_helpers import trainer_log_probs
 from tiny_checkpoints import END_IDS
 
 import keras_iris
@@ -57,21 +58,9 @@ def test_vllm_samples_from_the_trainers_model(python, checkpoint, tmp_path):
     assert engine.close() == 0
     ids = [[c.token_ids for c in run] for run in (first, again, other)]
     assert ids[0] == ids[1] != ids[2]
-    examples = [
-        keras_iris.data.Example(
-            np.array(prompt, "int32"), np.array(c.token_ids, "int32")
-        )
-        for prompt, c in zip(PROMPTS, first, strict=True)
-    ]
-    scores = keras_iris.models.score_pairs(
-        keras_iris.SelfPlayModel(causal_lm),
-        examples,
-        [example.response_ids for example in examples],
-        batch_size=3,
-    )
     difference = check_log_probs(
         [np.sum(c.log_probs) for c in first],
-        list(scores[:, 0]),
+        trainer_log_probs(causal_lm, PROMPTS, first),
         [len(c.token_ids) for c in first],
     )
     assert difference < 1e-4  # nats per token, float32
