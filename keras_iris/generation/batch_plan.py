@@ -6,8 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Prompt lengths of the compiled shapes unless the caller has better ones.
-# Decoding begins at the shortest prompt of a batch and ends when every row
-# has, so the padding of a bucket costs prefill and memory but no steps.
+# The padding of a bucket costs prefill and memory but no decoding steps.
 DEFAULT_BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -58,6 +57,7 @@ def pad_prompts(
     *,
     batch_size: int,
     pad_token_id: int,
+    pads_left: bool,
 ) -> dict[str, np.ndarray]:
     """One batch as arrays of a fixed shape.
 
@@ -66,22 +66,29 @@ def pad_prompts(
         batch: Those to take.
         batch_size: Rows to make. Rows without a prompt repeat the first one,
             which is the shortest, and are not real.
-        pad_token_id: Written after each prompt.
+        pad_token_id: Written where a row has no prompt.
+        pads_left: Whether the prompts end together, instead of beginning so.
 
     Returns:
-        `token_ids` int32 of shape `(batch_size, bucket_length)`,
-        `prompt_lengths` int32 and `is_real` bool of shape `(batch_size,)`.
+        `token_ids` int32 and `is_prompt` bool of shape
+        `(batch_size, bucket_length)`; `starts` int32, where an answer begins,
+        and `is_real` bool, both of shape `(batch_size,)`.
     """
     num_real = len(batch.indices)
     num_dummies = batch_size - num_real
     rows = [prompts[i] for i in batch.indices + batch.indices[:1] * num_dummies]
-    token_ids = np.full(
-        (batch_size, batch.bucket_length), pad_token_id, "int32"
-    )
-    for row, prompt in zip(token_ids, rows, strict=True):
-        row[: len(prompt)] = prompt
+    shape = (batch_size, batch.bucket_length)
+    token_ids = np.full(shape, pad_token_id, "int32")
+    is_prompt = np.zeros(shape, bool)
+    starts = np.zeros(batch_size, "int32")
+    for row, prompt in enumerate(rows):
+        starts[row] = batch.bucket_length if pads_left else len(prompt)
+        place = slice(starts[row] - len(prompt), starts[row])
+        token_ids[row, place] = prompt
+        is_prompt[row, place] = True
     return {
         "token_ids": token_ids,
-        "prompt_lengths": np.array([len(row) for row in rows], "int32"),
+        "is_prompt": is_prompt,
+        "starts": starts,
         "is_real": np.arange(batch_size) < num_real,
     }

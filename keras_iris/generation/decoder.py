@@ -1,12 +1,11 @@
 """Prefill and decoding of one batch, compiled by KerasHub's machinery."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import keras
 import keras_hub
 from keras import ops
+
+from keras_iris.generation.cached_forward import cached_forward
 
 
 class Decoder:
@@ -19,7 +18,8 @@ class Decoder:
 
     KerasHub's own `generate_step` (0.32) isn't used because it prefills the
     new tokens' positions too, computes the logits of every prompt position,
-    goes on to the end of the bucket, and keeps no log-probs.
+    makes rows with long prompts wait for those with short ones, goes on to
+    the end of the bucket, and keeps no log-probs.
 
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
@@ -39,6 +39,7 @@ class Decoder:
         pad_token_id: int,
     ) -> None:
         self.causal_lm = causal_lm
+        self.forward = cached_forward(causal_lm)
         self.sampler = sampler
         self.end_token_ids = end_token_ids
         self.max_new_tokens = max_new_tokens
@@ -63,8 +64,9 @@ class Decoder:
         """Answers one batch, compiling once for each shape.
 
         Args:
-            inputs: `token_ids` int32 of shape `(batch, prompt_time)`,
-                `prompt_lengths` int32 and `is_real` bool of shape `(batch,)`.
+            inputs: `token_ids` int32 and `is_prompt` bool of shape
+                `(batch, prompt_time)`; `starts` int32, where the new tokens of
+                a row begin, and `is_real` bool, both of shape `(batch,)`.
 
         Returns:
             Token ids (int32) and their log-probs (float32, in nats, 0 for
@@ -87,10 +89,12 @@ class Decoder:
     ) -> tuple[Any, Any]:
         """What is compiled: all new tokens of a batch."""
         prompts = ops.convert_to_tensor(inputs["token_ids"], "int32")
-        lengths = ops.convert_to_tensor(inputs["prompt_lengths"], "int32")
+        is_prompt = ops.convert_to_tensor(inputs["is_prompt"], "bool")
+        starts = ops.convert_to_tensor(inputs["starts"], "int32")
         is_real = ops.convert_to_tensor(inputs["is_real"], "bool")
-        total = prompts.shape[1] + self.max_new_tokens
-        cache = self._prefill(prompts, total)
+        cache = self.forward.prefill(
+            prompts, is_prompt, prompts.shape[1] + self.max_new_tokens
+        )
         token_ids = ops.pad(
             prompts,
             ((0, 0), (0, self.max_new_tokens)),
@@ -109,7 +113,7 @@ class Decoder:
             sampled, sampled_log_probs, cache = self._sample(
                 token_ids, cache, index
             )
-            in_prompt = index < lengths
+            in_prompt = index < starts
             counts = ops.logical_and(active, ops.logical_not(in_prompt))
             written = ops.where(
                 in_prompt,
@@ -117,7 +121,7 @@ class Decoder:
                 ops.where(counts, sampled, self.pad_token_id),
             )
             at_end = ops.any(sampled[:, None] == ends[None, :], axis=-1)
-            at_limit = index + 1 >= lengths + self.max_new_tokens
+            at_limit = index + 1 >= starts + self.max_new_tokens
             ended = ops.logical_and(counts, ops.logical_or(at_end, at_limit))
             return (
                 _set_column(token_ids, index, written),
@@ -137,25 +141,11 @@ class Decoder:
                 token_ids,
                 ops.zeros(token_ids.shape, "float32"),
                 cache,
-                ops.min(lengths),
+                ops.min(starts),
                 is_real,
             ),
         )
         return token_ids, log_probs
-
-    def _prefill(self, prompts: Any, total: int) -> Any:
-        """The cache after the prompts, with room for `total` positions."""
-        # `_build_cache` (KerasHub 0.32) alone knows the shape of the cache:
-        # (batch, layers, 2, time, heads, head width). Two tokens are the
-        # fewest that Keras' softmax takes without a warning.
-        start = ops.zeros((prompts.shape[0], 2), "int32")
-        _, small = self.causal_lm._build_cache(start)
-        shape = list(small.shape)
-        shape[3] = total
-        cache = ops.zeros(shape, small.dtype)
-        with _no_logits_before_the_last(self.causal_lm.backbone):
-            _, _, cache = self.causal_lm.call_with_cache(prompts, cache, 0)
-        return cache
 
     def _sample(
         self, token_ids: Any, cache: Any, index: Any
@@ -164,39 +154,14 @@ class Decoder:
         previous = ops.slice(
             token_ids, [0, index - 1], [token_ids.shape[0], 1]
         )  # (batch, 1)
-        logits, _, cache = self.causal_lm.call_with_cache(
-            previous, cache, index - 1
-        )
-        probabilities = self.sampler.compute_probabilities(
-            ops.squeeze(logits, axis=1)
-        )  # (batch, vocabulary)
+        logits, cache = self.forward.step(previous, cache, index - 1)
+        # (batch, vocabulary)
+        probabilities = self.sampler.compute_probabilities(logits)
         sampled = ops.cast(
             self.sampler.get_next_token(probabilities), "int32"
         )  # (batch,)
         drawn = ops.take_along_axis(probabilities, sampled[:, None], axis=-1)
         return sampled, ops.log(drawn[:, 0]), cache
-
-
-@contextmanager
-def _no_logits_before_the_last(
-    backbone: keras.Model,
-) -> Iterator[None]:
-    """The output head sees the last position only.
-
-    Prefill needs no logits at all. XLA drops them; PyTorch would compute
-    `(batch, time, vocabulary)` numbers, gigabytes for a large vocabulary.
-    """
-    head = backbone.token_embedding
-    call = head.call
-
-    def call_on_last(inputs: Any, reverse: bool = False) -> Any:
-        return call(inputs[:, -1:] if reverse else inputs, reverse=reverse)
-
-    head.call = call_on_last
-    try:
-        yield
-    finally:
-        del head.call
 
 
 def _set_column(array: Any, index: Any, column: Any) -> Any:

@@ -148,12 +148,13 @@ class KerasEngine:
             batch,
             batch_size=self.batch_size,
             pad_token_id=self.pad_token_id,
+            pads_left=self._decoder.forward.pads_left,
         )
         token_ids, log_probs = self._decoder(inputs)
         completions = {}
         # Rows without a prompt are the last ones.
         for row, index in enumerate(batch.indices):
-            start = len(prompts[index])
+            start = inputs["starts"][row]
             new = slice(start, start + self.max_new_tokens)
             completions[index] = self._cut(
                 token_ids[row, new], log_probs[row, new]

@@ -73,6 +73,13 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         """
         del variable
 
+    def __copy__(self) -> "SelfPlayLoss":
+        # Keras (3.15) copies by serialising, for which the class of a user's
+        # own loss would have to be registered.
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        return copy
+
     def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
         """The loss of a batch of equal weights, a scalar."""
         return self(y_true, y_pred)

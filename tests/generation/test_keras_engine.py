@@ -5,6 +5,7 @@ import pytest
 from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 from keras_iris.generation import KerasEngine
+from keras_iris.generation.cached_forward import RightAligned
 
 END = 3
 MAX_NEW_TOKENS = 6
@@ -37,6 +38,20 @@ def causal_lm():
 @pytest.fixture(scope="module")
 def engine(causal_lm):
     return make_engine(causal_lm)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Has an entry for each call of a decoding step, or trace of one."""
+    calls = []
+    step = RightAligned.step
+
+    def counting(self, *args):
+        calls.append(args)
+        return step(self, *args)
+
+    monkeypatch.setattr(RightAligned, "step", counting)
+    return calls
 
 
 def next_log_probs(causal_lm, token_ids):
@@ -80,7 +95,7 @@ def test_first_tokens_follow_the_softmax(causal_lm):
     assert z / np.sqrt(2 / (9 * freedom)) < 3.09, SIGNIFICANCE
 
 
-@pytest.mark.parametrize("architecture", ["qwen", "mistral"])
+@pytest.mark.parametrize("architecture", ["qwen", "mistral", "llama", "gemma"])
 def test_completions_keep_order_and_match_the_training_forward(architecture):
     causal_lm = make_causal_lm(architecture, num_layers=1)
     assert causal_lm.preprocessor is None
@@ -112,6 +127,15 @@ def test_the_end_token_is_kept_and_nothing_follows(engine):
     assert ended > 0
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="counts calls, not traces"
+)
+def test_rows_do_not_wait_for_longer_prompts(causal_lm, steps):
+    """As many steps as the longest answer of a batch has tokens."""
+    completions = make_engine(causal_lm).generate(PROMPTS[:4], seed=0)
+    assert len(steps) == max(len(c.token_ids) for c in completions)
+
+
 def test_an_end_token_in_the_prompt_ends_nothing(engine):
     completions = engine.generate([[END, 5, END]] * 12, seed=0)
     assert max(len(c.token_ids) for c in completions) > 1
@@ -130,28 +154,21 @@ def test_batches_have_noise_of_their_own(engine):
     assert completions[:BATCH_SIZE] != completions[BATCH_SIZE:]
 
 
-def test_nothing_compiles_twice(causal_lm, monkeypatch):
-    calls = 0
-    call_with_cache = type(causal_lm).call_with_cache
-
-    def counting(self, *args):
-        nonlocal calls
-        calls += 1
-        return call_with_cache(self, *args)
-
-    monkeypatch.setattr(type(causal_lm), "call_with_cache", counting)
+def test_nothing_compiles_twice(causal_lm, steps):
     engine = make_engine(causal_lm, bucket_lengths=(6, LONGEST_PROMPT))
     first = ids(engine.generate(PROMPTS, seed=0))
-    traces = calls
+    traces = len(steps)
     assert traces > 0
     for seed in range(1, 4):
         engine.generate(PROMPTS[: 2 * seed + 1], seed=seed)
     if keras.backend.backend() != "torch":  # which compiles nothing
-        assert calls == traces
+        assert len(steps) == traces
     assert ids(engine.generate(PROMPTS, seed=0)) == first
 
 
-def test_prefill_computes_no_prompt_logits(causal_lm, monkeypatch):
+@pytest.mark.parametrize("architecture", ["qwen", "gemma"])
+def test_prefill_computes_no_prompt_logits(architecture, monkeypatch):
+    causal_lm = make_causal_lm(architecture, num_layers=1)
     head = causal_lm.backbone.token_embedding
     call = type(head).call
     lengths = []
