@@ -29,7 +29,7 @@ MODEL = {
 }
 BATCH = {"pairs": 16, "length": 256, "prompt_length": 64}
 NUM_MICRO_BATCHES = 8
-TIME_LIMIT = 1.4  # of two passes
+TIME_LIMIT = 1.1
 
 
 class Steps:
@@ -46,11 +46,20 @@ class Steps:
 
         import keras_iris
 
+        class Alone(keras_iris.losses.Stream):
+            """Takes every micro-batch for a batch."""
+
+            def objective(self, y_true, y_pred, p, shift):
+                weight = keras.ops.sum(p)
+                return weight * iris(y_true, y_pred, p), weight, 0.0 * shift
+
         class NaiveIRIS(keras_iris.losses.IRIS):
             """Makes the train step add up the losses of micro-batches."""
 
-            is_additive = True
+            def streams(self):
+                return [Alone((0, 1), self.risks)]
 
+        iris = keras_iris.losses.IRIS()
         is_naive = way == "naive accumulation"
         size = batch["pairs"] // NUM_MICRO_BATCHES
         num_pairs = size if way == "batch of m" else batch["pairs"]

@@ -105,7 +105,7 @@ class RunEstimate:
         quantize: `"int8"`, `"int4"` or `None`.
         num_devices: Devices that weights and batches are cut over.
         optimizer_slots: Numbers that the optimizer keeps for each trained one.
-        is_additive: Whether the loss needs no first pass over the batch.
+        num_streams: Terms of the loss, `len(loss.streams())`.
     """
 
     config: Any
@@ -122,7 +122,7 @@ class RunEstimate:
     quantize: str | None = None
     num_devices: int = 1
     optimizer_slots: int = 1
-    is_additive: bool = False
+    num_streams: int = 2
 
     @property
     def num_weights(self) -> int:
@@ -156,6 +156,7 @@ class RunEstimate:
             always["bfloat16 copies"] = _COMPUTE_BYTES * self.num_weights
         training = {
             "gradients": trained,
+            "gradients of earlier terms": trained * (self.num_streams > 1),
             "activations": self._activation_bytes(),
         }
         cache = {"key-value cache": self._cache_bytes()}
@@ -193,10 +194,9 @@ class RunEstimate:
         """Time of the whole run on all devices, by its parts.
 
         2 operations a matrix weight and token forward, 4 backward (2 with
-        LoRA), 2 to compute activations again, 2 for the first pass of a loss
-        that isn't additive; attention, communication, compilation and padding
-        aren't counted. A decoding step takes at least the time of reading the
-        weights.
+        LoRA), 2 to compute activations again; attention, communication,
+        compilation and padding aren't counted. A decoding step takes at least
+        the time of reading the weights.
 
         Args:
             flops_per_second: Floating-point operations that one device does,
@@ -214,7 +214,6 @@ class RunEstimate:
             2 * self.prompt_length + self.response_length + self.new_tokens
         )
         passes = 1 + 1 + (2 if self.lora_rank is None else 1)
-        passes += not self.is_additive
         once = {
             "generation": forward * self.num_prompts * self.prompt_length
             + max(forward, reading / self.generation_batch_size) * answers,

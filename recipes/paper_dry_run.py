@@ -46,7 +46,7 @@ def dry_run(options, template_name):
         lora_rank=options.lora_rank,
         quantize=options.quantize,
         num_devices=options.shard or 1,
-        is_additive=LOSSES[options.objective].is_additive,
+        num_streams=len(LOSSES[options.objective]().streams()),
     )
     print_estimate(estimate, options)
     print("The run starts without --dry-run.")

@@ -17,8 +17,8 @@ Memory of a device, estimated by the dry run, which lists the parts and gives
 disk and time too:
 
     LoRA of rank 16               23 GiB
-    all weights                   58 GiB
-    all weights, on 8 devices      8 GiB
+    all weights                   69 GiB
+    all weights, on 8 devices      9 GiB
 
 Training all weights writes checkpoints of 23 GiB, which pass through the
 host's memory; the disk has to hold two.

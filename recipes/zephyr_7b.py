@@ -17,7 +17,7 @@ disk and time too:
 
     LoRA of rank 16               44 GiB
     LoRA, int8 base               38 GiB
-    all weights, on 8 devices     16 GiB
+    all weights, on 8 devices     19 GiB
 
 Training all weights writes checkpoints of 54 GiB, which pass through the
 host's memory; the disk has to hold two.

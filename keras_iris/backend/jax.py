@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_iris.data import PairDataset
+from keras_iris.losses import Stream
 
 # A pytree of arrays.
 Tree = Any
@@ -72,11 +73,12 @@ def token_log_probs(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 
-    The gradient of a batch-coupled loss needs the log-probs of the whole
-    batch first: one pass computes them, the loss turns them into the
-    coefficients dL/dlog p, and a second pass accumulates the gradients that
-    the coefficients weigh, one micro-batch at a time. An additive loss gives
-    its coefficients row by row, so that one pass does.
+    The gradient of a batch-coupled loss weighs every example against all
+    others of the batch. The loss is a sum of terms whose gradients are
+    quotients of two sums over the batch (`keras_iris.losses.Stream`), which
+    are added up one micro-batch at a time. So each response goes through the
+    model once; where there is more than one such term, a second set of
+    gradients is kept.
     """
 
     def train_step(self, state: Tree, data: Tree) -> tuple[Tree, Tree]:
@@ -105,15 +107,27 @@ class Trainer(keras.Model):
     ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
         """Loss, log-probs, gradients, new fixed and metric variables."""
         trainable, fixed, optimizer_state, metrics_state = state
-        num_rows, size = y.shape[0], self.micro_batch_size
-        batches = jax.tree.map(lambda a: _split(a, size, "edge"), x)
+        total_weight = jnp.sum(sample_weight)
+        share = sample_weight / jnp.where(total_weight == 0, 1.0, total_weight)
 
         def scale(loss: jax.Array) -> jax.Array:
             pairs = zip(self.optimizer.variables, optimizer_state, strict=True)
             with keras.StatelessScope(state_mapping=list(pairs)):
                 return self.optimizer.scale_loss(loss)
 
-        def batch_loss(trainable: Tree, y_pred: jax.Array) -> Tree:
+        with self._fixed_scope(fixed):
+            streams = self.loss.streams()
+        terms = []
+        columns: dict[int, jax.Array] = {}
+        for stream in streams:
+            y_pred, gradients, fixed = self._accumulate(
+                stream, trainable, fixed, (x, y, share), scale
+            )
+            terms.append(gradients)
+            columns |= dict(zip(stream.columns, y_pred.T, strict=True))
+        y_pred = jnp.stack([columns[0], columns[1]], axis=1)
+
+        def batch_loss(trainable: Tree) -> Tree:
             loss, variables = self.stateless_compute_loss(
                 trainable,
                 fixed,
@@ -126,53 +140,71 @@ class Trainer(keras.Model):
             )
             return scale(loss), (loss, variables[2])
 
-        def row_loss(y_pred: jax.Array, y: jax.Array, w: jax.Array) -> Tree:
-            share = jnp.sum(w) / jnp.sum(sample_weight)
-            return scale(self.loss(y, y_pred, w) * share)
+        # What the loss depends on beside the log-probs: weight regularisers.
+        direct, (loss, metrics_state) = jax.grad(batch_loss, has_aux=True)(
+            trainable
+        )
+        gradients = jax.tree.map(lambda *parts: sum(parts), direct, *terms)
+        return loss, y_pred, gradients, fixed, metrics_state
 
-        def log_probs(fixed: Tree, x: Tree) -> tuple[Tree, jax.Array]:
-            y_pred, fixed = self.stateless_call(
-                trainable, fixed, x, training=True
-            )
-            return fixed, y_pred
+    def _accumulate(
+        self,
+        stream: Stream,
+        trainable: Tree,
+        fixed: Tree,
+        batch: Tree,
+        scale: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, Tree, Tree]:
+        """Log-probs of a term's responses, gradients, new fixed variables."""
+        num_rows = batch[1].shape[0]
+        size = stream.part_size(self.micro_batch_size, num_rows)
+        x, y = jax.tree.map(lambda a: a[:, stream.columns], batch[:2])
+        parts = (
+            jax.tree.map(lambda a: _split(a, size, "edge"), (x, y)),
+            _split(batch[2], size),
+        )
 
-        def accumulate(carry: Tree, batch: Tree) -> tuple[Tree, jax.Array]:
-            (fixed, gradients), (x, given) = carry, batch
-            y_pred, pullback, fixed = jax.vjp(
+        def step(carry: Tree, part: Tree) -> tuple[Tree, jax.Array]:
+            (fixed, gradients, total, shift), ((x, y), share) = carry, part
+            y_pred, pullback, new_fixed = jax.vjp(
                 lambda t: self.stateless_call(t, fixed, x, training=True),
                 trainable,
                 has_aux=True,
             )
-            if self.loss.is_additive:
-                given = jax.grad(row_loss)(y_pred, *given)
-            gradients = jax.tree.map(jnp.add, gradients, pullback(given)[0])
-            # Unused log-probs cost nothing: XLA drops their computation.
-            return (fixed, gradients), y_pred
 
-        if self.loss.is_additive:
-            given = _split(y, size, "edge"), _split(sample_weight, size)
-        else:
-            _, first_pass = jax.lax.scan(log_probs, fixed, batches)
-            coefficients, _ = jax.grad(batch_loss, argnums=1, has_aux=True)(
-                trainable, _join(first_pass, num_rows)
+            def objective(y_pred: jax.Array) -> Tree:
+                with self._fixed_scope(fixed):
+                    value, *sums = stream.objective(y, y_pred, share, shift)
+                return scale(value), sums
+
+            coefficients, (weight, new_shift) = jax.grad(
+                objective, has_aux=True
+            )(y_pred)
+            shrink = jnp.exp(shift - new_shift)
+            gradients = jax.tree.map(
+                lambda g, new: shrink * g + new,
+                gradients,
+                pullback(coefficients)[0],
             )
-            given = _split(coefficients, size)
+            carry = (new_fixed, gradients, shrink * total + weight, new_shift)
+            return carry, y_pred
+
         zeros = [
             jnp.zeros(v.shape, jnp.promote_types(v.dtype, "float32"))
             for v in trainable
         ]
-        (new_fixed, gradients), y_pred = jax.lax.scan(
-            accumulate, (fixed, zeros), (batches, given)
+        shift = jnp.full((), stream.first_shift)
+        (fixed, gradients, total, _), y_pred = jax.lax.scan(
+            step, (fixed, zeros, jnp.zeros(()), shift), parts
         )
-        if not self.loss.is_additive:
-            y_pred = first_pass
-        y_pred = _join(y_pred, num_rows)
-        # What the loss depends on beside the log-probs: weight regularisers.
-        direct, (loss, metrics_state) = jax.grad(batch_loss, has_aux=True)(
-            trainable, y_pred
-        )
-        gradients = jax.tree.map(jnp.add, gradients, direct)
-        return loss, y_pred, gradients, new_fixed, metrics_state
+        total = jnp.where(total == 0, 1.0, total)
+        gradients = jax.tree.map(lambda g: g / total, gradients)
+        return _join(y_pred, num_rows), gradients, fixed
+
+    def _fixed_scope(self, fixed: Tree) -> keras.StatelessScope:
+        """Where variables have these values; losses read alpha."""
+        pairs = zip(self.non_trainable_variables, fixed, strict=True)
+        return keras.StatelessScope(state_mapping=list(pairs))
 
 
 def _split(array: jax.Array, size: int, padding: str = "constant") -> jax.Array:

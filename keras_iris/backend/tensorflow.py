@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_iris.data import PairDataset
+from keras_iris.losses import Stream
 
 # This pass of Grappler (2.21) lets the optimizer write a variable before a
 # rematerialised layer has read it, in some traces: the gradient is wrong.
@@ -146,7 +147,7 @@ def token_log_probs(logits: tf.Tensor, token_ids: tf.Tensor) -> tf.Tensor:
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 
-    See `keras_iris.backend.jax.Trainer` for the two passes.
+    See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -163,7 +164,14 @@ class Trainer(keras.Model):
         variables = self.trainable_weights
         # What the loss depends on beside the log-probs: weight regularisers.
         with tf.GradientTape() as tape:
-            loss = self._batch_loss(x, y, y_pred, sample_weight)
+            # `_compute_loss` is the hook of Keras' own step (3.15).
+            loss = self._compute_loss(
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                training=True,
+            )
             scaled = self.optimizer.scale_loss(loss)
         direct = tape.gradient(scaled, variables)
         gradients = [
@@ -178,109 +186,85 @@ class Trainer(keras.Model):
         self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The log-probs and the (scaled) gradients of the whole batch."""
-        given: tuple[tf.Tensor, ...]
-        if self.loss.is_additive:
-            given = (y, sample_weight)
-        else:
-            given = self._coefficients(x, y, sample_weight)
-        total_weight = tf.reduce_sum(sample_weight)
-        variables = self.trainable_weights
-
-        def step(
-            rows: tf.Tensor, is_row: tf.Tensor, gradients: Any
-        ) -> tuple[tf.Tensor, Any]:
-            x_rows, own = _gather((x, given), rows)
-            with tf.GradientTape() as tape:
-                y_pred = self(x_rows, training=True)
-                if self.loss.is_additive:
-                    weights = own[1] * is_row
-                    share = tf.reduce_sum(weights) / total_weight
-                    loss = self.loss(own[0], y_pred, weights) * share
-                    objective = self.optimizer.scale_loss(loss)
-                else:
-                    objective = tf.reduce_sum(own[0] * y_pred * is_row[:, None])
-                    y_pred = own[1]  # so that XLA drops the forward head
-            updates = tape.gradient(
-                objective, variables, unconnected_gradients="zero"
+        share = tf.math.divide_no_nan(
+            sample_weight, tf.reduce_sum(sample_weight)
+        )
+        sums: list[tf.Tensor] = []
+        columns: dict[int, tf.Tensor] = {}
+        for stream in self.loss.streams():
+            y_pred, gradients = self._accumulate(stream, x, y, share)
+            if sums:
+                gradients = [
+                    s + g for s, g in zip(sums, gradients, strict=True)
+                ]
+            sums = gradients
+            columns |= dict(
+                zip(stream.columns, tf.unstack(y_pred, axis=1), strict=True)
             )
-            return y_pred, [
-                g + tf.cast(tf.convert_to_tensor(u), g.dtype)
-                for g, u in zip(gradients, updates, strict=True)
-            ]
+        return tf.stack([columns[0], columns[1]], axis=1), sums
 
-        zeros = [tf.zeros(v.shape, _sum_dtype(v.dtype)) for v in variables]
-        return self._loop(step, tf.shape(y)[0], zeros)
-
-    def _coefficients(
-        self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
-    ) -> tuple[tf.Tensor, tf.Tensor]:
-        """The (scaled) dL/dlog p of the whole batch, and its log-probs."""
-
-        def step(
-            rows: tf.Tensor, is_row: tf.Tensor, nothing: Any
-        ) -> tuple[tf.Tensor, Any]:
-            del is_row
-            return self(_gather(x, rows), training=True), nothing
-
-        # Both passes have to draw the same dropout masks.
-        states = [
-            (v, tf.identity(v.value)) for v in self.non_trainable_variables
-        ]
-        y_pred, _ = self._loop(step, tf.shape(y)[0], [])
-        for variable, value in states:
-            variable.assign(value)
-        with tf.GradientTape() as tape:
-            tape.watch(y_pred)
-            loss = self._batch_loss(x, y, y_pred, sample_weight)
-            scaled = self.optimizer.scale_loss(loss)
-        return tape.gradient(scaled, y_pred), y_pred
-
-    def _loop(
-        self,
-        step: Callable[..., tuple[tf.Tensor, list[tf.Tensor]]],
-        num_rows: tf.Tensor,
-        state: list[tf.Tensor],
+    def _accumulate(
+        self, stream: Stream, x: Any, y: tf.Tensor, share: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
-        """Runs `step` micro-batch after micro-batch, never two at once.
+        """The log-probs of a term's responses, and its gradients.
 
-        The last is filled with copies of the last row (XLA needs one shape),
-        which `is_row`, 1 for rows of its own, tells apart.
+        Micro-batch after micro-batch, never two at once. The last is filled
+        with copies of the last row, as XLA needs one shape.
         """
-        size = self.micro_batch_size
+        variables = self.trainable_weights
+        size = stream.part_size(self.micro_batch_size, y.shape[0])
+        num_rows, num_columns = tf.shape(y)[0], len(stream.columns)
 
         def body(
-            start: tf.Tensor, y_pred: tf.Tensor, state: list[tf.Tensor]
-        ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+            start: tf.Tensor,
+            log_probs: tf.Tensor,
+            gradients: list[tf.Tensor],
+            total: tf.Tensor,
+            shift: tf.Tensor,
+        ) -> tuple[Any, ...]:
             rows = start + tf.range(size)
             is_row = tf.cast(rows < num_rows, "float32")
             rows = tf.minimum(rows, num_rows - 1)
-            values, state = step(rows, is_row, state)
-            y_pred = tf.tensor_scatter_nd_update(y_pred, rows[:, None], values)
-            return start + size, y_pred, state
+            x_rows, y_rows = keras.tree.map_structure(
+                lambda a: tf.gather(tf.gather(a, rows), stream.columns, axis=1),
+                (x, y),
+            )
+            with tf.GradientTape() as tape:
+                y_pred = self(x_rows, training=True)
+                objective, part, new_shift = stream.objective(
+                    y_rows, y_pred, tf.gather(share, rows) * is_row, shift
+                )
+                scaled = self.optimizer.scale_loss(objective)
+            updates = tape.gradient(
+                scaled, variables, unconnected_gradients="zero"
+            )
+            shrink = tf.exp(shift - new_shift)
+            return (
+                start + size,
+                tf.tensor_scatter_nd_update(log_probs, rows[:, None], y_pred),
+                [
+                    shrink * g + tf.cast(tf.convert_to_tensor(u), g.dtype)
+                    for g, u in zip(gradients, updates, strict=True)
+                ],
+                shrink * total + part,
+                new_shift,
+            )
 
-        _, y_pred, state = tf.while_loop(
+        _, log_probs, gradients, total, _ = tf.while_loop(
             lambda start, *_: start < num_rows,
             body,
-            (tf.constant(0), tf.zeros((num_rows, 2)), state),
+            (
+                tf.constant(0),
+                tf.zeros((num_rows, num_columns)),
+                [tf.zeros(v.shape, _sum_dtype(v.dtype)) for v in variables],
+                tf.constant(0.0),
+                tf.constant(stream.first_shift),
+            ),
             parallel_iterations=1,
         )
-        return y_pred, state
-
-    def _batch_loss(
-        self,
-        x: Any,
-        y: tf.Tensor,
-        y_pred: tf.Tensor,
-        sample_weight: tf.Tensor,
-    ) -> tf.Tensor:
-        # `_compute_loss` is the hook of Keras' own step (3.15).
-        return self._compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-        )
-
-
-def _gather(tensors: Any, rows: tf.Tensor) -> Any:
-    return keras.tree.map_structure(lambda a: tf.gather(a, rows), tensors)
+        return log_probs, [
+            tf.math.divide_no_nan(g, tf.cast(total, g.dtype)) for g in gradients
+        ]
 
 
 def _sum_dtype(dtype: str) -> str:

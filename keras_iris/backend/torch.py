@@ -1,6 +1,6 @@
 """The train step of `SelfPlayModel` on PyTorch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -8,6 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from keras_iris.data import PairDataset
+from keras_iris.losses import Stream
 
 
 def dataset(batches: PairDataset) -> PairDataset:
@@ -70,7 +71,7 @@ def token_log_probs(
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 
-    See `keras_iris.backend.jax.Trainer` for the two passes.
+    See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
 
     def train_step(self, data: Any) -> dict[str, Any]:
@@ -82,10 +83,13 @@ class Trainer(keras.Model):
         y = keras.ops.convert_to_tensor(y)
         if sample_weight is None:
             sample_weight = torch.ones(num_rows, device=y.device)
-        self.zero_grad()
+        sample_weight = keras.ops.convert_to_tensor(sample_weight)
         y_pred = self._accumulate_gradients(x, y, sample_weight)
+        # `_compute_loss` is the hook of Keras' own step (3.15).
+        loss = self._compute_loss(
+            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
+        )
         # What the loss depends on beside the log-probs: weight regularisers.
-        loss = self._batch_loss(x, y, y_pred, sample_weight)
         if loss.requires_grad:
             self.optimizer.scale_loss(loss).backward()
         self._loss_tracker.update_state(loss.detach(), sample_weight=num_rows)
@@ -98,66 +102,53 @@ class Trainer(keras.Model):
     def _accumulate_gradients(
         self, x: Any, y: torch.Tensor, sample_weight: torch.Tensor
     ) -> torch.Tensor:
-        """Adds the batch's gradients to `.grad`; returns the log-probs."""
-        slices = list(_slices(y.shape[0], self.micro_batch_size))
-        coefficients = None
-        if not self.loss.is_additive:
-            coefficients = self._coefficients(x, y, sample_weight, slices)
+        """Leaves the batch's gradients in `.grad`; returns the log-probs."""
         total_weight = sample_weight.sum()
+        share = sample_weight / torch.where(total_weight == 0, 1, total_weight)
+        variables = [variable.value for variable in self.trainable_variables]
+        sums: dict[torch.Tensor, torch.Tensor] = {}
+        columns: dict[int, torch.Tensor] = {}
+        for stream in self.loss.streams():
+            self.zero_grad()
+            y_pred, total = self._accumulate(stream, x, y, share)
+            for variable in variables:
+                if variable.grad is not None:
+                    variable.grad /= torch.where(total == 0, 1, total)
+                    if variable in sums:
+                        variable.grad += sums[variable]
+                    sums[variable] = variable.grad
+            columns |= dict(zip(stream.columns, y_pred.T, strict=True))
+        return torch.stack([columns[0], columns[1]], dim=1)
+
+    def _accumulate(
+        self, stream: Stream, x: Any, y: torch.Tensor, share: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leaves a term's sum of gradients in `.grad`.
+
+        Returns:
+            The log-probs, and the sum of weights that the gradients are to
+            be divided by.
+        """
+        size = stream.part_size(self.micro_batch_size, y.shape[0])
+        read = list(stream.columns)
+        shift = torch.full((), stream.first_shift, device=y.device)
+        total = torch.zeros((), device=y.device)
         predictions = []
-        for rows in slices:
-            y_pred = self(_rows(x, rows), training=True)
-            if coefficients is not None:
-                objective = (coefficients[rows] * y_pred).sum()
-            else:
-                weights = sample_weight[rows]
-                share = weights.sum() / total_weight
-                loss = self.loss(y[rows], y_pred, weights) * share
-                objective = self.optimizer.scale_loss(loss)
-            objective.backward()
+        for start in range(0, y.shape[0], size):
+            rows = slice(start, start + size)
+            x_rows = keras.tree.map_structure(lambda a, r=rows: a[r, read], x)
+            y_pred = self(x_rows, training=True)
             predictions.append(y_pred.detach())
-        return torch.cat(predictions)
-
-    def _coefficients(
-        self,
-        x: Any,
-        y: torch.Tensor,
-        sample_weight: torch.Tensor,
-        slices: list[slice],
-    ) -> torch.Tensor:
-        """The (scaled) dL/dlog p of the whole batch, from a forward pass."""
-        # Both passes have to draw the same dropout masks: from seeds that are
-        # variables, or from PyTorch's own random numbers.
-        states = [(v, v.value.clone()) for v in self.non_trainable_variables]
-        devices = [y.device] if y.is_cuda else []
-        with torch.no_grad(), torch.random.fork_rng(devices):
-            y_pred = torch.cat(
-                [self(_rows(x, rows), training=True) for rows in slices]
+            objective, part, new_shift = stream.objective(
+                y[rows, read], y_pred, share[rows], shift
             )
-            for variable, value in states:
-                variable.assign(value)
-        y_pred.requires_grad_()
-        loss = self._batch_loss(x, y, y_pred, sample_weight)
-        scaled = self.optimizer.scale_loss(loss)
-        return torch.autograd.grad(scaled, y_pred)[0]
-
-    def _batch_loss(
-        self,
-        x: Any,
-        y: torch.Tensor,
-        y_pred: torch.Tensor,
-        sample_weight: torch.Tensor,
-    ) -> torch.Tensor:
-        # `_compute_loss` is the hook of Keras' own step (3.15).
-        return self._compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-        )
-
-
-def _slices(num_rows: int, size: int) -> Iterator[slice]:
-    for start in range(0, num_rows, size):
-        yield slice(start, start + size)
-
-
-def _rows(x: Any, rows: slice) -> Any:
-    return keras.tree.map_structure(lambda tensor: tensor[rows], x)
+            if start:
+                shrink = torch.exp(shift - new_shift)
+                total *= shrink
+                for variable in self.trainable_variables:
+                    if variable.value.grad is not None:
+                        variable.value.grad *= shrink
+            self.optimizer.scale_loss(objective).backward()
+            total += part
+            shift = new_shift
+        return torch.cat(predictions), total

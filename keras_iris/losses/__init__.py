@@ -1,12 +1,13 @@
 """Self-play objectives: sums of tilted risks of per-example losses."""
 
 from keras_iris.losses.iris import IRIS
-from keras_iris.losses.risk import tilted_risk, tilted_weights
-from keras_iris.losses.self_play_loss import Risk, SelfPlayLoss
+from keras_iris.losses.risk import Risk, tilted_risk, tilted_weights
+from keras_iris.losses.self_play_loss import SelfPlayLoss
 from keras_iris.losses.sft import SFT
 from keras_iris.losses.space import SPACE
 from keras_iris.losses.spif import SPIF
 from keras_iris.losses.spin import SPIN
+from keras_iris.losses.stream import Stream
 
 __all__ = [
     "IRIS",
@@ -16,6 +17,7 @@ __all__ = [
     "SPIN",
     "Risk",
     "SelfPlayLoss",
+    "Stream",
     "tilted_risk",
     "tilted_weights",
 ]

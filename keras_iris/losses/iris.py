@@ -5,7 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_iris.losses.self_play_loss import Risk, SelfPlayLoss
+from keras_iris.losses.risk import Risk
+from keras_iris.losses.self_play_loss import SelfPlayLoss
 
 Tensor = Any
 
@@ -40,6 +41,8 @@ class IRIS(SelfPlayLoss):
     Reference:
         IRIS, arXiv 2604.20933; Birrell et al., arXiv 2007.03814.
     """
+
+    is_separable = True
 
     def __init__(
         self, alpha: float | keras.Variable = 1.0, *, name: str = "iris"

@@ -1,11 +1,26 @@
 """Tilted risks: log-mean-exp at every temperature."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 Tensor = Any
+
+
+class Risk(NamedTuple):
+    """One term of an objective: `weight * tilted_risk(values, tilt)`.
+
+    Attributes:
+        values: Per-example losses, shape `(batch,)`.
+        tilt: The tilt; the number 0 means a mean over examples.
+        weight: Factor of the term.
+    """
+
+    values: Tensor
+    tilt: Tensor | float = 0
+    weight: float = 1.0
+
 
 # A tilt below it is 0: the risk differs from the mean by about
 # tilt * variance / 2.

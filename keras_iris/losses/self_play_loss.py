@@ -1,29 +1,17 @@
 """What every self-play objective is: a sum of tilted risks."""
 
 import abc
+import functools
 import numbers
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
 
-from keras_iris.losses.risk import tilted_risk
+from keras_iris.losses.risk import Risk, tilted_risk
+from keras_iris.losses.stream import Stream
 
 Tensor = Any
-
-
-class Risk(NamedTuple):
-    """One term of an objective: `weight * tilted_risk(values, tilt)`.
-
-    Attributes:
-        values: Per-example losses, shape `(batch,)`.
-        tilt: The tilt; the number 0 means a mean over examples.
-        weight: Factor of the term.
-    """
-
-    values: Tensor
-    tilt: Tensor | float = 0
-    weight: float = 1.0
 
 
 class SelfPlayLoss(keras.losses.Loss, abc.ABC):
@@ -44,9 +32,9 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         name: Name of the loss.
     """
 
-    # Whether all tilts are 0: then the loss is a weighted mean over examples,
-    # and its gradient can be summed up without knowing the whole batch.
-    is_additive = False
+    # Whether the first risk depends on annotated and the second on synthetic
+    # responses alone: then micro-batches need not hold pairs.
+    is_separable = False
 
     def __init__(self, name: str) -> None:
         is_wide = keras.config.floatx() == "float64"
@@ -64,6 +52,39 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         Returns:
             A list of `Risk`.
         """
+
+    def streams(self) -> list[Stream]:
+        """The terms whose gradients add up to that of the loss.
+
+        Each takes one pass over the responses that it depends on: one for
+        all risks of tilt 0, as means add up, else one for each risk.
+        """
+        zeros = ops.zeros((1, 2), self.dtype)
+        risks = self.risks(zeros, zeros)
+        if all(isinstance(r.tilt, int | float) and r.tilt == 0 for r in risks):
+            return [Stream((0, 1), self._mean_risk)]
+        if self.is_separable:
+            return [
+                Stream((column,), functools.partial(self._column_risk, column))
+                for column in range(len(risks))
+            ]
+        return [
+            Stream((0, 1), functools.partial(self._nth_risk, number))
+            for number in range(len(risks))
+        ]
+
+    def _mean_risk(self, y_true: Tensor, y_pred: Tensor) -> Risk:
+        """All risks in one, where their tilts are 0."""
+        risks = self.risks(y_true, y_pred)
+        return Risk(sum(risk.weight * risk.values for risk in risks))
+
+    def _nth_risk(self, number: int, y_true: Tensor, y_pred: Tensor) -> Risk:
+        return self.risks(y_true, y_pred)[number]
+
+    def _column_risk(self, column: int, y_true: Tensor, y_pred: Tensor) -> Risk:
+        """A risk from the one column, `(batch, 1)`, that it depends on."""
+        pairs = (ops.repeat(y, 2, axis=1) for y in (y_true, y_pred))
+        return self.risks(*pairs)[column]
 
     def bind_alpha(self, variable: keras.Variable) -> None:
         """Makes `variable` the order of the loss, where it has one.

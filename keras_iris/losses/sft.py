@@ -4,7 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_iris.losses.self_play_loss import Risk, SelfPlayLoss
+from keras_iris.losses.risk import Risk
+from keras_iris.losses.self_play_loss import SelfPlayLoss
 
 Tensor = Any
 
@@ -18,8 +19,6 @@ class SFT(SelfPlayLoss):
     Args:
         name: Name of the loss.
     """
-
-    is_additive = True
 
     def __init__(self, *, name: str = "sft") -> None:
         super().__init__(name=name)

@@ -5,11 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_iris.losses.self_play_loss import (
-    Risk,
-    SelfPlayLoss,
-    check_positive,
-)
+from keras_iris.losses.risk import Risk
+from keras_iris.losses.self_play_loss import SelfPlayLoss, check_positive
 
 Tensor = Any
 
@@ -31,8 +28,6 @@ class SPACE(SelfPlayLoss):
     Reference:
         SPACE, arXiv 2512.07175.
     """
-
-    is_additive = True
 
     def __init__(self, mu: float = 1.0, *, name: str = "space") -> None:
         super().__init__(name=name)

@@ -4,11 +4,8 @@ from typing import Any
 
 import keras
 
-from keras_iris.losses.self_play_loss import (
-    Risk,
-    SelfPlayLoss,
-    check_positive,
-)
+from keras_iris.losses.risk import Risk
+from keras_iris.losses.self_play_loss import SelfPlayLoss, check_positive
 
 Tensor = Any
 
@@ -27,8 +24,6 @@ class SPIN(SelfPlayLoss):
     Reference:
         SPIN, arXiv 2401.01335, equation 4.7.
     """
-
-    is_additive = True
 
     def __init__(self, beta: float = 0.1, *, name: str = "spin") -> None:
         super().__init__(name=name)

@@ -106,9 +106,10 @@ class SelfPlayModel(backend.Trainer):
             metrics: A metric or a list of metrics of `(y_true, y_pred)`, all
                 weighted by `sample_weight`, and of `keras_iris.metrics`.
             weighted_metrics: More of the same.
-            micro_batch_size: Pairs per forward and backward pass. Loss,
-                gradient and metrics are those of the whole batch for every
-                value; `None` takes the batch at once.
+            micro_batch_size: Pairs per forward and backward pass, or twice
+                as many single responses. Loss, gradient and metrics are those
+                of the whole batch for every value; `None` takes the batch at
+                once.
             loss_weights: Not taken: there is one loss.
             **kwargs: Other arguments of `keras.Model.compile`.
 
@@ -157,17 +158,18 @@ class SelfPlayModel(backend.Trainer):
         """Log-probs of pairs.
 
         Args:
-            inputs: The three tensors of shape `(batch, 2, time)`.
+            inputs: The three tensors of shape `(batch, 2, time)`; or of shape
+                `(batch, n, time)` for any other number of responses.
             training: Whether dropout is on.
 
         Returns:
-            Float32 tensor of shape `(batch, 2)`, in nats.
+            Float32 tensor of shape `(batch, 2)` or `(batch, n)`, in nats.
 
         Raises:
             ValueError: The inputs aren't such tensors.
         """
         token_ids, padding_mask, response_mask = _check_inputs(inputs)
-        time = ops.shape(token_ids)[2]
+        num_responses, time = ops.shape(token_ids)[1:]
 
         def flat(tensor: Tensor) -> Tensor:
             return ops.reshape(tensor, (-1, time))
@@ -188,7 +190,7 @@ class SelfPlayModel(backend.Trainer):
             head=lambda h: backbone.token_embedding(h, reverse=True),
             vocabulary_size=backbone.token_embedding.input_dim,
         )
-        return ops.reshape(log_probs, (-1, 2))
+        return ops.reshape(log_probs, (-1, num_responses))
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
@@ -300,7 +302,7 @@ def _check_inputs(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
             f"Received: {received}"
         )
     shapes = {name: tuple(inputs[name].shape) for name in names}
-    if any(len(s) != 3 or s[1] != 2 for s in shapes.values()):
+    if any(len(shape) != 3 for shape in shapes.values()):
         raise ValueError(
             "Inputs have to be of shape (batch, 2, time), with (annotated, "
             f"synthetic) as the second axis. Received: {shapes}"

@@ -56,17 +56,22 @@ def test_other_losses_have_no_order():
         assert float(variable.value) == 1.25
 
 
-def test_additive_losses_are_those_of_tilt_zero():
-    for loss in (IRIS(), SPIN(), SPACE(), SPIF(), SFT()):
-        tilts = [risk.tilt for risk in loss.risks(PAIRS, PAIRS)]
-        is_additive = all(isinstance(t, int) and t == 0 for t in tilts)
-        assert loss.is_additive is is_additive
+@pytest.mark.parametrize(
+    ("loss", "columns"),
+    [
+        (IRIS(), [(0,), (1,)]),
+        (SPIN(), [(0, 1)]),
+        (SPACE(), [(0, 1)]),
+        (SPIF(), [(0, 1)]),
+        (SFT(), [(0, 1)]),
+    ],
+)
+def test_passes_over_the_batch(loss, columns):
+    assert [stream.columns for stream in loss.streams()] == columns
 
 
 def test_a_loss_of_ones_own():
     class Hinge(SelfPlayLoss):
-        is_additive = True
-
         def risks(self, y_true, y_pred):
             log_ratio = y_pred - y_true
             margin = log_ratio[:, 0] - log_ratio[:, 1]
