@@ -47,28 +47,80 @@ def sequence_log_probs(
         Float32 tensor of shape `(rows,)`.
     """
     rows, time = ops.shape(token_ids)  # tensors where TensorFlow traces
+    return _sum_log_probs(
+        (hidden_states, token_ids, response_mask),
+        ops.repeat(ops.arange(rows), time - 1),
+        rows,
+        head,
+        vocabulary_size,
+    )
+
+
+def token_log_probs(
+    hidden_states: Tensor,
+    token_ids: Tensor,
+    response_mask: Tensor,
+    *,
+    head: Callable[[Tensor], Tensor],
+    vocabulary_size: int,
+) -> Tensor:
+    """Log-probs of the tokens of responses, in nats.
+
+    As `sequence_log_probs`, but not summed, and meant for few rows.
+
+    Args:
+        hidden_states: As in `sequence_log_probs`.
+        token_ids: As there.
+        response_mask: As there.
+        head: As there.
+        vocabulary_size: As there.
+
+    Returns:
+        Float32 tensor of shape `(rows, time - 1)`, for the tokens from the
+        second position on; 0 where they are not the response's.
+    """
+    rows, time = ops.shape(token_ids)
+    num_tokens = rows * (time - 1)
+    log_probs = _sum_log_probs(
+        (hidden_states, token_ids, response_mask),
+        ops.arange(num_tokens),
+        num_tokens,
+        head,
+        vocabulary_size,
+    )
+    return ops.reshape(log_probs, (rows, time - 1))
+
+
+def _sum_log_probs(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    segment: Tensor,
+    num_segments: Any,
+    head: Callable[[Tensor], Tensor],
+    vocabulary_size: int,
+) -> Tensor:
+    """Sums over segments; `segment` tells that of each token."""
+    hidden_states, token_ids, response_mask = inputs
     width = hidden_states.shape[-1]
     hidden_states = ops.reshape(hidden_states[:, :-1], (-1, width))
     token_ids = ops.reshape(token_ids[:, 1:], (-1,))
     mask = ops.reshape(ops.cast(response_mask[:, 1:], "float32"), (-1,))
-    row = ops.repeat(ops.arange(rows), time - 1)  # of each token
 
-    def row_sums(hidden: Tensor, ids: Tensor, row: Tensor, mask: Tensor) -> Any:
+    def sums(hidden: Tensor, ids: Tensor, segment: Tensor, mask: Tensor) -> Any:
         logits = ops.cast(head(hidden), "float32")  # (n, vocabulary)
         log_probs = backend.token_log_probs(logits, ids)
         # `where`, not a product: a padding position may hold -inf.
         log_probs = ops.where(mask > 0, log_probs, 0.0)
-        return ops.segment_sum(log_probs, row, num_segments=rows)
+        return ops.segment_sum(log_probs, segment, num_segments=num_segments)
 
-    arrays = (hidden_states, token_ids, row, mask)
+    arrays = (hidden_states, token_ids, segment, mask)
     size = _chunk_size(vocabulary_size)
-    num_tokens = rows * (time - 1)
+    num_tokens = ops.shape(mask)[0]
     if isinstance(num_tokens, int) and num_tokens <= size:
-        return row_sums(*arrays)
+        return sums(*arrays)
     # Response tokens first, so that the chunks behind them are empty.
     order = ops.argsort(1.0 - mask)
     chunks = (_chunks(ops.take(a, order, axis=0), size) for a in arrays)
-    return backend.sum_chunks(row_sums, tuple(chunks))
+    return backend.sum_chunks(sums, tuple(chunks))
 
 
 def _chunk_size(vocabulary_size: int) -> int:

@@ -1,10 +1,12 @@
-"""Scoring a list of pairs with a `SelfPlayModel`."""
+"""Scoring responses with a `SelfPlayModel`."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
-from keras_iris.data import Example, PairDataset
+from keras_iris.data import Example, PairDataset, pad_pairs
 from keras_iris.models.self_play_model import SelfPlayModel
 
 
@@ -40,3 +42,52 @@ def score_pairs(
         values = np.asarray(model.predict_on_batch(x))
         log_probs[indices[is_row]] = values[is_row]
     return log_probs
+
+
+class TokenScorer:
+    """Log-probs of single tokens under a model, for a look at few responses.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: SelfPlayModel) -> None:
+        self._network = _TokenLogProbs(model)
+
+    def __call__(
+        self, examples: list[Example], responses: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Scores a response to each prompt, all in one batch.
+
+        Args:
+            examples: Their prompts are taken.
+            responses: Token ids.
+
+        Returns:
+            A float32 array of each response's length, in nats.
+        """
+        lengths = [
+            len(example.prompt_ids) + len(response)
+            for example, response in zip(examples, responses, strict=True)
+        ]
+        # A power of two, so that few lengths are compiled.
+        length = 1 << (max(lengths) - 1).bit_length()
+        prompts = [Example(e.prompt_ids, e.prompt_ids[:0]) for e in examples]
+        x = pad_pairs(prompts, responses, length)
+        x = {name: array[:, 1:] for name, array in x.items()}
+        values = np.asarray(self._network.predict_on_batch(x))
+        is_token = x["response_mask"][:, :, 1:]
+        return [v[mask] for v, mask in zip(values, is_token, strict=True)]
+
+
+class _TokenLogProbs(keras.Model):
+    """Compiles `SelfPlayModel.token_log_probs`."""
+
+    def __init__(self, model: SelfPlayModel) -> None:
+        super().__init__()
+        self.model = model
+        self.built = True
+
+    def call(self, inputs: dict[str, Any]) -> Any:
+        """Log-probs of tokens."""
+        return self.model.token_log_probs(inputs)

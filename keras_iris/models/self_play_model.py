@@ -2,6 +2,7 @@
 
 import copy
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,7 +11,7 @@ from keras import ops
 from keras_iris import backend
 from keras_iris.losses import SelfPlayLoss
 from keras_iris.metrics import AlphaMetric, RecentLogProbs, TokenMetric
-from keras_iris.models.log_probs import sequence_log_probs
+from keras_iris.models.log_probs import sequence_log_probs, token_log_probs
 
 Tensor = Any
 
@@ -168,6 +169,27 @@ class SelfPlayModel(backend.Trainer):
         Raises:
             ValueError: The inputs aren't such tensors.
         """
+        return self._log_probs(sequence_log_probs, inputs, training)
+
+    def token_log_probs(self, inputs: dict[str, Tensor]) -> Tensor:
+        """Log-probs of the responses' tokens, for a look at few pairs.
+
+        Args:
+            inputs: The three tensors of shape `(batch, n, time)`.
+
+        Returns:
+            Float32 tensor of shape `(batch, n, time - 1)`, in nats, for the
+            tokens from the second position on; 0 where `response_mask` is.
+        """
+        return self._log_probs(token_log_probs, inputs, training=False)
+
+    def _log_probs(
+        self,
+        function: Callable[..., Tensor],
+        inputs: dict[str, Tensor],
+        training: bool | None,
+    ) -> Tensor:
+        """What `function` makes of the backbone's output, `(batch, n, ...)`."""
         token_ids, padding_mask, response_mask = _check_inputs(inputs)
         num_responses, time = ops.shape(token_ids)[1:]
 
@@ -183,14 +205,15 @@ class SelfPlayModel(backend.Trainer):
             },
             training=training,
         )
-        log_probs = sequence_log_probs(
+        log_probs = function(
             hidden_states,
             token_ids,
             flat(response_mask),
             head=lambda h: backbone.token_embedding(h, reverse=True),
             vocabulary_size=backbone.token_embedding.input_dim,
         )
-        return ops.reshape(log_probs, (-1, num_responses))
+        shape = (-1, num_responses, *ops.shape(log_probs)[1:])
+        return ops.reshape(log_probs, shape)
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:

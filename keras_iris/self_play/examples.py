@@ -58,10 +58,13 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
             "`keras_iris.data.Example`."
         )
     else:
+        template = template or getattr(causal_lm, "chat_template", None)
+        if template is not None:
+            template.check()
         examples = tokenize(
             read_conversations(data),
             tokenizer,
-            template=template or getattr(causal_lm, "chat_template", None),
+            template=template,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
             on_overflow=on_overflow,

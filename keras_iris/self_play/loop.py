@@ -158,7 +158,7 @@ class SelfPlay:
             end_token_ids=end_token_ids,
             max_new_tokens=max_response_length,
         )
-        check_engine(self.engine)
+        check_engine(self.engine, model.causal_lm)
         self.evaluate = evaluate
         self.callbacks = list(callbacks)
         self.checkpoint_every_minutes = checkpoint_every_minutes

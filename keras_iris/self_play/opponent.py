@@ -2,6 +2,7 @@
 
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export
-from keras_iris.models import SelfPlayModel, score_pairs
+from keras_iris.models import SelfPlayModel, TokenScorer, score_pairs
 from keras_iris.self_play.arrays import Arrays
 from keras_iris.self_play.run_dir import RunDir
 
@@ -51,6 +52,7 @@ class Opponent:
         self.batch_size = batch_size
         self.max_response_length = max_response_length
         self.seed = seed
+        self._score_tokens = TokenScorer(model)
         self._shards = [
             examples[start : start + shard_size]
             for start in range(0, len(examples), shard_size)
@@ -93,6 +95,11 @@ class Opponent:
         }
         return responses, log_probs, timing
 
+    @property
+    def _rows_at_once(self) -> int:
+        """A forward pass has room where a training step has."""
+        return self.model.micro_batch_size or self.batch_size
+
     def _generate(
         self, iteration: int, key: str
     ) -> tuple[list[np.ndarray], np.ndarray]:
@@ -110,6 +117,8 @@ class Opponent:
                 seed=int(seeds.generate_state(1)[0] >> 1),
             )
             self._check(completions, len(self._shards[number]))
+            if self.engine.needs_folder:
+                self._check_tokens(completions, self._shards[number])
             ids = [completion.token_ids for completion in completions]
             log_probs = [
                 np.nan if c.log_probs is None else np.sum(c.log_probs)
@@ -159,6 +168,40 @@ class Opponent:
                     f"the model's vocabulary. Received: {ids}. Give the engine "
                     "the model's own tokenizer and weights."
                 )
+            given = completion.log_probs
+            if given is not None and np.shape(given) != (len(ids),):
+                raise ValueError(
+                    f"Completion {i} of {engine} has log-probs of shape "
+                    f"{np.shape(given)} for {len(ids)} tokens. Expected one "
+                    "for each, or None."
+                )
+
+    def _check_tokens(
+        self, completions: list[Completion], examples: list[Example]
+    ) -> None:
+        """Compares log-probs token by token, in as many as fit in a batch.
+
+        That an engine in this process, with the trainer's own variables, is
+        out of step shows in the sums of all completions already.
+        """
+        pairs = [
+            (completion, example)
+            for completion, example in zip(completions, examples, strict=True)
+            if completion.log_probs is not None
+        ][: self._rows_at_once]
+        if not pairs:
+            warnings.warn(
+                f"{type(self.engine).__name__} gives no log-probs: whether it "
+                "has the model's weights and prompts can't be checked.",
+                stacklevel=2,
+            )
+            return
+        scores = self._score_tokens(
+            [example for _, example in pairs],
+            [np.array(c.token_ids, "int32") for c, _ in pairs],
+        )
+        given = [c.log_probs for c, _ in pairs if c.log_probs is not None]
+        check_log_probs(np.concatenate(given), np.concatenate(scores))
 
     def _score(
         self, iteration: int, key: str, responses: list[np.ndarray]
@@ -172,8 +215,7 @@ class Opponent:
                 self.model,
                 self._shards[number],
                 responses[first:end],
-                # A forward pass has room where a training step has.
-                batch_size=self.model.micro_batch_size or self.batch_size,
+                batch_size=self._rows_at_once,
             )
             _check_finite(log_probs, np.arange(first, end))
             return {"log_probs": log_probs}
@@ -212,17 +254,30 @@ class Opponent:
         self.engine.update(export(self.model.causal_lm, path))
 
 
-def check_engine(engine: Any) -> None:
-    """Refuses what isn't an engine.
+def check_engine(engine: Any, causal_lm: keras.Model) -> None:
+    """Refuses what isn't an engine, or can't have the trainer's model.
 
     Raises:
-        ValueError: It lacks a part of `keras_iris.generation.Engine`.
+        ValueError: It lacks a part of `keras_iris.generation.Engine`, or
+            reads exported weights where the model computes in int8.
     """
     if isinstance(engine, type) or not isinstance(engine, Engine):
         raise ValueError(
             "`engine` has to be a `keras_iris.generation.Engine`: an object "
             "with `generate`, `update`, `get_config` and `needs_folder`. "
             f"Received: {engine!r}"
+        )
+    # Keras (3.15) rounds the inputs of int8 layers, too, not those of int4. It
+    # has no public way to all layers.
+    if engine.needs_folder and any(
+        getattr(layer, "quantization_mode", None) == "int8"
+        for layer in causal_lm._flatten_layers()
+    ):
+        raise ValueError(
+            f"{type(engine).__name__} reads exported weights, which are "
+            "floats, and can't be the model that trains, which computes in "
+            "int8: their log-probs differ. Load the model with "
+            "`quantize='int4'` or without, or use `KerasEngine`."
         )
 
 

@@ -14,7 +14,7 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 import keras_iris
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler, TokenGap
-from keras_iris.data import Example, SymbolTokenizer
+from keras_iris.data import ChatTemplate, Example, SymbolTokenizer
 from keras_iris.files import replaced
 from keras_iris.generation import Completion, KerasEngine
 from keras_iris.self_play.arrays import read_arrays, write_arrays
@@ -428,8 +428,74 @@ def test_what_evaluate_may_not_return(scores, tmp_path):
 def test_engine_with_weights_of_its_own_gets_each_iteration(tmp_path):
     engine = _OtherProcess()
     self_play = make_self_play(tmp_path / "run", engine=engine, epochs=1)
-    self_play.run()
+    with pytest.warns(match="_OtherProcess gives no log-probs"):
+        self_play.run()
     assert engine.folders == [tmp_path / "run" / "export"] * 2
+
+
+class _FromModel(_OtherProcess):
+    """Gives the model's own log-probs, plus an error of each token."""
+
+    def __init__(self, causal_lm, errors):
+        super().__init__()
+        self.causal_lm, self.errors = causal_lm, np.array(errors, "float32")
+
+    def generate(self, prompts, *, seed):
+        completions = []
+        for prompt in prompts:
+            ids = np.array([[*prompt, 3, END, 0, 0, 0, 0, 0]])[:, :8]
+            mask = np.arange(8)[None] < len(prompt) + 2
+            logits = self.causal_lm({"token_ids": ids, "padding_mask": mask})
+            table = keras.ops.convert_to_numpy(keras.ops.log_softmax(logits))
+            start = len(prompt) - 1
+            log_probs = table[0, [start, start + 1], [3, END]] + self.errors
+            completions.append(Completion((3, END), "stop", log_probs))
+        return completions
+
+
+def test_engine_and_trainer_are_compared_token_by_token(tmp_path):
+    self_play = make_self_play(tmp_path / "run", engine=_OtherProcess())
+    causal_lm = self_play.model.causal_lm
+    for errors, is_right in (([0.0, 0.0], True), ([0.1, -0.1], False)):
+        opponent = self_play.opponent
+        opponent.engine = _FromModel(causal_lm, errors)
+        if is_right:
+            opponent.play(1, "a key")
+        else:
+            with pytest.raises(ValueError, match="0.1 nats per token"):
+                opponent.play(2, "a key")
+
+
+def test_int8_and_exported_weights(tmp_path):
+    causal_lm = make_causal_lm(num_layers=1, hidden_dim=64)
+    causal_lm.quantize(
+        "int8", filters=lambda x: isinstance(x, keras.layers.EinsumDense)
+    )
+    causal_lm.backbone.enable_lora(2)
+    model = keras_iris.SelfPlayModel(causal_lm)
+    model.compile(loss=keras_iris.losses.IRIS())
+    with pytest.raises(ValueError, match="_OtherProcess reads exported.*int8"):
+        keras_iris.SelfPlay(
+            model,
+            make_examples(),
+            tmp_path,
+            batch_size=8,
+            engine=_OtherProcess(),
+        )
+
+
+def test_a_template_that_drops_the_response(tmp_path):
+    template = ChatTemplate(
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer = SymbolTokenizer(["a", "b"])
+    with pytest.raises(ValueError, match="template"):
+        make_self_play(
+            tmp_path,
+            examples=[{"prompt": "a", "response": "b"}] * 8,
+            tokenizer=tokenizer,
+            template=template,
+        )
 
 
 def test_nan_stops_training_with_the_ids_and_keeps_the_checkpoint(tmp_path):
