@@ -16,6 +16,15 @@ SMALL = {
     "key_value_heads": 8,
     "inner_width": 1_376,
 }
+# SmolLM2-135M, but for Qwen 2's biases: 134.5 million parameters.
+SMOLLM2 = {
+    "vocabulary": 49_152,
+    "layers": 30,
+    "width": 576,
+    "heads": 9,
+    "key_value_heads": 3,
+    "inner_width": 1_536,
+}
 TINY = {
     "vocabulary": 512,
     "layers": 2,

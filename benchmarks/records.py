@@ -69,7 +69,7 @@ def finish(script, arguments, *, settings, rows, bars, **more):
     """Prints the figures of a benchmark and writes its record.
 
     Args:
-        script: Its `__file__`.
+        script: Its `__file__`, or another name for the record.
         arguments: What `parse_arguments` gave.
         settings: What was measured, a dictionary.
         rows: Dictionaries of one set of keys, the table's columns.
@@ -79,7 +79,7 @@ def finish(script, arguments, *, settings, rows, bars, **more):
     name = Path(script).stem
     record = {
         "benchmark": name,
-        "command": _command(name),
+        "command": _command(),
         "quick": arguments.quick,
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(time.perf_counter() - _START),
@@ -159,10 +159,11 @@ def versions():
     return found
 
 
-def _command(name):
+def _command():
     """The command line, without where the record goes."""
     words = re.sub(r"--output[ =]\S+ ?", "", " ".join(sys.argv[1:]))
-    return f"python benchmarks/{name}.py {words}".strip()
+    name = Path(sys.argv[0]).name
+    return f"python benchmarks/{name} {words}".strip()
 
 
 def _short(value):

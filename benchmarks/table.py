@@ -17,7 +17,26 @@ README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 # A benchmark whose rows are shown, and the columns to show.
 RACES = {
-    "train_step": ("contestant", "tokens/s", "x plain loop", "x TRL", "peak MB")
+    "train_step": (
+        "contestant",
+        "tokens/s",
+        "x plain loop",
+        "x TRL",
+        "peak MB",
+    ),
+    "train_step_smollm2": (
+        "contestant",
+        "tokens/s",
+        "x plain loop",
+        "peak MB",
+    ),
+    "generation": (
+        "contestant",
+        "useful tokens/s",
+        "x transformers",
+        "x sorted",
+        "peak MB",
+    ),
 }
 _PACKAGES = ("keras", "jax", "tensorflow", "torch", "transformers", "trl")
 
@@ -53,6 +72,7 @@ def make_block(found):
                 [_number(row[column]) for column in columns]
                 for row in found[name]["rows"]
             ]
+            blocks.append(f"`{found[name]['command']}`:")
             blocks.append(_markdown(columns, rows))
     bars = [
         [

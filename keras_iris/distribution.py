@@ -91,7 +91,7 @@ class RunEstimate:
     activations are computed again in the backward pass.
 
     Args:
-        config: The decoder's sizes, a `keras_iris.hub.DecoderConfig`.
+        config: The decoder's sizes, as `keras_iris.hub.inspect` gives them.
         num_prompts: Prompts of an iteration.
         prompt_length: Mean tokens of a prompt.
         response_length: Mean tokens of an annotated response.

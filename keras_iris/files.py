@@ -7,30 +7,35 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_NEW = ".keras_iris-new"  # the end of temporary names
+
 
 def check_replaceable(
-    folder: Path, is_ours: Callable[[set[str]], bool]
+    folder: Path, find_foreign: Callable[[set[str]], set[str]]
 ) -> None:
     """Refuses to replace what this package didn't write.
 
     Args:
         folder: The folder to write.
-        is_ours: Whether it is one of ours, given the names in it.
+        find_foreign: Given the names in it, those that this package didn't
+            write.
 
     Raises:
         ValueError: If there is a file, or a folder with something else in it.
     """
     if not folder.exists():
         return
+    foreign = {folder.name}
     if folder.is_dir():
-        names = {file.name for file in folder.iterdir()}
-        if not names or is_ours(names):
-            return
-    raise ValueError(
-        f"{folder} exists and wasn't written by keras_iris, so it isn't "
-        "replaced. Expected a new or empty folder, or an earlier one of the "
-        "same kind. Choose another name, or remove it yourself."
-    )
+        foreign = find_foreign({file.name for file in folder.iterdir()})
+    if foreign:
+        raise ValueError(
+            f"{folder} exists and wasn't written by keras_iris, or not all of "
+            f"it: {', '.join(sorted(foreign)[:5])}. It isn't replaced. "
+            "Expected a new or empty folder, or an earlier one of the same "
+            "kind and nothing else in it. Choose another name, or remove it "
+            "yourself."
+        )
 
 
 @contextmanager
@@ -45,7 +50,7 @@ def replaced(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.name}-", dir=path.parent
+        prefix=f".{path.name}-", suffix=_NEW, dir=path.parent
     )
     os.close(descriptor)
     new = Path(name)
@@ -60,36 +65,53 @@ def replaced(path: Path) -> Iterator[Path]:
     _sync(path.parent)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left in `replaced`.
+
+    Args:
+        folder: Where no other process writes; its sub-folders, too.
+    """
+    for file in folder.rglob(f".*{_NEW}"):
+        if file.is_file():
+            file.unlink()
+
+
 @contextmanager
 def written_beside(folder: Path) -> Iterator[Path]:
     """A temporary folder that becomes `folder` if nothing goes wrong.
 
     A folder that is there already is replaced. What is written is on disk
-    before the rename.
+    before the rename. What a killed process left is tidied up first, so one
+    process at a time may write a folder.
 
     Args:
         folder: The folder's final place.
     """
-    new = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    new = folder.with_name(f".{folder.name}{_NEW}")
+    old = folder.with_name(f".{folder.name}.keras_iris-old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)  # killed between the two renames
+    for stale in (new, old):
+        if stale.exists():
+            shutil.rmtree(stale)
+    new.mkdir()
     try:
         yield new
-        new.chmod(0o755)
         for file in [*new.iterdir(), new]:
             _sync(file)
-        _replace(folder, new)
+        _replace(folder, new, old)
         _sync(folder.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
 
 
-def _replace(folder: Path, new: Path) -> None:
+def _replace(folder: Path, new: Path, old: Path) -> None:
     """Renames `new` to `folder`; if that fails, `folder` is as before."""
     if not folder.exists():
         new.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    folder.rename(old)  # onto an empty folder
+    folder.rename(old)
     try:
         new.rename(folder)
     except BaseException:

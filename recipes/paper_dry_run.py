@@ -5,36 +5,40 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-from paper_options import GENERATION_BATCH_SIZE, LOSSES, length_limits
+from paper_options import (
+    GENERATION_BATCH_SIZE,
+    LOSSES,
+    length_limits,
+    split,
+)
 
 import keras_iris
 from keras_iris.distribution import RunEstimate
-from keras_iris.hub.checkpoint import find_weights, read_json
-from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
-from keras_iris.hub.tokenizer_folder import load_tokenizer
 
 NUM_CHECKED_ROWS = 64
 
 
 def dry_run(options, template_name):
     """Checks what can be checked without weights, and prints estimates."""
-    folder = find_small_files(options.preset)
-    config = read_config(folder)
-    template = keras_iris.data.ChatTemplate.from_folder(folder)
-    tokenizer = load_tokenizer(folder, template)
-    template = template or keras_iris.data.ChatTemplate.named(template_name)
+    config, tokenizer, template = keras_iris.hub.inspect(
+        options.preset,
+        default_template=keras_iris.data.ChatTemplate.named(template_name),
+    )
     template.check()
     conversations, num_rows = read_few_rows(options)
     examples = keras_iris.data.tokenize(
         conversations, tokenizer, template=template, **length_limits(options)
     )
+    # Those that are left out for their length are known of these rows only.
+    num_prompts = num_rows - len(conversations) + len(examples)
+    split(range(num_prompts), options)
     first = examples[0]
     print(f"A prompt:\n{tokenizer.decode(first.prompt_ids)}")
     print(f"Its response:\n{tokenizer.decode(first.response_ids)}")
 
     estimate = RunEstimate(
         config=config,
-        num_prompts=min(options.max_prompts, num_rows),
+        num_prompts=num_prompts,
         prompt_length=np.mean([len(e.prompt_ids) for e in examples]),
         response_length=np.mean([len(e.response_ids) for e in examples]),
         new_tokens=options.max_new_tokens,
@@ -49,54 +53,31 @@ def dry_run(options, template_name):
         num_streams=len(LOSSES[options.objective]().streams()),
     )
     print_estimate(estimate, options)
-    print("The run starts without --dry-run.")
-
-
-def find_small_files(preset):
-    """The folder of a preset, without its weights if it has an id."""
-    if not preset.startswith("hf://"):
-        return Path(preset)
-    import huggingface_hub
-
-    try:
-        folder = huggingface_hub.snapshot_download(
-            preset.removeprefix("hf://"), allow_patterns=["*.json", "*.jinja"]
-        )
-    except OSError as error:
-        raise SystemExit(
-            f"{preset} can't be downloaded: {error}. Check the name and the "
-            "connection, or pass a local folder as --preset."
-        ) from error
-    return Path(folder)
-
-
-def read_config(folder):
-    """The sizes of the decoder; a look at the weights that are there."""
-    content = read_json(folder / "config.json")
-    if content.get("model_type") not in MODEL_TYPES:
-        raise SystemExit(
-            f"{folder} has no config.json with a model_type out of "
-            f"{MODEL_TYPES}. Pass --preset hf://org/name, or a folder in "
-            "Hugging Face's layout."
-        )
-    config = DecoderConfig.from_json(content)
-    if any(folder.glob("*.safetensors")):
-        find_weights(folder, config.weight_shapes())
-    return config
+    print(
+        "Checked: options, config, tokenizer, template, data, disk, and the "
+        "weights' files in a local folder that has them. Not checked: the "
+        "devices and the engine."
+    )
 
 
 def read_few_rows(options):
     """Some conversations, and how many there are at most."""
+    few = max(NUM_CHECKED_ROWS, options.batch_size + options.micro_batch_size)
+    few = min(few, options.max_prompts)
     if Path(options.data).suffix in (".jsonl", ".parquet"):
         conversations = keras_iris.data.read_conversations(options.data)
-        return conversations[:NUM_CHECKED_ROWS], len(conversations)
+        num_rows = min(options.max_prompts, len(conversations))
+        return conversations[:few], num_rows
     import datasets
 
     rows = datasets.load_dataset(
         options.data, split=options.split, streaming=True
     )
-    rows = itertools.islice(rows, NUM_CHECKED_ROWS)
-    return keras_iris.data.read_conversations(rows), options.max_prompts
+    conversations = keras_iris.data.read_conversations(
+        itertools.islice(rows, few)
+    )
+    is_all = len(conversations) < few
+    return conversations, len(conversations) if is_all else options.max_prompts
 
 
 def print_estimate(estimate, options):

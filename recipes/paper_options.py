@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 
 import keras_iris
@@ -15,6 +16,7 @@ LOSSES = {
 }
 GENERATION_BATCH_SIZE = 32
 SERVED_MODEL_NAME = "keras_iris"
+HELD_OUT = 0.01  # of all conversations
 
 
 def read_options(description, preset, arguments=None):
@@ -31,19 +33,36 @@ def read_options(description, preset, arguments=None):
         help="a dataset's id, or a .jsonl or .parquet file",
     )
     add("--split", default="train_sft", help="of a dataset with an id")
-    add("--max-prompts", type=int, default=50_000)
+    add("--max-prompts", type=positive(int), default=50_000)
     add("--run-dir", default="runs/" + Path(preset).name)
     add("--objective", choices=LOSSES, default="iris")
-    add("--iterations", type=int, default=5)
-    add("--epochs", type=int, default=2, help="of an iteration")
-    add("--batch-size", type=int, default=64, help="pairs")
-    add("--micro-batch-size", type=int, default=8, help="pairs at a time")
-    add("--learning-rate", type=float, default=5e-7)
-    add("--max-length", type=int, default=2048, help="tokens of both together")
-    add("--max-new-tokens", type=int, default=256)
-    add("--lora-rank", type=int, help="per head; default: all weights")
+    add("--iterations", type=positive(int), default=5)
+    add("--epochs", type=positive(int), default=2, help="of an iteration")
+    add("--batch-size", type=positive(int), default=64, help="pairs")
+    add(
+        "--micro-batch-size",
+        type=positive(int),
+        default=8,
+        help="pairs at a time",
+    )
+    add("--learning-rate", type=positive(float), default=5e-7)
+    add(
+        "--max-length",
+        type=positive(int),
+        default=2048,
+        help="tokens of both together",
+    )
+    add("--max-new-tokens", type=positive(int), default=256)
+    add(
+        "--lora-rank", type=positive(int), help="per head; default: all weights"
+    )
     add("--quantize", choices=("int8", "int4"), help="the base of LoRA")
-    add("--shard", type=int, metavar="N", help="cut all over N devices (JAX)")
+    add(
+        "--shard",
+        type=positive(int),
+        metavar="N",
+        help="cut all over N devices (JAX)",
+    )
     add("--engine", choices=("keras", "server", "vllm"), default="keras")
     add("--server-url", default="http://127.0.0.1:8000/v1")
     add(
@@ -54,20 +73,26 @@ def read_options(description, preset, arguments=None):
     add("--vllm-python", help="Python of an environment that has vLLM")
     add(
         "--vllm-options",
-        type=json.loads,
+        type=json_object,
         default={},
         help='arguments of vllm.LLM, such as {"tensor_parallel_size": 2}',
+    )
+    add(
+        "--vllm-devices",
+        metavar="IDS",
+        help="the value of CUDA_VISIBLE_DEVICES for vLLM; give the recipe "
+        "itself other GPUs by that variable",
     )
     add("--dry-run", action="store_true", help="check and estimate, then stop")
     add(
         "--flops-per-second",
-        type=float,
+        type=positive(float),
         default=3e14,
         help="that a device does, for the estimate of the time",
     )
     add(
         "--bytes-per-second",
-        type=float,
+        type=positive(float),
         default=2e12,
         help="that a device reads from its memory, for the same",
     )
@@ -76,12 +101,52 @@ def read_options(description, preset, arguments=None):
     return options
 
 
+def positive(kind):
+    """Reads a number above 0."""
+
+    def read(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = 0
+        if not number > 0:
+            raise argparse.ArgumentTypeError(
+                f"received {text!r}, expected {kind.__name__} above 0"
+            )
+        return number
+
+    return read
+
+
+def json_object(text):
+    """Reads a JSON object."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise argparse.ArgumentTypeError(
+            f"received {text!r}, expected a JSON object"
+        )
+    return content
+
+
 def check_options(parser, options):
     """Refuses what doesn't go together."""
+    if options.quantize and options.lora_rank is None:
+        parser.error("--quantize needs --lora-rank")
+    if options.quantize == "int8" and options.engine != "keras":
+        parser.error(
+            f"--quantize int8 doesn't go with --engine {options.engine}, which "
+            "samples from an export: Keras' int8 rounds activations, and an "
+            "export doesn't. Take --quantize int4 or --engine keras"
+        )
     if options.engine == "server" and options.update_command is None:
         parser.error("--engine server needs --update-command")
     if options.engine == "vllm" and options.vllm_python is None:
         parser.error("--engine vllm needs --vllm-python")
+    if options.vllm_python and shutil.which(options.vllm_python) is None:
+        parser.error(f"--vllm-python: no program {options.vllm_python!r}")
     if options.max_length <= options.max_new_tokens:
         parser.error("--max-length has to be above --max-new-tokens")
     sizes = {
@@ -102,3 +167,17 @@ def length_limits(options):
     """
     half = options.max_length // 2
     return {"max_prompt_length": half, "max_response_length": half}
+
+
+def split(examples, options):
+    """Whole batches to train on, and the rest, held out."""
+    least = max(options.micro_batch_size, int(HELD_OUT * len(examples)))
+    num_batches = (len(examples) - least) // options.batch_size
+    if num_batches < 1:
+        raise SystemExit(
+            f"{len(examples)} conversations are too few. Expected at least "
+            f"{options.batch_size + least}: one batch and {least} held out. "
+            "Pass more data or a smaller --batch-size."
+        )
+    num_train = num_batches * options.batch_size
+    return examples[:num_train], examples[num_train:]

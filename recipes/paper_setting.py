@@ -20,13 +20,13 @@ from paper_options import (
     SERVED_MODEL_NAME,
     length_limits,
     read_options,
+    split,
 )
 
 import keras_iris
 from keras_iris.distribution import ShardedParallel
 
 WARM_UP = 0.1  # of all steps
-HELD_OUT = 0.01  # of all conversations
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
@@ -61,20 +61,6 @@ class LinearWarmUp(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
-def split(examples, options):
-    """Whole batches to train on, and the rest, held out."""
-    least = max(options.micro_batch_size, int(HELD_OUT * len(examples)))
-    num_batches = (len(examples) - least) // options.batch_size
-    if num_batches < 1:
-        raise SystemExit(
-            f"{len(examples)} conversations are too few. Expected at least "
-            f"{options.batch_size + least}: one batch and {least} held out. "
-            "Pass more data or a smaller --batch-size."
-        )
-    num_train = num_batches * options.batch_size
-    return examples[:num_train], examples[num_train:]
-
-
 def make_engine(options, causal_lm, tokenizer):
     """What generates."""
     match options.engine:
@@ -90,11 +76,13 @@ def make_engine(options, causal_lm, tokenizer):
                 ),
             )
         case "vllm":
+            devices = {"CUDA_VISIBLE_DEVICES": options.vllm_devices}
             return keras_iris.generation.VLLMEngine(
                 python=options.vllm_python,
                 end_token_ids=tokenizer.end_token_ids,
                 max_new_tokens=options.max_new_tokens,
                 vllm_options=options.vllm_options,
+                environment=devices if options.vllm_devices else None,
             )
     return keras_iris.generation.KerasEngine(
         causal_lm,
@@ -131,10 +119,10 @@ def train(options, template_name):
         lora_rank=options.lora_rank,
         quantize=options.quantize,
         remat=True,
+        default_template=keras_iris.data.ChatTemplate.named(template_name),
     )
     tokenizer = causal_lm.tokenizer
     template = causal_lm.chat_template
-    template = template or keras_iris.data.ChatTemplate.named(template_name)
     template.check()
     examples = keras_iris.data.cached_tokenize(
         keras_iris.data.load_dataset(

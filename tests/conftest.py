@@ -1,11 +1,18 @@
 import os
+from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[1]
+
 # Before anything imports TensorFlow, which KerasHub does.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# The tests compile much and run little.
+# The tests compile much and run little, and much of it twice.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # Several test processes on few cores: waiting threads would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "keras_iris"
 # A folder may import from itself and from what stands before it.
 LAYERS = [
-    {"files"},
+    {"arguments", "files"},
     {"losses", "data"},
     {"metrics"},
     {"backend"},

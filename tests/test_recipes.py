@@ -10,6 +10,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from tiny_checkpoints import copy, edit
 
 import keras_iris
 
@@ -49,6 +50,14 @@ def data(tmp_path):
     return file
 
 
+def _base_model(checkpoint, tmp_path):
+    """As Qwen2.5-3B may be: no template, and not the template's end token."""
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    edit(folder / "tokenizer_config.json", chat_template=None)
+    edit(folder / "generation_config.json", eos_token_id=632)
+    return folder
+
+
 def _arguments(preset, data, run_dir, *more, **changes):
     options = {"--preset": preset, "--data": data, "--run-dir": run_dir}
     options |= TINY | {f"--{name}": value for name, value in changes.items()}
@@ -66,6 +75,8 @@ def test_paper_recipe(  # noqa: PLR0913
     name, architecture, more, recipe, checkpoint, data, tmp_path
 ):
     folder, run_dir = checkpoint(architecture), tmp_path / "run"
+    if architecture == "qwen2":
+        folder = _base_model(checkpoint, tmp_path)
     arguments = _arguments(
         folder, data, run_dir, *more, **{"learning-rate": 1e-3}
     )
@@ -87,6 +98,7 @@ def test_paper_recipe(  # noqa: PLR0913
     )
     changes = [np.abs(a - b).max() for a, b in zip(old, new, strict=True)]
     assert max(changes) > 1e-4
+    assert keras_iris.load(run_dir / "model").chat_template is not None
     assert (run_dir / "report.html").exists()
 
 
@@ -107,9 +119,39 @@ def test_dry_run(  # noqa: PLR0913
     recipe(name).main(arguments)
     output = capsys.readouterr().out
     assert prompt in output
-    for word in ("not measured", "activations", "checkpoint", "hours"):
+    for word in ("not measured", "activations", "checkpoint", "hours", "Not c"):
         assert word in output
     assert not run_dir.exists()
+
+
+def test_dry_run_of_a_base_model(recipe, checkpoint, data, tmp_path, capsys):
+    folder = _base_model(checkpoint, tmp_path)
+    arguments = _arguments(folder, data, tmp_path / "run", "--dry-run")
+    recipe("qwen2_5_3b").main(arguments)
+    assert "0 and 0.<|im_end|>\n" in capsys.readouterr().out
+
+
+def test_dry_run_loads_as_the_run_does(
+    recipe, checkpoint, data, tmp_path, monkeypatch
+):
+    main = recipe("qwen2_5_3b").main
+    with pytest.raises(ValueError, match="Cannot download 'a b/c'"):
+        main(_arguments("hf://a b/c", data, tmp_path, "--dry-run"))
+    with pytest.raises(ValueError, match="There is no folder"):
+        main(_arguments(tmp_path / "none", data, tmp_path, "--dry-run"))
+    copy(checkpoint("qwen2"), tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main(_arguments("~/copy", data, tmp_path / "run", "--dry-run"))
+
+
+def test_dry_run_looks_at_the_vocabulary(recipe, checkpoint, data, tmp_path):
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    edit(folder / "config.json", vocab_size=600)
+    with pytest.raises(ValueError, match="the model 600 embeddings"):
+        recipe("qwen2_5_3b").main(
+            _arguments(folder, data, tmp_path / "run", "--dry-run")
+        )
 
 
 def test_dry_run_looks_at_the_weights(recipe, checkpoint, data, tmp_path):
@@ -141,8 +183,31 @@ def test_dry_run_looks_at_the_disk(
         (("--engine", "server"), "--update-command"),
         (("--engine", "vllm"), "--vllm-python"),
         (("--shard", "3"), "has to divide --batch-size=4"),
+        (("--shard", "4"), "has to divide --micro-batch-size=2"),
         (("--max-new-tokens", "96"), "--max-length"),
         (("--objective", "dpo"), "invalid choice"),
+        (("--iterations", "0"), "received '0', expected int above 0"),
+        (("--batch-size", "0"), "received '0', expected int above 0"),
+        (("--lora-rank", "-1"), "received '-1', expected int above 0"),
+        (("--shard", "two"), "received 'two', expected int above 0"),
+        (("--learning-rate", "0"), "received '0', expected float above 0"),
+        (("--quantize", "int4"), "--quantize needs --lora-rank"),
+        (
+            "--quantize int8 --lora-rank 2 --engine server "
+            "--update-command true".split(),
+            "int8 doesn't go with --engine server",
+        ),
+        (
+            f"--quantize int8 --lora-rank 2 --engine vllm "
+            f"--vllm-python {sys.executable}".split(),
+            "int8 doesn't go with --engine vllm",
+        ),
+        (
+            ("--engine", "vllm", "--vllm-python", "no/python"),
+            "no program 'no/python'",
+        ),
+        (("--vllm-options", "[1]"), "expected a JSON object"),
+        (("--vllm-options", "{a"), "expected a JSON object"),
     ],
 )
 def test_options_that_do_not_fit(more, message, recipe, tmp_path, capsys):
@@ -151,9 +216,10 @@ def test_options_that_do_not_fit(more, message, recipe, tmp_path, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_too_few_rows(recipe, checkpoint, data, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_too_few_rows(recipe, checkpoint, data, tmp_path, more):
     arguments = _arguments(
-        checkpoint("qwen2"), data, tmp_path / "run", **{"batch-size": 5}
+        checkpoint("qwen2"), data, tmp_path / "run", *more, **{"batch-size": 5}
     )
     with pytest.raises(SystemExit, match="Expected at least 7"):
         recipe("qwen2_5_3b").main(arguments)
@@ -183,6 +249,39 @@ def test_update_command_gets_the_folder(recipe, tmp_path):
     options.update_command = "false"
     with pytest.raises(subprocess.CalledProcessError):
         make_engine(options, None, tokenizer).update(tmp_path)
+
+
+def test_devices_of_vllm(recipe):
+    read_options = recipe("paper_options").read_options
+    make_engine = recipe("paper_setting").make_engine
+    tokenizer = keras_iris.data.SymbolTokenizer(["a"])
+    arguments = ["--engine", "vllm", "--vllm-python", sys.executable]
+    environments = [
+        make_engine(
+            read_options("", "hf://a/b", [*arguments, *more]), None, tokenizer
+        ).environment
+        for more in ([], ["--vllm-devices", "1,2"])
+    ]
+    assert not environments[0]
+    assert environments[1] == {"CUDA_VISIBLE_DEVICES": "1,2"}
+
+
+def test_rows_of_a_dataset(recipe, checkpoint, tmp_path, monkeypatch):
+    import datasets
+
+    turns = ("user", "What?"), ("assistant", "That.")
+    messages = [{"role": role, "content": text} for role, text in turns]
+    rows = [{"messages": messages}] * 5
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *args, **kwargs: iter(rows)
+    )
+    arguments = _arguments(
+        checkpoint("qwen2"), "a/b", tmp_path / "run", "--dry-run"
+    )
+    with pytest.raises(SystemExit, match="5 conversations are too few"):
+        recipe("qwen2_5_3b").main(arguments)
+    rows += rows
+    recipe("qwen2_5_3b").main(arguments)
 
 
 def test_warm_up(recipe):

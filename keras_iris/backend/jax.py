@@ -84,7 +84,7 @@ class Trainer(keras.Model):
     def train_step(self, state: Tree, data: Tree) -> tuple[Tree, Tree]:
         """One optimizer step, with the exact gradient of the whole batch."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        num_rows = y.shape[0]
+        num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
         if (self.micro_batch_size or num_rows) >= num_rows:
             return super().train_step(state, data)
         if sample_weight is None:

@@ -1,7 +1,7 @@
 """The train step of `SelfPlayModel` on PyTorch."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import torch
@@ -9,6 +9,9 @@ from torch.utils.checkpoint import checkpoint
 
 from keras_iris.data import PairDataset
 from keras_iris.losses import Stream
+
+# None for a variable that the loss doesn't depend on.
+Gradients: TypeAlias = list[torch.Tensor | None]
 
 
 def dataset(batches: PairDataset) -> PairDataset:
@@ -84,56 +87,51 @@ class Trainer(keras.Model):
         if sample_weight is None:
             sample_weight = torch.ones(num_rows, device=y.device)
         sample_weight = keras.ops.convert_to_tensor(sample_weight)
-        y_pred = self._accumulate_gradients(x, y, sample_weight)
+        y_pred, gradients = self._micro_batched_gradients(x, y, sample_weight)
         # `_compute_loss` is the hook of Keras' own step (3.15).
         loss = self._compute_loss(
             x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
         )
+        variables = self.trainable_weights[:]
         # What the loss depends on beside the log-probs: weight regularisers.
         if loss.requires_grad:
-            self.optimizer.scale_loss(loss).backward()
+            direct = torch.autograd.grad(
+                self.optimizer.scale_loss(loss),
+                [v.value for v in variables],
+                allow_unused=True,
+            )
+            gradients = _add(gradients, direct)
         self._loss_tracker.update_state(loss.detach(), sample_weight=num_rows)
-        variables = self.trainable_weights[:]
         with torch.no_grad():
-            gradients = [v.value.grad for v in variables]
             self.optimizer.apply(gradients, variables)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
-    def _accumulate_gradients(
+    def _micro_batched_gradients(
         self, x: Any, y: torch.Tensor, sample_weight: torch.Tensor
-    ) -> torch.Tensor:
-        """Leaves the batch's gradients in `.grad`; returns the log-probs."""
+    ) -> tuple[torch.Tensor, Gradients]:
+        """The log-probs and the (scaled) gradients of the whole batch."""
         total_weight = sample_weight.sum()
         share = sample_weight / torch.where(total_weight == 0, 1, total_weight)
-        variables = [variable.value for variable in self.trainable_variables]
-        sums: dict[torch.Tensor, torch.Tensor] = {}
+        gradients: Gradients = [None] * len(self.trainable_weights)
         columns: dict[int, torch.Tensor] = {}
         for stream in self.loss.streams():
-            self.zero_grad()
-            y_pred, total = self._accumulate(stream, x, y, share)
-            for variable in variables:
-                if variable.grad is not None:
-                    variable.grad /= torch.where(total == 0, 1, total)
-                    if variable in sums:
-                        variable.grad += sums[variable]
-                    sums[variable] = variable.grad
+            y_pred, term = self._accumulate(stream, x, y, share)
+            gradients = _add(term, gradients)
             columns |= dict(zip(stream.columns, y_pred.T, strict=True))
-        return torch.stack([columns[0], columns[1]], dim=1)
+        return torch.stack([columns[0], columns[1]], dim=1), gradients
 
     def _accumulate(
         self, stream: Stream, x: Any, y: torch.Tensor, share: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Leaves a term's sum of gradients in `.grad`.
-
-        Returns:
-            The log-probs, and the sum of weights that the gradients are to
-            be divided by.
-        """
+    ) -> tuple[torch.Tensor, Gradients]:
+        """The log-probs of a term's responses, and its gradients."""
+        values = [variable.value for variable in self.trainable_weights]
         size = stream.part_size(self.micro_batch_size, y.shape[0])
         read = list(stream.columns)
         shift = torch.full((), stream.first_shift, device=y.device)
         total = torch.zeros((), device=y.device)
+        gradients: Gradients = [None] * len(values)
         predictions = []
+        self.zero_grad()
         for start in range(0, y.shape[0], size):
             rows = slice(start, start + size)
             x_rows = keras.tree.map_structure(lambda a, r=rows: a[r, read], x)
@@ -142,13 +140,36 @@ class Trainer(keras.Model):
             objective, part, new_shift = stream.objective(
                 y[rows, read], y_pred, share[rows], shift
             )
-            if start:
-                shrink = torch.exp(shift - new_shift)
-                total *= shrink
-                for variable in self.trainable_variables:
-                    if variable.value.grad is not None:
-                        variable.value.grad *= shrink
-            self.optimizer.scale_loss(objective).backward()
-            total += part
+            shrink = torch.exp(shift - new_shift)
+            total = shrink * total + part
             shift = new_shift
-        return torch.cat(predictions), total
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient *= shrink
+            self.optimizer.scale_loss(objective).backward()
+            for i, value in enumerate(values):
+                if value.grad is None or value.grad is gradients[i]:
+                    continue  # which `backward` added to
+                if value.dtype.itemsize > 2:
+                    gradients[i] = value.grad
+                    continue
+                # Half-precision gradients are summed in float32.
+                new, value.grad = value.grad.float(), None
+                old = gradients[i]
+                gradients[i] = new if old is None else old.add_(new)
+        total = torch.where(total == 0, 1, total)
+        for gradient in gradients:
+            if gradient is not None:
+                gradient /= total
+        self.zero_grad()
+        return torch.cat(predictions), gradients
+
+
+def _add(
+    gradients: Gradients, others: Sequence[torch.Tensor | None]
+) -> Gradients:
+    """Adds `others` to `gradients`, in place; None is no gradient."""
+    return [
+        g if o is None else o if g is None else g.add_(o)
+        for g, o in zip(gradients, others, strict=True)
+    ]

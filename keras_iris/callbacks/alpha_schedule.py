@@ -32,7 +32,7 @@ class AlphaSchedule(keras.callbacks.Callback):
         self, schedule: keras.optimizers.schedules.LearningRateSchedule
     ) -> None:
         super().__init__()
-        if not callable(schedule):
+        if not callable(schedule) or isinstance(schedule, type):
             raise ValueError(
                 "`schedule` has to be a function of the step. Received: "
                 f"{schedule!r}. A constant order needs no callback."
@@ -45,5 +45,7 @@ class AlphaSchedule(keras.callbacks.Callback):
         """Sets the order for the batch."""
         model = self.model
         step = keras.ops.cast(model.optimizer.iterations.value, "float32")
-        alpha = float(keras.ops.convert_to_numpy(self.schedule(step)))
+        alpha = self.schedule(step)
+        if keras.ops.is_tensor(alpha) and tuple(alpha.shape) == ():
+            alpha = float(keras.ops.convert_to_numpy(alpha))
         model.alpha.assign(check_alpha(alpha))

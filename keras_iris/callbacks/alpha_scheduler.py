@@ -1,10 +1,13 @@
 """The adaptive order of IRIS."""
 
+import numbers
+import warnings
 from typing import Any
 
 import keras
 import numpy as np
 
+from keras_iris.arguments import check_count
 from keras_iris.callbacks.gap_estimators import GapEstimator, TokenGap
 from keras_iris.metrics import PairBatch, effective_sample_size
 
@@ -27,8 +30,9 @@ class AlphaScheduler(keras.callbacks.Callback):
     The moving average and `gap_0` are variables of the model: they are saved
     with its weights, and carry over from one `fit` to the next. The first
     batch of all has the order that the loss was compiled with. A batch whose
-    gap isn't finite leaves alpha as it is; of a batch of more than 512 pairs
-    the last 512 are looked at.
+    gap isn't finite leaves alpha as it is. Where the first gap isn't positive,
+    as on data that the model has memorised, a warning says so, alpha stays at
+    `min_alpha`, and `gap_0` is the first value that is.
 
     Args:
         min_alpha: Order where the gap has closed.
@@ -60,6 +64,16 @@ class AlphaScheduler(keras.callbacks.Callback):
         update_every_batches: int = 1,
     ) -> None:
         super().__init__()
+        for name, value in (
+            ("min_alpha", min_alpha),
+            ("max_alpha", max_alpha),
+            ("smoothing", smoothing),
+            ("min_effective_sample_size", min_effective_sample_size),
+        ):
+            if not isinstance(value, numbers.Real):
+                raise ValueError(
+                    f"`{name}` has to be a number. Received: {value!r}"
+                )
         if not 0 <= min_alpha <= max_alpha <= 100:
             raise ValueError(
                 "Orders have to satisfy 0 <= min_alpha <= max_alpha <= 100. "
@@ -74,11 +88,7 @@ class AlphaScheduler(keras.callbacks.Callback):
                 "`min_effective_sample_size` is a share of the batch, in "
                 f"[0, 1]. Received: {min_effective_sample_size}"
             )
-        if update_every_batches < 1 or update_every_batches % 1:
-            raise ValueError(
-                "`update_every_batches` has to be an integer of at least 1. "
-                f"Received: {update_every_batches}"
-            )
+        check_count("update_every_batches", update_every_batches)
         gap_estimator = TokenGap() if gap_estimator is None else gap_estimator
         if isinstance(gap_estimator, type) or not isinstance(
             gap_estimator, GapEstimator
@@ -96,17 +106,27 @@ class AlphaScheduler(keras.callbacks.Callback):
         self.min_effective_sample_size = min_effective_sample_size
         self.update_every_batches = update_every_batches
         self._num_batches = 0
+        self._last_batch = -1
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Takes up the count of batches where an earlier `fit` left it."""
         self._num_batches = int(self.model.optimizer.iterations.value)
 
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Batches count from 0 again."""
+        self._last_batch = -1
+
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Sets the order for the batches to come."""
-        self._num_batches += 1
-        if self._num_batches % self.update_every_batches:
+        before = self._num_batches // self.update_every_batches
+        # Several at once where Keras executes several steps.
+        self._num_batches += batch - self._last_batch
+        self._last_batch = batch
+        if self._num_batches // self.update_every_batches == before:
             return
         model = self.model  # fetches the state from the device: only here
         latest = model.recent.latest()
@@ -129,8 +149,17 @@ class AlphaScheduler(keras.callbacks.Callback):
         smoothed = average / (1 - start)
         if self.gap_estimator.starts_at_zero:
             reference = max(reference, smoothed)
-        elif reference == 0.0:
-            reference = smoothed
+        elif reference <= 0.0:
+            if smoothed <= 0 and state[1] == 1.0:
+                warnings.warn(
+                    f"The first gap is {smoothed:.3g}, not positive: alpha "
+                    f"stays at min_alpha={self.min_alpha} until one is. The "
+                    "model finds its own samples less likely than the "
+                    "annotated responses; `gap_estimator=DivergenceGap()` "
+                    "doesn't depend on that.",
+                    stacklevel=2,
+                )
+            reference = max(smoothed, 0.0)
         return np.array([average, start, reference], "float32")
 
     def _order(self, state: np.ndarray) -> float:

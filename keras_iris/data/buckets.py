@@ -10,25 +10,29 @@ WINDOW_BATCHES = 32  # rows are sorted by length within so many batches
 FINE_STEP, COARSE_STEP, COARSE_FROM = 8, 64, 256  # in tokens
 
 
-def choose_bucket_lengths(lengths: NDArray[np.int64]) -> tuple[int, ...]:
-    """At most four lengths that waste little padding.
+def choose_bucket_lengths(
+    lengths: NDArray[np.int64], longest: int = 0
+) -> tuple[int, ...]:
+    """Four lengths, or fewer, that waste little padding.
 
     The quartiles of the lengths, rounded up to a multiple of 8 tokens, from
     256 tokens on of 64.
 
     Args:
         lengths: Lengths in tokens, of shape `(num_rows,)`.
+        longest: Another length that rows may have; a fifth, if it has to be.
 
     Returns:
         Increasing lengths; none of `lengths` is above the last.
     """
     levels = np.linspace(0, 1, NUM_BUCKETS + 1)[1:]
     quantiles = np.quantile(lengths, levels, method="higher")
-    return tuple(sorted({_round_up(int(length)) for length in quantiles}))
+    chosen = {_round_up(int(length)) for length in (*quantiles, longest)}
+    return tuple(sorted(chosen - {0}))
 
 
 def check_bucket_lengths(
-    bucket_lengths: Sequence[int], longest: int
+    bucket_lengths: Sequence[int], longest: int = 0
 ) -> tuple[int, ...]:
     """Returns the bucket lengths as a tuple, if they can be used.
 

@@ -3,15 +3,24 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from keras_iris.data.conversations import Message
 from keras_iris.data.named_templates import NAMED_TEMPLATES
+from keras_iris.data.text_files import read_json, read_text
 
 _CHECK_USER = "What is the capital of France?"
 _CHECK_RESPONSE = "The capital of France is Paris."
+# Beside the start and end token: what transformers hands to a template.
+_OTHER_TOKENS = (
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
 _CHECK_MESSAGES = (
     ({"role": "user", "content": _CHECK_USER},),
     (
@@ -25,13 +34,17 @@ _CHECK_MESSAGES = (
 class ChatTemplate:
     r"""A Jinja chat template, rendered in a sandbox.
 
-    The same template makes the prompt for generation and for training.
+    The same template makes the prompt for generation and for training. A
+    source that writes today's date (`strftime_now`) always writes 26 July
+    2024, so that the same messages give the same ids on every day.
 
     Args:
         source: The Jinja source, as in a checkpoint's `chat_template`. It sees
-            `messages`, `add_generation_prompt`, `bos_token` and `eos_token`.
+            `messages`, `add_generation_prompt` and the tokens.
         bos_token: The start token's string.
         eos_token: The end token's string.
+        other_tokens: Strings of further tokens that the source sees, by name,
+            such as `{"pad_token": "<pad>"}`.
 
     Example:
     >>> template = ChatTemplate.named("spin")
@@ -40,11 +53,17 @@ class ChatTemplate:
     """
 
     def __init__(
-        self, source: str, *, bos_token: str = "", eos_token: str = ""
+        self,
+        source: str,
+        *,
+        bos_token: str = "",
+        eos_token: str = "",
+        other_tokens: Mapping[str, str] | None = None,
     ):
         self.source = source
         self.bos_token = bos_token
         self.eos_token = eos_token
+        self.other_tokens = dict(other_tokens or {})
 
     @classmethod
     def named(
@@ -63,7 +82,8 @@ class ChatTemplate:
             eos_token: Replaces the template's usual end token.
 
         Raises:
-            ValueError: If there is none of that name.
+            ValueError: If there is none of that name, or it doesn't write a
+                token that is given.
         """
         if name not in NAMED_TEMPLATES:
             raise ValueError(
@@ -72,6 +92,14 @@ class ChatTemplate:
                 "Jinja source."
             )
         source, bos, eos = NAMED_TEMPLATES[name]
+        given = {"bos_token": bos_token, "eos_token": eos_token}
+        for token, text in given.items():
+            if text is not None and token not in source:
+                raise ValueError(
+                    f"The chat template {name!r} doesn't write the "
+                    f"`{token}`. Received: {text!r}. Leave out the argument, "
+                    "or make a `ChatTemplate` of a Jinja source that does."
+                )
         return cls(
             source,
             bos_token=bos if bos_token is None else bos_token,
@@ -90,23 +118,25 @@ class ChatTemplate:
             The template, or `None` if the folder has none.
 
         Raises:
-            ValueError: If `tokenizer_config.json` isn't valid JSON.
+            ValueError: If a file isn't UTF-8 or valid JSON.
         """
         folder = Path(folder)
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json")
         source = config.get("chat_template")
         if isinstance(source, list):  # several, by name
             source = {t["name"]: t["template"] for t in source}.get("default")
         file = folder / "chat_template.jinja"
         if file.is_file():
-            source = file.read_text(encoding="utf-8")
+            source = read_text(file)
         if source is None:
             return None
-        tokens = _read_json(folder / "special_tokens_map.json") | config
+        tokens = read_json(folder / "special_tokens_map.json") | config
+        other = {name: _token_text(tokens.get(name)) for name in _OTHER_TOKENS}
         return cls(
             source,
             bos_token=_token_text(tokens.get("bos_token")),
             eos_token=_token_text(tokens.get("eos_token")),
+            other_tokens={name: text for name, text in other.items() if text},
         )
 
     def render_prompt(self, messages: Sequence[Message]) -> str:
@@ -170,7 +200,8 @@ class ChatTemplate:
 
     def fingerprint(self) -> str:
         """A hash of the source and its tokens."""
-        text = json.dumps([self.source, self.bos_token, self.eos_token])
+        tokens = [self.bos_token, self.eos_token, self.other_tokens]
+        text = json.dumps([self.source, *tokens], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _render(
@@ -187,6 +218,7 @@ class ChatTemplate:
                     eos_token=self.eos_token,
                     tools=None,
                     documents=None,
+                    **self.other_tokens,
                 )
             )
         except SecurityError as error:
@@ -208,18 +240,6 @@ def _compile(source: str) -> Any:
     from keras_iris.data.template_environment import make_environment
 
     return make_environment().from_string(source)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}). Download it again."
-        ) from error
-    return dict(content)
 
 
 def _token_text(token: Any) -> str:

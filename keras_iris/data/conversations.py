@@ -84,7 +84,7 @@ def labelled_rows(source: Any) -> Iterator[tuple[str, Any]]:
         ValueError: If the source is anything else, or a line isn't JSON.
     """
     if isinstance(source, str | Path):
-        yield from _read_file(Path(source))
+        yield from _read_file(Path(source).expanduser())
         return
     if isinstance(source, Mapping):
         raise ValueError(
@@ -102,14 +102,15 @@ def labelled_rows(source: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.suffix in (".jsonl", ".parquet") and not path.is_file():
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".parquet") and not path.is_file():
         raise ValueError(
             f"There is no file {path} (looked in {path.parent.resolve()}). "
             "Pass the path of a .jsonl or .parquet file."
         )
-    if path.suffix == ".jsonl":
+    if suffix == ".jsonl":
         yield from _read_jsonl(path)
-    elif path.suffix == ".parquet":
+    elif suffix == ".parquet":
         yield from _read_parquet(path)
     else:
         raise ValueError(
@@ -139,12 +140,18 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    with pyarrow.parquet.ParquetFile(path) as file:
-        index = 0
-        for batch in file.iter_batches():
-            for row in batch.to_pylist():
-                yield f"row {index} of {path}", row
-                index += 1
+    index = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"row {index} of {path}", row
+                    index += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a Parquet file, or is damaged after row {index} "
+            f"({error}). Download it or write it again."
+        ) from error
 
 
 def _read_row(row: Any, where: str) -> Conversation:
@@ -178,15 +185,22 @@ def _read_pair(prompt: Any, response: Any, where: str) -> Conversation:
         return _conversation(prompt, response, where)
     if isinstance(prompt, str):
         prompt = [{"role": "user", "content": prompt}]
-    return _split_messages([*prompt, *_read_messages(response, where)], where)
+    return _split_messages(
+        [*_read_messages(prompt, where), *_read_messages(response, where)],
+        where,
+        first=len(prompt),
+    )
 
 
-def _split_messages(messages: Any, where: str) -> Conversation:
+def _split_messages(messages: Any, where: str, first: int = 0) -> Conversation:
+    """The last assistant turn, from message `first` on, and what is before."""
     messages = _read_messages(messages, where)
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    roles = [message["role"] for message in messages]
+    turns = [i for i in range(first, len(roles)) if roles[i] == "assistant"]
     if not turns:
-        roles = [message["role"] for message in messages]
-        raise _no_response(where, f"no assistant turn among the roles {roles}")
+        raise _no_response(
+            where, f"no assistant turn among the roles {roles[first:]}"
+        )
     last = turns[-1]
     return _conversation(messages[:last], messages[last]["content"], where)
 
@@ -209,7 +223,9 @@ def _read_message(message: Any, where: str) -> Message:
             return {"role": role, "content": content}
     raise ValueError(
         f"{where}: expected messages with the strings 'role' and 'content', "
-        f"received {_shorten(repr(message))}."
+        f"received {_shorten(repr(message))}. Remove the row, or write what "
+        "the message holds instead (calls of tools, images) into 'content' as "
+        "text."
     )
 
 

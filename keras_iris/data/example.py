@@ -101,4 +101,9 @@ def _token_ids(row: Any, key: str, where: str) -> TokenIds:
             f"{where}: expected {key!r} to be a list of at least one integer, "
             f"received {str(values)[:80]}."
         )
+    if token_ids.size and not 0 <= token_ids.min() <= token_ids.max() < 2**31:
+        raise ValueError(
+            f"{where}: expected {key!r} to be ids of at least 0 that fit 32 "
+            f"bits, received {token_ids.min()} to {token_ids.max()}."
+        )
     return token_ids.astype(np.int32)

@@ -54,7 +54,8 @@ GEMMA = """\
 
 # The texts as they stand, with an end token after assistant turns.
 PLAIN = """\
-{% for message in messages %}
+{{- bos_token }}
+{%- for message in messages %}
 {{- message['content'] }}
 {%- if message['role'] == 'assistant' %}
 {{- eos_token }}
@@ -64,6 +65,7 @@ PLAIN = """\
 
 # SPIN (arXiv 2401.01335), as in its published code.
 SPIN = """\
+{{- bos_token }}
 {%- for message in messages %}
 {%- if message['role'] == 'user' %}
 {{- '### Instruction: ' + message['content'] + '\n\n### Response: ' }}

@@ -2,6 +2,7 @@
 
 import importlib.resources
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +26,31 @@ def load_dataset(
     Args:
         name: A dataset's id, such as `"HuggingFaceH4/ultrachat_200k"`, a
             folder of JSONL or Parquet files, or one such file.
-        split: The split, such as `"train_sft"`. One file has no splits.
+        split: The split, such as `"train_sft"`. One file has no splits; it
+            is taken for one whose name starts with "train".
         num_prompts: Draw at most so many rows, without repetition. Defaults
             to all rows, in their order.
         seed: Of the drawing.
         streaming: Read only as much of the dataset as is needed; rows are
-            then drawn from a moving buffer.
+            then drawn from a moving buffer. One file is always read whole.
 
     Returns:
         The conversations.
 
     Raises:
-        ValueError: If `num_prompts` < 1 or `read_conversations` cannot read a
-            row.
+        ValueError: If `num_prompts` < 1, there is no such data, one file is
+            asked for another split or to be streamed, or
+            `read_conversations` cannot read a row.
     """
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(
             f"Expected `num_prompts` of at least 1, received {num_prompts}. "
             "Pass None for all rows."
         )
-    if Path(name).suffix in (".jsonl", ".parquet"):
+    if Path(name).suffix.lower() in (".jsonl", ".parquet"):
+        _check_file_options(name, split, streaming)
         return _draw(read_conversations(name), num_prompts, seed)
-    import datasets
-
-    rows = datasets.load_dataset(str(name), split=split, streaming=streaming)
+    rows = _load_rows(name, split, streaming)
     if num_prompts is None:
         return read_conversations(rows)
     if streaming:
@@ -81,6 +83,42 @@ def cmudict() -> list[tuple[str, tuple[str, ...]]]:
         if not word.endswith(")"):
             entries.append((word, tuple(phonemes)))
     return entries
+
+
+def _check_file_options(name: str | Path, split: str, streaming: bool) -> None:
+    if streaming:
+        raise ValueError(
+            f"`streaming=True` with one file, {name}, which is read whole. "
+            "Leave it out, or pass the folder that holds the file."
+        )
+    if not re.fullmatch(r"train\w*", split):
+        raise ValueError(
+            f"One file, {name}, has no splits. Received: split={split!r}, "
+            "expected 'train'. Pass the file of that split, or a folder with "
+            "a file for each."
+        )
+
+
+def _load_rows(name: str | Path, split: str, streaming: bool) -> Any:
+    import datasets
+
+    path = Path(name).expanduser()
+    is_path = isinstance(name, Path) or path.is_absolute() or name[:1] == "."
+    if is_path and not path.exists():
+        raise _no_dataset(name, "nothing is there.")
+    place = str(path if is_path else name)
+    try:
+        return datasets.load_dataset(place, split=split, streaming=streaming)
+    except FileNotFoundError as error:
+        raise _no_dataset(name, str(error)) from error
+
+
+def _no_dataset(name: str | Path, reason: str) -> ValueError:
+    return ValueError(
+        f"There is no dataset {str(name)!r}: {reason} Expected a dataset's "
+        "id, a folder of JSONL or Parquet files, or a .jsonl or .parquet "
+        "file. Check the name."
+    )
 
 
 def _draw(rows: Any, number: int | None, seed: int) -> Any:

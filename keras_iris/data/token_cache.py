@@ -16,7 +16,7 @@ from keras_iris.data.tokenize import OnOverflow, tokenize
 from keras_iris.data.tokenizer import Tokenizer
 from keras_iris.files import replaced
 
-_FORMAT = 1  # advance when `tokenize` gives other ids
+_FORMAT = 2  # advance when `tokenize` gives other ids
 
 
 def cached_tokenize(  # noqa: PLR0913

@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """The strings that `encode(..., parse_special=True)` interprets."""
+        """The strings that `encode` interprets only if `parse_special`."""
 
     def encode(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Token ids of a text, without a start or end token of its own.

@@ -1,6 +1,7 @@
 """A run as it was recorded, in memory."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def read_run(run_dir: Path, name: str) -> RunRecord:
     if file.is_file():
         try:
             manifest = dict(json.loads(file.read_text(encoding="utf-8")))
+            for part in ("settings", "versions"):
+                manifest[part] = dict(manifest.get(part) or {})
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"Expected a JSON object in {file}. Received what can't be "
@@ -76,7 +79,10 @@ def read_run(run_dir: Path, name: str) -> RunRecord:
 
 def read_comparisons(run_dir: Path) -> list[RunRecord]:
     """Reads the sub-folders that are runs themselves, by name."""
-    return [
-        read_run(file.parent, file.parent.name)
-        for file in sorted(run_dir.glob("*/metrics.jsonl"))
-    ]
+    runs = []
+    for file in sorted(run_dir.glob("*/metrics.jsonl")):
+        try:
+            runs.append(read_run(file.parent, file.parent.name))
+        except ValueError as error:  # another tool's, maybe
+            warnings.warn(f"Left out of the report: {error}", stacklevel=2)
+    return runs

@@ -53,7 +53,7 @@ def what_came_out(run: RunRecord, others: Sequence[RunRecord]) -> list[str]:
 def _unfinished(run: RunRecord) -> list[str]:
     last = max(run.evaluation_steps())
     planned = run.manifest.get("settings", {}).get("iterations", last)
-    if last >= planned:
+    if not isinstance(planned, int) or last >= planned:
         return []
     return [f"The run isn't finished: {last} of {planned} iterations."]
 

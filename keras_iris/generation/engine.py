@@ -19,8 +19,8 @@ class Completion:
         finish_reason: `"stop"` if the last id is an end token, `"length"` if
             the limit of new tokens came first.
         log_probs: float32 of shape `(len(token_ids),)`, in nats, of each id
-            under the distribution that it was drawn from. `None` if the
-            engine doesn't tell.
+            under the model at the engine's temperature, all ids of the
+            vocabulary allowed. `None` if the engine doesn't tell.
     """
 
     token_ids: tuple[int, ...]

@@ -7,6 +7,8 @@ from typing import Any
 import keras_hub
 import numpy as np
 
+from keras_iris.arguments import check_count
+from keras_iris.data.buckets import check_bucket_lengths
 from keras_iris.generation.batch_plan import (
     DEFAULT_BUCKET_LENGTHS,
     Batch,
@@ -15,7 +17,6 @@ from keras_iris.generation.batch_plan import (
 )
 from keras_iris.generation.decoder import Decoder
 from keras_iris.generation.engine import Completion, check_prompts
-from keras_iris.losses.self_play_loss import check_positive
 
 
 class KerasEngine:
@@ -75,20 +76,21 @@ class KerasEngine:
         sampler = sampler or keras_hub.samplers.RandomSampler(temperature=1.0)
         _check_model(causal_lm)
         _check_sampler(sampler)
-        check_positive("max_new_tokens", max_new_tokens)
-        check_positive("batch_size", batch_size)
-        if not end_token_ids:
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        self.batch_size = check_count("batch_size", batch_size)
+        self.end_token_ids = tuple(int(i) for i in np.ravel(end_token_ids))
+        if not self.end_token_ids:
             raise ValueError(
                 "Expected at least one id in `end_token_ids`, received none. "
                 "Pass the `end_token_ids` of the model's tokenizer."
             )
-        self.end_token_ids = tuple(int(i) for i in end_token_ids)
-        self.max_new_tokens = max_new_tokens
-        self.batch_size = batch_size
+        self.vocabulary_size = causal_lm.backbone.token_embedding.input_dim
+        self._check_ids("end_token_ids", self.end_token_ids)
+        self._check_ids("pad_token_id", (pad_token_id,))
         self.pad_token_id = pad_token_id
-        self.bucket_lengths = _check_buckets(
-            bucket_lengths or DEFAULT_BUCKET_LENGTHS
-        )
+        if bucket_lengths is None:
+            bucket_lengths = DEFAULT_BUCKET_LENGTHS
+        self.bucket_lengths = check_bucket_lengths(bucket_lengths)
         self._decoder = Decoder(
             causal_lm,
             sampler,
@@ -110,10 +112,13 @@ class KerasEngine:
             Completions with log-probs, in the order of the prompts.
 
         Raises:
-            ValueError: If a prompt is empty or longer than the last bucket,
-                before anything is generated.
+            ValueError: If a prompt is empty, longer than the last bucket, or
+                has an id that the model doesn't know, before anything is
+                generated.
         """
         check_prompts(prompts, self.bucket_lengths[-1])
+        for i, prompt in enumerate(prompts):
+            self._check_ids(f"prompt {i}", prompt)
         plan = plan_prompts(
             [len(prompt) for prompt in prompts],
             batch_size=self.batch_size,
@@ -139,6 +144,14 @@ class KerasEngine:
 
     def update(self, folder: Path) -> None:
         """Does nothing: the weights are the trainer's."""
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        if min(token_ids) < 0 or max(token_ids) >= self.vocabulary_size:
+            raise ValueError(
+                f"Expected ids below {self.vocabulary_size}, the model's "
+                f"vocabulary, in {name}. Received: {list(token_ids)}. Use the "
+                "tokenizer that the model was trained with."
+            )
 
     def _answer(
         self, prompts: Sequence[Sequence[int]], batch: Batch
@@ -205,13 +218,3 @@ def _check_sampler(sampler: Any) -> None:
             f"token by token, received {sampler!r}. Self-play needs the "
             "default, RandomSampler(temperature=1.0)."
         )
-
-
-def _check_buckets(bucket_lengths: Sequence[int]) -> tuple[int, ...]:
-    buckets = tuple(int(length) for length in bucket_lengths)
-    if list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        raise ValueError(
-            "Expected `bucket_lengths` to be increasing positive numbers, "
-            f"received {buckets}."
-        )
-    return buckets

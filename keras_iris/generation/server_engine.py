@@ -7,10 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from keras_iris.arguments import check_count, check_positive
 from keras_iris.data import Tokenizer
 from keras_iris.generation.engine import Completion, check_prompts
 from keras_iris.generation.server_response import read_completion
 
+# The client tries these again, and every 5xx.
+_BUSY = (408, 409, 429)
 # Beyond OpenAI's own parameters. A server that doesn't know one ignores it.
 # Servers' defaults cut the distribution (llama.cpp: top-k 40, min-p 0.05;
 # vLLM and SGLang: what generation_config.json says), and self-play needs all
@@ -35,9 +38,10 @@ class ServerEngine:
     them, llama.cpp gives them with its log-probs.
 
     Connection errors, time-outs, and HTTP 408, 409, 429 and 5xx are tried
-    again after growing pauses. Needs the `openai` package:
-    `pip install keras_iris[server]`. A key is read from the environment
-    variable `OPENAI_API_KEY`, if it is set.
+    again after growing pauses, or the pause that the server asks for; if that
+    is longer than the client ever waits (two minutes), there is no further
+    try. Needs the `openai` package: `pip install keras_iris[server]`. A key
+    is read from the environment variable `OPENAI_API_KEY`, if it is set.
 
     Args:
         base_url: Such as `"http://127.0.0.1:8000/v1"`.
@@ -53,6 +57,7 @@ class ServerEngine:
 
     Raises:
         ImportError: If `openai` isn't installed.
+        ValueError: If a limit isn't positive.
     """
 
     needs_folder = True
@@ -69,6 +74,10 @@ class ServerEngine:
         max_retries: int = 5,
         on_update: Callable[[Path], object] | None = None,
     ) -> None:
+        check_count("max_new_tokens", max_new_tokens)
+        check_count("concurrency", concurrency)
+        check_positive("timeout_seconds", timeout_seconds)
+        check_count("max_retries", max_retries, at_least=0)
         self.base_url = base_url
         self.model = model
         self.tokenizer = tokenizer
@@ -101,7 +110,8 @@ class ServerEngine:
         Raises:
             ValueError: If a prompt is empty, the server refuses a request, or
                 an answer isn't a whole completion.
-            ConnectionError: If the server can't be reached, or breaks off.
+            ConnectionError: If the server can't be reached, breaks off, or
+                is failing or busy.
             TimeoutError: If it takes longer than `timeout_seconds`.
         """
         check_prompts(prompts, limit=None)
@@ -169,14 +179,28 @@ class ServerEngine:
                 "`base_url` is right."
             ) from error
         except openai.APIStatusError as error:
-            raise ValueError(
-                f"{where} refused a prompt of {len(prompt)} tokens with HTTP "
-                f"status {error.status_code}: {error.message}. Expected 200. "
-                "Check `model`, the key, and the server's context length."
-            ) from error
+            raise _status_error(where, error, len(prompt)) from error
         return read_completion(
             _body(response), self.tokenizer, self.max_new_tokens
         )
+
+
+def _status_error(where: str, error: Any, num_tokens: int) -> Exception:
+    """Of a server that fails or is busy, or of one that refuses."""
+    status = error.status_code
+    if status < 500 and status not in _BUSY:
+        return ValueError(
+            f"{where} refused a prompt of {num_tokens} tokens with HTTP "
+            f"status {status}: {error.message}. Expected 200. "
+            "Check `model`, the key, and the server's context length."
+        )
+    pause = error.response.headers.get("retry-after")
+    asked = "" if pause is None else f" (Retry-After: {pause})"
+    return ConnectionError(
+        f"{where} is failing or busy, with all retries: HTTP status {status}"
+        f"{asked}, {error.message}. Expected 200. See what the server "
+        "reports; once it answers, run again: self-play continues."
+    )
 
 
 def _body(response: Any) -> str:

@@ -1,14 +1,19 @@
 """An OpenAI-compatible server's answer, as token ids."""
 
 import json
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keras_iris.data import Tokenizer
 from keras_iris.generation.engine import Completion
 
 _TOKEN_ID_PREFIX = "token_id:"
+# What a log-prob of (nearly) certain tokens may be above 0, in nats.
+_ROUNDING = 1e-3
 
 
 def read_completion(
@@ -32,12 +37,13 @@ def read_completion(
         left out the end token.
 
     Raises:
-        ValueError: If it isn't such an answer, or not a whole one.
+        ValueError: If it isn't such an answer, or not a whole one, or a
+            token's log-prob isn't one.
     """
     try:
         choice = json.loads(text)["choices"][0]
         reason = choice["finish_reason"]
-        token_ids, log_probs = _read_tokens(choice, tokenizer)
+        token_ids, values = _read_tokens(choice, tokenizer)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
             "The server's answer can't be read "
@@ -59,35 +65,65 @@ def read_completion(
             f"{max_new_tokens} tokens. Check that prompt and answer fit the "
             "server's context length."
         )
-    if log_probs is not None:
-        known = len(log_probs) >= len(token_ids)
-        log_probs = log_probs[: len(token_ids)] if known else None
+    log_probs = None
+    if values is not None and len(values) >= len(token_ids):
+        log_probs = read_log_probs(values[: len(token_ids)])
     return Completion(
         tuple(token_ids), "stop" if stopped else "length", log_probs
     )
 
 
+def read_log_probs(values: Sequence[Any]) -> NDArray[np.float32]:
+    """Checks what an engine gives as the log-probs of a completion.
+
+    Args:
+        values: One for each token, in nats.
+
+    Returns:
+        The same, of shape `(len(values),)`.
+
+    Raises:
+        ValueError: If one isn't a number, not finite, or above 0.
+    """
+    for place, value in enumerate(values):
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        if not is_number or value > _ROUNDING:
+            raise ValueError(
+                f"Token {place} (from 0) of a completion of {len(values)} has "
+                f"log-prob {value!r}. Expected a finite number of nats, at "
+                "most 0. Check the engine's model and number type: infinite "
+                "or NaN logits give such."
+            )
+    return np.array(values, "float32")
+
+
 def _read_tokens(
     choice: dict[str, Any], tokenizer: Tokenizer
-) -> tuple[list[int], np.ndarray | None]:
+) -> tuple[list[int], list[Any] | None]:
     """Ids and, where there are any, their log-probs."""
     details = choice.get("logprobs") or {}
     entries = details.get("content")
     values: Any = details.get("token_logprobs")
     if entries is not None:
         values = [entry["logprob"] for entry in entries]
-    log_probs = None if values is None else np.array(values, "float32")
+    values = None if values is None else list(values)
     if choice.get("token_ids") is not None:
-        return [int(i) for i in choice["token_ids"]], log_probs
+        return [_check_id(i) for i in choice["token_ids"]], values
     if entries is not None:
-        return [int(entry["id"]) for entry in entries], log_probs
+        return [_check_id(entry["id"]) for entry in entries], values
     tokens = details["tokens"]
-    return [_read_token(token, tokenizer) for token in tokens], log_probs
+    return [_read_token(token, tokenizer) for token in tokens], values
+
+
+def _check_id(value: Any) -> int:
+    if type(value) is not int or value < 0:  # True is an int as well
+        raise ValueError(f"{value!r} isn't a token id")
+    return value
 
 
 def _read_token(token: str, tokenizer: Tokenizer) -> int:
     if token.startswith(_TOKEN_ID_PREFIX):
-        return int(token.removeprefix(_TOKEN_ID_PREFIX))
+        return _check_id(int(token.removeprefix(_TOKEN_ID_PREFIX)))
     token_ids = tokenizer.encode(token)
     if len(token_ids) != 1:
         raise ValueError(

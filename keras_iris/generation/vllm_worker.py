@@ -2,7 +2,8 @@
 
 Started by `VLLMEngine` with the other environment's Python, so it imports
 nothing of keras_iris. Reads JSON lines from stdin and answers each with one
-line on the stream that was stdout; what vLLM prints goes to stderr.
+line on the stream that was stdout; what vLLM prints goes to stderr. Ends at
+the end of stdin or, in the middle of an answer, with its parent.
 
     {"folder": ..., "options": {...}}                       -> {"ready": true}
     {"prompts": [[...]], "seeds": [...], "end_token_ids": [...],
@@ -13,7 +14,10 @@ line on the stream that was stdout; what vLLM prints goes to stderr.
 
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from typing import Any
 
 
@@ -65,14 +69,30 @@ def describe(output: Any) -> dict[str, Any]:
     }
 
 
+def end_with_parent(is_busy: threading.Event) -> None:
+    """Kills this process group if there is nobody left to answer."""
+    parent = os.getppid()
+    while os.getppid() == parent or not is_busy.is_set():
+        time.sleep(0.5)
+    # vLLM's own processes are in the group, and hold the device.
+    os.killpg(os.getpid(), signal.SIGKILL)
+
+
 def main() -> None:
     """Answers messages until stdin ends."""
     # vLLM and its child processes print to stdout, which is ours.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # Or a process of vLLM that outlives this one keeps the stream open.
+    os.register_at_fork(after_in_child=answers.close)
+    is_busy = threading.Event()
+    threading.Thread(
+        target=end_with_parent, args=(is_busy,), daemon=True
+    ).start()
     llm = None
     answer: dict[str, Any]
     for line in sys.stdin:
+        is_busy.set()
         try:
             message = json.loads(line)
             if "folder" in message:
@@ -84,6 +104,7 @@ def main() -> None:
             answer = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+        is_busy.clear()
 
 
 if __name__ == "__main__":

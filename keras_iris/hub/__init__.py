@@ -2,6 +2,7 @@
 
 from keras_iris.hub.adapter import load_adapter, save_adapter
 from keras_iris.hub.export import export
+from keras_iris.hub.inspect import inspect
 from keras_iris.hub.load import load
 
-__all__ = ["export", "load", "load_adapter", "save_adapter"]
+__all__ = ["export", "inspect", "load", "load_adapter", "save_adapter"]

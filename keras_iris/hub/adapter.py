@@ -1,6 +1,5 @@
 """Saving and loading what was trained, without the rest."""
 
-import os
 from pathlib import Path
 
 import keras
@@ -9,7 +8,7 @@ from keras import ops
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from keras_iris.files import check_replaceable, written_beside
+from keras_iris.files import check_replaceable, replaced, written_beside
 from keras_iris.hub.peft_layout import PEFT_FILES, read_peft, write_peft
 
 _SUFFIX = ".safetensors"
@@ -44,16 +43,10 @@ def save_adapter(causal_lm: keras.Model, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == _SUFFIX:
         arrays = {name: _to_numpy(v) for name, v in variables.items()}
-        new = path.with_name(f".{path.name}-{os.getpid()}")
-        try:
+        with replaced(path) as new:
             save_file(arrays, new)
-            with new.open("rb") as stream:
-                os.fsync(stream.fileno())
-            new.replace(path)
-        finally:
-            new.unlink(missing_ok=True)
         return path
-    check_replaceable(path, lambda names: names <= set(PEFT_FILES))
+    check_replaceable(path, lambda names: names - set(PEFT_FILES))
     with written_beside(path) as folder:
         write_peft(causal_lm, folder)
     return path
@@ -61,6 +54,13 @@ def save_adapter(causal_lm: keras.Model, path: str | Path) -> Path:
 
 def load_adapter(causal_lm: keras.Model, path: str | Path) -> None:
     """Loads what `save_adapter` saved.
+
+    Of PEFT's adapters those can be read that KerasHub's LoRA can compute:
+    plain LoRA (no rsLoRA, no DoRA) of just the query and value projections,
+    of rank `heads * lora_rank`, with a second factor that is block-diagonal
+    and the same for every head. In practice these are the ones from
+    `save_adapter`. Merge another one with peft's `merge_and_unload`, save the
+    model and load that.
 
     Args:
         causal_lm: A model with the same trainable variables: loaded from the
@@ -103,7 +103,7 @@ def _read_file(path: Path) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{path} cannot be read as a safetensors file: {error}. Expected "
-            "a file or a folder from `keras_iris.save_adapter`."
+            "a file or a folder from `keras_iris.hub.save_adapter`."
         ) from error
 
 

@@ -1,39 +1,16 @@
 """Safetensors files of a Hugging Face folder, checked before they are read."""
 
-import json
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors
 
+from keras_iris.data.text_files import read_json
+
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The content of a JSON file, `{}` if there is no such file.
-
-    Raises:
-        ValueError: If it isn't a JSON object.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"{file} is not valid JSON ({error}). Download it again."
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{file} holds a {type(content).__name__}, expected a JSON "
-            "object. Download it again."
-        )
-    return content
 
 
 def find_weights(
@@ -82,10 +59,17 @@ def read_weights(
                 yield name, tensors.get_tensor(name)
 
 
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, `{}` if it is damaged."""
+    try:
+        with safetensors.safe_open(file, framework="np") as tensors:
+            return dict(tensors.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return {}
+
+
 def _list_files(folder: Path) -> list[Path]:
-    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-    names = sorted(set(weight_map.values())) if weight_map else [SINGLE_FILE]
-    files = [folder / name for name in names]
+    files = [folder / name for name in _list_names(folder / INDEX_FILE)]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         there = sorted(file.name for file in folder.iterdir())
@@ -97,42 +81,51 @@ def _list_files(folder: Path) -> list[Path]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, Any]:
-    """The header: 8 bytes of length, then JSON."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError(f"header of {length} bytes")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        end = max((e["data_offsets"][1] for e in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+def _list_names(index: Path) -> list[str]:
+    if not index.is_file():
+        return [SINGLE_FILE]
+    weight_map = read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"{file} is not a safetensors file, or is truncated: its "
-            f"{size} bytes have no valid header. Download it again."
-        ) from error
-    expected = 8 + length + end
-    if size != expected:
-        raise ValueError(
-            f"{file} is truncated or damaged: it has {size} bytes, its header "
-            f"promises {expected}. Download it again."
+            f"{index} has no valid 'weight_map': received "
+            f"{str(weight_map)[:80]}, expected an object from weights' names "
+            "to files' names. Download it again."
         )
-    return dict(header)
+    return sorted(set(names))
+
+
+def _read_header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and type of each weight; the file's size is checked by that."""
+    try:
+        with safetensors.safe_open(file, framework="np") as tensors:
+            slices = {n: tensors.get_slice(n) for n in tensors.keys()}
+            return {
+                name: (tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()
+            }
+    except (OSError, safetensors.SafetensorError) as error:
+        raise ValueError(
+            f"{file} is truncated or damaged, or not a safetensors file: "
+            f"{error}. It has {file.stat().st_size} bytes. Download it again."
+        ) from error
 
 
 def _check_entry(
-    file: Path, name: str, entry: Mapping[str, Any], shape: tuple[int, ...]
+    file: Path,
+    name: str,
+    entry: tuple[tuple[int, ...], str],
+    expected: tuple[int, ...],
 ) -> None:
-    if tuple(entry["shape"]) != shape:
+    shape, dtype = entry
+    if shape != expected:
         raise ValueError(
-            f"{file} holds {name!r} with shape {tuple(entry['shape'])}; "
-            f"config.json says {shape}. The files belong to different models; "
-            "download the folder again."
+            f"{file} holds {name!r} with shape {shape}; config.json says "
+            f"{expected}. The files belong to different models; download the "
+            "folder again."
         )
-    if entry["dtype"] not in _FLOATS:
+    if dtype not in _FLOATS:
         raise ValueError(
-            f"{file} holds {name!r} as {entry['dtype']}. Expected one of "
-            f"{_FLOATS}: load the checkpoint that isn't quantized."
+            f"{file} holds {name!r} as {dtype}. Expected one of {_FLOATS}: "
+            "load the checkpoint that isn't quantized."
         )

@@ -85,29 +85,23 @@ class DecoderConfig:
         if model_type == "gemma" and merged.get("hidden_act") == "gelu":
             merged["hidden_act"] = "gelu_pytorch_tanh"  # what they mean
         _check(model_type, config, merged)
-        try:
-            heads = int(merged["num_attention_heads"])
-            hidden_size = int(merged["hidden_size"])
-            read = cls(
-                model_type=model_type,
-                vocabulary_size=int(merged["vocab_size"]),
-                num_layers=int(merged["num_hidden_layers"]),
-                hidden_size=hidden_size,
-                intermediate_size=int(merged["intermediate_size"]),
-                num_heads=heads,
-                num_key_value_heads=int(merged["num_key_value_heads"] or heads),
-                head_dim=int(merged["head_dim"] or hidden_size // heads),
-                epsilon=float(merged["rms_norm_eps"]),
-                rope_theta=float(merged["rope_theta"]),
-                rope_scaling=rope["scaling"],
-                sliding_window=_window(model_type, merged),
-                tie_word_embeddings=bool(merged["tie_word_embeddings"]),
-            )
-        except KeyError as error:
-            raise ValueError(
-                f"config.json has no entry {error}, which a model of type "
-                f"{model_type!r} needs. Download the file again."
-            ) from error
+        heads = _integer(merged, "num_attention_heads")
+        hidden_size = _integer(merged, "hidden_size")
+        read = cls(
+            model_type=model_type,
+            vocabulary_size=_integer(merged, "vocab_size"),
+            num_layers=_integer(merged, "num_hidden_layers"),
+            hidden_size=hidden_size,
+            intermediate_size=_integer(merged, "intermediate_size"),
+            num_heads=heads,
+            num_key_value_heads=_integer(merged, "num_key_value_heads", heads),
+            head_dim=_integer(merged, "head_dim", hidden_size // heads),
+            epsilon=_number(merged, "rms_norm_eps"),
+            rope_theta=_number(merged, "rope_theta"),
+            rope_scaling=rope["scaling"],
+            sliding_window=_window(model_type, merged),
+            tie_word_embeddings=bool(merged["tie_word_embeddings"]),
+        )
         read._check_head_dim()
         return read
 
@@ -178,21 +172,52 @@ class DecoderConfig:
             )
 
 
+def _number(
+    content: Mapping[str, Any], name: str, default: int | None = None
+) -> float:
+    """A number above 0; `default` where the entry is null."""
+    value = content.get(name)
+    if value is None:
+        value = default
+    if value is None:
+        raise ValueError(
+            f"config.json has no entry {name!r}, which this model needs. "
+            "Download the file again."
+        )
+    if not isinstance(value, int | float) or value <= 0:
+        raise ValueError(
+            f"config.json has {name}={value!r}, expected a number above 0. "
+            "Download the file again."
+        )
+    return float(value)
+
+
+def _integer(
+    content: Mapping[str, Any], name: str, default: int | None = None
+) -> int:
+    return int(_number(content, name, default))
+
+
 def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
     """The rotary embedding's base and scaling, in old and new files.
 
     transformers 5 writes both into `rope_parameters`.
     """
-    rope = {
-        **(config.get("rope_scaling") or {}),
-        **(config.get("rope_parameters") or {}),
-    }
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        entry = config.get(name) or {}
+        if not isinstance(entry, Mapping):
+            raise ValueError(
+                f"config.json has {name}={entry!r}, expected an object. "
+                "Download the file again."
+            )
+        rope |= entry
     result: dict[str, Any] = {"scaling": None}
     if "rope_theta" in rope:
         result["rope_theta"] = rope["rope_theta"]
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "llama3" and config["model_type"] == "llama":
-        result["scaling"] = tuple(float(rope[k]) for k in _LLAMA3_SCALING)
+        result["scaling"] = tuple(_number(rope, k) for k in _LLAMA3_SCALING)
     elif kind != "default":
         raise ValueError(
             f"config.json scales the rotary embedding by {kind!r}. Expected "
@@ -226,5 +251,6 @@ def _check(
 
 
 def _window(model_type: str, merged: Mapping[str, Any]) -> int | None:
-    window = merged["sliding_window"]
-    return int(window) if model_type == "mistral" and window else None
+    if model_type != "mistral" or not merged["sliding_window"]:
+        return None
+    return _integer(merged, "sliding_window")

@@ -7,17 +7,18 @@ from typing import Any
 
 import keras
 
+from keras_iris.data.text_files import read_json
 from keras_iris.files import check_replaceable, written_beside
 from keras_iris.hub.architectures import read_config
-from keras_iris.hub.checkpoint import read_json
+from keras_iris.hub.checkpoint import INDEX_FILE, read_metadata
 from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
 from keras_iris.hub.export_tokenizer import write_tokenizer
 from keras_iris.hub.shards import BYTES_PER_NUMBER, write_shards
 from keras_iris.hub.weights import Weight, list_weights
 
-# In an exported config.json; such a folder may be replaced by a new export.
-_MARK = "exported_by"
-_NAME = "keras_iris"
+# In the metadata of exported weights: the names of the files beside them.
+# Other tools copy what is in config.json, but write weights anew.
+_MARK = "keras_iris_export"
 _HEADROOM_BYTES = 64 * 2**20  # the tokenizer and the small files
 
 
@@ -30,15 +31,21 @@ def export(
 ) -> Path:
     """Writes a folder that transformers, vLLM and `keras_iris.load` open.
 
-    LoRA adapters are merged and quantized matrices written as floats. The
-    folder is written under another name beside its place and renamed when
-    it's complete; after an error nothing of it is left.
+    LoRA adapters are merged and quantized matrices written as floats. For
+    int4 that is the same model. Keras' int8 also rounds activations when it
+    computes, which no float folder can say: what other tools compute from an
+    int8 model's export differs a little (SmolLM2-135M: 0.13 nats a token).
+
+    The folder is written under another name beside its place and renamed when
+    it's complete; after an error nothing of it is left. What a killed export
+    left is tidied up by the next one of the same folder.
 
     Args:
         causal_lm: A KerasHub Gemma 1, Llama 3, Mistral or Qwen2 causal LM;
             one from `keras_iris.load` brings its tokenizer and chat template.
         folder: The folder to write. If there is one already it has to be
-            empty, or an earlier export, which is replaced.
+            empty, or an earlier export with no other files in it, which is
+            replaced.
         source: The Hugging Face folder whose other settings and tokenizer
             files are copied. Defaults to the one that the model was loaded
             from; without one, all is written from the model itself.
@@ -58,20 +65,29 @@ def export(
             f"`dtype` has to be one of {tuple(BYTES_PER_NUMBER)}. Received: "
             f"{dtype!r}"
         )
-    check_replaceable(
-        folder,
-        lambda _: read_json(folder / "config.json").get(_MARK) == _NAME,
-    )
+    check_replaceable(folder, lambda names: _find_foreign(folder, names))
     config = read_config(causal_lm.backbone)
     source = _find_source(causal_lm, source, config)
     weights = list_weights(causal_lm.backbone, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(folder.parent, weights, dtype)
     with written_beside(folder) as new:
-        write_shards(weights, new, dtype)
         write_tokenizer(causal_lm, source, new)
         _write_config(config, source, new, dtype)
+        names = sorted(file.name for file in new.iterdir())
+        write_shards(weights, new, dtype, {_MARK: json.dumps(names)})
     return folder
+
+
+def _find_foreign(folder: Path, names: set[str]) -> set[str]:
+    """The files that no export wrote, given the names in the folder."""
+    ours = set()
+    beside = set(names)
+    for name in names:
+        if mark := read_metadata(folder / name).get(_MARK):
+            ours.add(name)
+            beside &= set(json.loads(mark))
+    return names - ours - beside - {INDEX_FILE} if ours else names
 
 
 def _find_source(
@@ -118,6 +134,6 @@ def _write_config(
     if source is not None:
         original = read_json(source / "config.json")
         content = {**original, "architectures": content["architectures"]}
-    content |= {"dtype": dtype, "torch_dtype": dtype, _MARK: _NAME}
+    content |= {"dtype": dtype, "torch_dtype": dtype}
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -2,15 +2,15 @@
 
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_iris.data import ChatTemplate, HubTokenizer
-from keras_iris.hub.checkpoint import read_json
+from keras_iris.data.text_files import read_json
 from keras_iris.hub.fast_tokenizer import FastTokenizer
+from keras_iris.hub.sentencepiece_definition import adapt_sentencepiece
 
 _COPIED = (
     "tokenizer.json",
@@ -23,10 +23,6 @@ _COPIED = (
     "chat_template.jinja",
 )
 _CHAT_TEMPLATE = "chat_template.jinja"
-_SENTENCEPIECE_CLASSES = {
-    "GemmaTokenizer": "GemmaTokenizer",
-    "MistralTokenizer": "LlamaTokenizer",
-}
 
 
 def write_tokenizer(
@@ -37,19 +33,26 @@ def write_tokenizer(
     Args:
         causal_lm: Its `tokenizer` and `chat_template`, where it has them, are
             written; of a model without, only the source's files are.
-        source: A Hugging Face folder whose tokenizer files are copied.
+        source: A Hugging Face folder whose tokenizer files are copied, if it
+            has a tokenizer.json.
         folder: Where to write.
     """
+    from keras_hub.tokenizers import SentencePieceTokenizer
+
     tokenizer = getattr(causal_lm, "tokenizer", None)
     template = getattr(causal_lm, "chat_template", None)
-    if source is not None:
+    if isinstance(tokenizer, HubTokenizer) and isinstance(
+        tokenizer.tokenizer, SentencePieceTokenizer
+    ):
+        tokenizer = adapt_sentencepiece(tokenizer)
+    # Of a tokenizer.model alone, other programs make tokenizers that differ.
+    is_made = source is None or not (source / "tokenizer.json").is_file()
+    if is_made and isinstance(tokenizer, FastTokenizer):
+        _write_fast(tokenizer, template, folder)
+    elif source is not None:
         for name in _COPIED:
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
-    elif isinstance(tokenizer, FastTokenizer):
-        _write_fast(tokenizer, template, folder)
-    elif isinstance(tokenizer, HubTokenizer):
-        _write_sentencepiece(tokenizer, folder)
     if template is not None:
         (folder / _CHAT_TEMPLATE).write_text(template.source, encoding="utf-8")
     generation: dict[str, Any] = {}
@@ -78,28 +81,8 @@ def _write_fast(
             "bos_token": template.bos_token,
             "eos_token": template.eos_token,
         }
+        tokens |= template.other_tokens
         config |= {name: text for name, text in tokens.items() if text}
-    _write_json(folder / "tokenizer_config.json", config)
-
-
-def _write_sentencepiece(tokenizer: HubTokenizer, folder: Path) -> None:
-    hub = tokenizer.tokenizer
-    name = _SENTENCEPIECE_CLASSES.get(type(hub).__name__)
-    if name is None:
-        return
-    with tempfile.TemporaryDirectory() as assets:
-        hub.save_assets(assets)
-        shutil.copyfile(
-            Path(assets) / "vocabulary.spm", folder / "tokenizer.model"
-        )
-    config = {
-        "tokenizer_class": name,
-        "add_bos_token": True,
-        "bos_token": hub.start_token,
-        "eos_token": hub.end_token,
-        "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False,
-    }
     _write_json(folder / "tokenizer_config.json", config)
 
 

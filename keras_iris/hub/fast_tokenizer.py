@@ -12,6 +12,10 @@ class FastTokenizer:
     KerasHub 0.32's byte-pair tokenizers give other ids: they hand their split
     expression to `tokenizers` as a literal string.
 
+    Its special tokens are the added tokens that the definition calls special,
+    and the end tokens. Other added tokens, such as `<think>`, are found in
+    every text.
+
     Args:
         definition: The content of a tokenizer.json.
         end_token_ids: Ids that end a response, the usual one first.
@@ -30,9 +34,9 @@ class FastTokenizer:
         pad_token_id: int | None = None,
     ):
         self._tokenizer = _parse(definition)
-        self._plain = _without_added_tokens(definition)
-        added = self._tokenizer.get_added_tokens_decoder()
-        self.special_tokens = tuple(token.content for token in added.values())
+        self._plain = _without_special_tokens(definition, end_token_ids)
+        added = self._plain.get_added_tokens_decoder().values()
+        self.special_tokens = tuple(t.content for t in added if t.special)
         self.vocabulary_size = 1 + max(
             self._tokenizer.get_vocab(with_added_tokens=True).values()
         )
@@ -100,9 +104,13 @@ def _parse(definition: str) -> Any:
     return tokenizer
 
 
-def _without_added_tokens(definition: str) -> Any:
-    """The same tokenizer, for which special tokens are text."""
+def _without_special_tokens(
+    definition: str, end_token_ids: Sequence[int]
+) -> Any:
+    """The same tokenizer, for which special and end tokens are text."""
     content = json.loads(definition)
-    content["added_tokens"] = []
-    content["post_processor"] = None  # it may name an added token
-    return _parse(json.dumps(content))
+    for token in content.get("added_tokens", []):
+        token["special"] = token["special"] or token["id"] in end_token_ids
+    tokenizer = _parse(json.dumps(content))
+    tokenizer.encode_special_tokens = True
+    return tokenizer

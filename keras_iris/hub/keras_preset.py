@@ -4,11 +4,22 @@ import json
 from typing import Any
 
 import keras
+from safetensors import SafetensorError
 
-from keras_iris.data import HubTokenizer, Tokenizer
+from keras_iris.data import ChatTemplate, HubTokenizer, Tokenizer
 from keras_iris.hub.fast_tokenizer import FastTokenizer
-from keras_iris.hub.tokenizer_folder import check_vocabulary
+from keras_iris.hub.sentencepiece_definition import adapt_sentencepiece
+from keras_iris.hub.tokenizer_folder import check_embeddings, template_end
 
+# What KerasHub raises for folders that are damaged or of another kind.
+_DAMAGED = (
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    OSError,
+    SafetensorError,
+)
 # The published split expressions; they differ in how digits group.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|"
@@ -16,12 +27,18 @@ _SPLIT = (
 )
 
 
-def load_keras_preset(preset: str, *, dtype: Any = None) -> keras.Model:
+def load_keras_preset(
+    preset: str,
+    *,
+    dtype: Any = None,
+    default_template: ChatTemplate | None = None,
+) -> keras.Model:
     """Loads a causal LM through KerasHub.
 
     Args:
         preset: A name, URL or folder that KerasHub knows.
         dtype: A Keras dtype policy or its name.
+        default_template: The chat template, as KerasHub's presets have none.
 
     Raises:
         ValueError: If KerasHub cannot load it, or its tokenizer doesn't fit.
@@ -30,32 +47,46 @@ def load_keras_preset(preset: str, *, dtype: Any = None) -> keras.Model:
 
     try:
         causal_lm = models.CausalLM.from_preset(preset, dtype=dtype)
-    except (ValueError, KeyError, OSError) as error:
+    except _DAMAGED as error:
         raise ValueError(
             f"KerasHub cannot load {preset!r}: {type(error).__name__}: "
             f"{error} Expected a causal language model of an architecture "
             "that it knows, with all its files."
         ) from error
-    tokenizer = _adapt(causal_lm.preprocessor.tokenizer)
-    check_vocabulary(tokenizer, causal_lm.backbone.vocabulary_size)
+    hub = causal_lm.preprocessor.tokenizer
+    tokenizer = _adapt(_with_template_end(HubTokenizer(hub), default_template))
+    check_embeddings(tokenizer, causal_lm.backbone.vocabulary_size)
     # Its tokenizers are wrong in places, so nothing may use them by accident.
     causal_lm.preprocessor = None
     causal_lm.tokenizer = tokenizer
-    causal_lm.chat_template = None
+    causal_lm.chat_template = default_template
     return causal_lm
 
 
-def _adapt(tokenizer: Any) -> Tokenizer:
+def _with_template_end(
+    hub: HubTokenizer, template: ChatTemplate | None
+) -> HubTokenizer:
+    """The same tokenizer, with the template's end of turn as an end token."""
+    to_id = hub.tokenizer.token_to_id
+    ids = {token: int(to_id(token)) for token in hub.special_tokens}
+    end_token_ids = [*template_end(template, ids), *hub.end_token_ids]
+    return HubTokenizer(
+        hub.tokenizer, end_token_ids=list(dict.fromkeys(end_token_ids))
+    )
+
+
+def _adapt(hub: HubTokenizer) -> Tokenizer:
     from keras_hub import tokenizers
 
     # KerasHub 0.32 hands the split expression of its byte-pair tokenizers to
     # `tokenizers` as a literal string, so that merges cross words.
-    hub = HubTokenizer(tokenizer)
-    match tokenizer:
+    match hub.tokenizer:
         case tokenizers.Llama3Tokenizer():
             return _byte_level(hub, "{1,3}", None, ignore_merges=True)
         case tokenizers.QwenTokenizer():
             return _byte_level(hub, "", {"type": "NFC"}, ignore_merges=False)
+        case tokenizers.MistralTokenizer() | tokenizers.GemmaTokenizer():
+            return adapt_sentencepiece(hub)
     return hub
 
 

@@ -17,8 +17,8 @@ from keras import ops
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from keras_iris.data.text_files import read_json
 from keras_iris.hub.architectures import read_config
-from keras_iris.hub.checkpoint import read_json
 from keras_iris.hub.weights import Weight, list_weights
 
 _CONFIG = "adapter_config.json"
@@ -45,7 +45,7 @@ def write_peft(causal_lm: keras.Model, folder: Path) -> None:
         key = _key(weight)
         arrays[f"{key}.lora_A.weight"] = a
         arrays[f"{key}.lora_B.weight"] = b
-        module = weight.name.split(".")[-2]
+        module = _module(weight)
         ranks[module] = a.shape[0]
         scale = weight.layer.lora_alpha / weight.layer.lora_rank
         alphas[module] = scale * a.shape[0]
@@ -87,8 +87,9 @@ def read_peft(causal_lm: keras.Model, folder: Path) -> dict[str, np.ndarray]:
     except (OSError, SafetensorError) as error:
         raise ValueError(
             f"{folder} has no readable {_WEIGHTS}: {error}. Expected a folder "
-            "from `keras_iris.save_adapter`."
+            "from `keras_iris.hub.save_adapter`."
         ) from error
+    _check_config(folder, config)
     values: dict[str, np.ndarray] = {}
     for weight in _adapted(causal_lm):
         key, layer = _key(weight), weight.layer
@@ -97,7 +98,7 @@ def read_peft(causal_lm: keras.Model, folder: Path) -> dict[str, np.ndarray]:
         expected = [factor.shape for factor in _factors(layer)]
         if a is None or b is None or [a.shape, b.shape] != expected:
             raise _not_ours(folder, f"{key} isn't of the shapes {expected}")
-        scale = _scale(config, weight.name.split(".")[-2], a.shape[0])
+        scale = _scale(config, _module(weight), a.shape[0])
         here = layer.lora_alpha / layer.lora_rank
         values |= _unfold(folder, layer, a * (scale / here), b)
     if stored:
@@ -121,6 +122,10 @@ def _adapted(causal_lm: keras.Model) -> Iterator[Weight]:
 
 def _key(weight: Weight) -> str:
     return "base_model.model." + weight.name.removesuffix(".weight")
+
+
+def _module(weight: Weight) -> str:
+    return weight.name.split(".")[-2]
 
 
 def _hidden_first(layer: keras.layers.Layer, a: np.ndarray) -> np.ndarray:
@@ -176,6 +181,24 @@ def _config(
     }
 
 
+def _check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Refuses what would change how the factors count."""
+    if config.get("peft_type") != "LORA":
+        raise _not_ours(
+            folder,
+            f"its {_CONFIG} has the peft_type {config.get('peft_type')!r} and "
+            "not 'LORA'",
+        )
+    for name in ("use_rslora", "use_dora"):
+        if config.get(name):
+            raise _not_ours(folder, f"its {_CONFIG} has {name}=true")
+    for pattern in config.get("alpha_pattern") or {}:
+        if not pattern.isidentifier():
+            raise _not_ours(
+                folder, f"its alpha_pattern {pattern!r} isn't a module's name"
+            )
+
+
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     alpha = (config.get("alpha_pattern") or {}).get(module)
     if alpha is None:
@@ -186,8 +209,8 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
 def _not_ours(folder: Path, reason: str) -> ValueError:
     return ValueError(
         f"The adapter in {folder} doesn't fit KerasHub's LoRA of this model: "
-        f"{reason}. Expected one from `keras_iris.save_adapter` of the same "
-        "preset and `lora_rank`; another one can be merged with peft's "
+        f"{reason}. Expected one from `keras_iris.hub.save_adapter`, of the "
+        "same preset and `lora_rank`; another one can be merged with peft's "
         "`merge_and_unload`, saved, and loaded as a model."
     )
 

@@ -1,7 +1,7 @@
 """Weights to safetensors files of at most 5 GB."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import ml_dtypes
@@ -20,7 +20,12 @@ _TYPES = {
 }
 
 
-def write_shards(weights: Sequence[Weight], folder: Path, dtype: str) -> None:
+def write_shards(
+    weights: Sequence[Weight],
+    folder: Path,
+    dtype: str,
+    metadata: Mapping[str, str],
+) -> None:
     """Writes the weights, and an index if there are several files.
 
     No more than one file's weights are in memory at a time.
@@ -29,6 +34,7 @@ def write_shards(weights: Sequence[Weight], folder: Path, dtype: str) -> None:
         weights: What to write, in this order.
         folder: Where.
         dtype: A key of `BYTES_PER_NUMBER`.
+        metadata: What is written into each file's header.
 
     Raises:
         ValueError: If a weight isn't finite in `dtype`.
@@ -40,7 +46,7 @@ def write_shards(weights: Sequence[Weight], folder: Path, dtype: str) -> None:
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         arrays = {weight.name: _read(weight, dtype) for weight in shard}
-        save_file(arrays, folder / name, metadata={"format": "pt"})
+        save_file(arrays, folder / name, metadata={"format": "pt", **metadata})
         weight_map.update(dict.fromkeys(arrays, name))
     if len(shards) > 1:
         numbers = sum(weight.size for weight in weights)

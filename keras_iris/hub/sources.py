@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from keras_iris.hub.checkpoint import read_json
+from keras_iris.data.text_files import read_json
 
 _HUGGING_FACE = "hf://"
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.spm", "*.txt"]
@@ -10,11 +10,14 @@ _WEIGHTS = ["*.safetensors", "*.weights.h5"]
 _OTHER_COPIES = ["original/*", "consolidated*", "onnx/*", "openvino/*"]
 
 
-def find_folder(preset: str | Path) -> Path | None:
+def find_folder(
+    preset: str | Path, *, with_weights: bool = True
+) -> Path | None:
     """The local folder of a preset, downloaded if it is `hf://org/name`.
 
     Args:
         preset: As in `keras_iris.load`.
+        with_weights: Whether to download the large files too.
 
     Returns:
         The folder, or `None` for presets that KerasHub finds itself.
@@ -24,7 +27,7 @@ def find_folder(preset: str | Path) -> Path | None:
     """
     text = str(preset)
     if text.startswith(_HUGGING_FACE):
-        return _download(text.removeprefix(_HUGGING_FACE))
+        return _download(text.removeprefix(_HUGGING_FACE), with_weights)
     if "://" in text:
         return None
     folder = Path(preset).expanduser()
@@ -50,12 +53,15 @@ def _is_builtin(name: str) -> bool:
     return name in models.CausalLM.presets
 
 
-def _download(repository: str) -> Path:
+def _download(repository: str, with_weights: bool) -> Path:
     """Fetches a repository: first what says whether it can be loaded."""
     import huggingface_hub
 
+    downloads = [_SMALL_FILES]
+    if with_weights:
+        downloads.append([*_SMALL_FILES, *_WEIGHTS])
     try:
-        for patterns in (_SMALL_FILES, [*_SMALL_FILES, *_WEIGHTS]):
+        for patterns in downloads:
             folder = Path(
                 huggingface_hub.snapshot_download(
                     repository,

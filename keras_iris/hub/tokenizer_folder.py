@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from keras_iris.data import ChatTemplate
-from keras_iris.hub.checkpoint import read_json
+from keras_iris.data.text_files import read_json
 from keras_iris.hub.fast_tokenizer import FastTokenizer
+from keras_iris.hub.sentencepiece_definition import sentencepiece_definition
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _RESPONSE = "The response."
@@ -18,6 +19,8 @@ def load_tokenizer(
 ) -> FastTokenizer:
     """The tokenizer of a folder.
 
+    Without a tokenizer.json it is made of the folder's tokenizer.model.
+
     A response ends with the template's end of turn, with an end token of
     generation_config.json (config.json if there is none), or that of
     tokenizer_config.json.
@@ -27,16 +30,22 @@ def load_tokenizer(
         template: Its chat template.
 
     Raises:
-        ValueError: If it has no tokenizer.json, or the files contradict each
-            other.
+        ValueError: If it has neither file, the tokenizer.model can't be
+            followed, or the files contradict each other.
     """
     definition = _read_definition(folder)
     config = read_json(folder / "special_tokens_map.json")
     config |= read_json(folder / "tokenizer_config.json")
+    if not (folder / "tokenizer.json").is_file():
+        # Older folders list here what isn't in tokenizer.model.
+        extra = read_json(folder / "added_tokens.json")
+        config["added_tokens_decoder"] = {
+            str(token_id): {"content": text} for text, token_id in extra.items()
+        } | config.get("added_tokens_decoder", {})
     tokens = _add_tokens(definition, config)
     ids = {token["content"]: token["id"] for token in tokens}
     end_token_ids = [
-        *_template_end(template, ids),
+        *template_end(template, ids),
         *_generation_end(folder),
         *_named_id(config.get("eos_token"), ids),
     ]
@@ -48,7 +57,7 @@ def load_tokenizer(
     )
 
 
-def check_vocabulary(tokenizer: Any, vocabulary_size: int) -> None:
+def check_embeddings(tokenizer: Any, vocabulary_size: int) -> None:
     """Refuses a tokenizer with ids that the model doesn't have.
 
     Args:
@@ -70,11 +79,12 @@ def check_vocabulary(tokenizer: Any, vocabulary_size: int) -> None:
 def _read_definition(folder: Path) -> dict[str, Any]:
     definition = read_json(folder / "tokenizer.json")
     if not definition:
+        file = folder / "tokenizer.model"
+        if file.is_file():
+            return sentencepiece_definition(file.read_bytes(), str(file))
         raise ValueError(
-            f"{folder} has no tokenizer.json. Expected one beside the "
-            "weights. If it has a tokenizer.model, make one with "
-            "`transformers.AutoTokenizer.from_pretrained(folder)"
-            ".save_pretrained(folder)`."
+            f"{folder} has no tokenizer.json and no tokenizer.model. Expected "
+            "one of them beside the weights; download it."
         )
     if "model" not in definition:
         raise ValueError(
@@ -133,10 +143,18 @@ def _added_token(
     }
 
 
-def _template_end(
+def template_end(
     template: ChatTemplate | None, ids: Mapping[str, int]
 ) -> list[int]:
-    """The id of the first special token that follows a response."""
+    """The id of the first added token that follows a response.
+
+    Args:
+        template: A chat template.
+        ids: Added tokens and their ids. Blank ones don't end a turn.
+
+    Returns:
+        One id, or none.
+    """
     if template is None:
         return []
     try:
@@ -144,7 +162,11 @@ def _template_end(
     except ValueError:
         return []  # `template.check()` says what is wrong
     rest = text.rpartition(_RESPONSE)[2]
-    places = {rest.find(token): i for token, i in ids.items() if token in rest}
+    places = {
+        rest.find(token): i
+        for token, i in ids.items()
+        if token in rest and token.strip()
+    }
     return [places[min(places)]] if places else []
 
 

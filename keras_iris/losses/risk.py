@@ -108,6 +108,11 @@ def _prepare(
         weight = ops.ones_like(values)
     else:
         weight = ops.cast(ops.convert_to_tensor(sample_weight), dtype)
+        if len(weight.shape) != 1:
+            raise ValueError(
+                "`sample_weight` has to be of shape (batch,). Received: shape "
+                f"{tuple(weight.shape)}"
+            )
     total = ops.sum(weight)
     p = weight / ops.where(total == 0, 1.0, total)
     values = ops.where(p > 0, values, 0.0)

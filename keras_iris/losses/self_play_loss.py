@@ -2,7 +2,6 @@
 
 import abc
 import functools
-import numbers
 from typing import Any
 
 import keras
@@ -29,14 +28,14 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
             normalised to sum to 1; None for equal weights.
 
     Args:
-        name: Name of the loss.
+        name: Name of the loss; that of its class where there is none.
     """
 
     # Whether the first risk depends on annotated and the second on synthetic
     # responses alone: then micro-batches need not hold pairs.
     is_separable = False
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str | None = None) -> None:
         is_wide = keras.config.floatx() == "float64"
         dtype = "float64" if is_wide else "float32"
         super().__init__(name=name, dtype=dtype)
@@ -161,17 +160,3 @@ def _check_sample_weight(sample_weight: Tensor, y_pred: Tensor) -> None:
             f"pair. Received: shape {shape} for {num_rows} pairs. Give both "
             "responses of a pair the same weight."
         )
-
-
-def check_positive(name: str, value: float) -> float:
-    """Returns `value` if it is a positive finite number.
-
-    Raises:
-        ValueError: It isn't.
-    """
-    is_number = isinstance(value, numbers.Real)
-    if not (is_number and 0 < value < float("inf")):
-        raise ValueError(
-            f"`{name}` has to be a positive finite number. Received: {value!r}"
-        )
-    return float(value)

@@ -4,8 +4,9 @@ from typing import Any
 
 import keras
 
+from keras_iris.arguments import check_positive
 from keras_iris.losses.risk import Risk
-from keras_iris.losses.self_play_loss import SelfPlayLoss, check_positive
+from keras_iris.losses.self_play_loss import SelfPlayLoss
 
 Tensor = Any
 

@@ -40,7 +40,7 @@ class RecentLogProbs(keras.metrics.Metric):
     """
 
     def __init__(
-        self, num_rows: int = 512, *, name: str = "recent_log_probs"
+        self, num_rows: int = 4096, *, name: str = "recent_log_probs"
     ) -> None:
         super().__init__(name=name, dtype="float32")
         self.num_rows = num_rows

@@ -16,6 +16,7 @@ def score_pairs(
     synthetic: Sequence[np.ndarray],
     *,
     batch_size: int,
+    bucket_lengths: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Log-probs of annotated and synthetic responses under the model.
 
@@ -24,6 +25,7 @@ def score_pairs(
         examples: Prompts and annotated responses.
         synthetic: Token ids of a response to each prompt.
         batch_size: Pairs of a batch.
+        bucket_lengths: As in `keras_iris.data.PairDataset`.
 
     Returns:
         Float32 array of shape `(examples, 2)`, in nats.
@@ -32,6 +34,7 @@ def score_pairs(
         examples,
         synthetic,
         batch_size=min(batch_size, len(examples)),
+        bucket_lengths=bucket_lengths,
         shuffle=False,
     )
     log_probs = np.zeros((len(examples), 2), "float32")

@@ -84,6 +84,9 @@ class SelfPlayModel(backend.Trainer):
         # In a tuple of its own: Keras would track, and not allow it later.
         self._token_metrics: tuple[TokenMetric, ...] = ()
         self._alpha_metrics: tuple[AlphaMetric, ...] = ()
+        self._all_metrics: tuple[Any, ...] = ()
+        # Loss and optimizer before training changes their numbers.
+        self.start_config: dict[str, Any] = {}
         self.built = True
 
     def compile(  # noqa: PLR0913
@@ -132,7 +135,9 @@ class SelfPlayModel(backend.Trainer):
         micro_batch_size = _check_micro_batch_size(micro_batch_size)
         optimizer = keras.optimizers.get(optimizer)
         _check_optimizer(optimizer, self.causal_lm.backbone)
+        self.start_config = {"optimizer": optimizer.get_config()}
         if loss is not None:
+            self.start_config["loss"] = loss.get_config()
             loss = copy.copy(loss)  # which may be another model's as well
             loss.bind_alpha(self.alpha)
         metrics = _metric_list(metrics) + _metric_list(weighted_metrics)
@@ -146,6 +151,7 @@ class SelfPlayModel(backend.Trainer):
             metric for metric in metrics if isinstance(metric, TokenMetric)
         )
         others = [m for m in metrics if not isinstance(m, TokenMetric)]
+        self._all_metrics = tuple(metrics)
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -245,11 +251,12 @@ class SelfPlayModel(backend.Trainer):
         return {
             "optimizer": serialize(self.optimizer),
             "loss": serialize(self.loss),
+            "metrics": [serialize(m) for m in self._all_metrics],
             "micro_batch_size": self.micro_batch_size,
         }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
-        """Compiles the model again, without its metrics."""
+        """Compiles the model again."""
         self.compile(**keras.saving.deserialize_keras_object(config))
         self.optimizer.build(self.trainable_variables)
 
@@ -311,9 +318,8 @@ def _metric_list(metrics: Any) -> list[Any]:
             "Metrics have to be a list, as the model has one output. "
             f"Received: {metrics}"
         )
-    if metrics is None or isinstance(metrics, (list, tuple)):
-        return list(metrics or [])
-    return [metrics]
+    # Keras takes a list for each output, too.
+    return [m for m in keras.tree.flatten(metrics) if m is not None]
 
 
 def _check_inputs(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,7 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
     if is_list and not data:
         raise ValueError("The data are empty. Expected at least one row.")
     if is_list and isinstance(data[0], Example):
-        examples = list(data)
+        examples = _check_examples(data)
     elif tokenizer is None:
         raise ValueError(
             "Text needs a tokenizer, and the causal LM has no preprocessor. "
@@ -73,6 +73,19 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
     if tokenizer is not None:
         return examples, tokenizer.end_token_ids, tokenizer.fingerprint()
     return examples, _common_end(examples), "ids"
+
+
+def _check_examples(examples: Any) -> list[Example]:
+    for i, example in enumerate(examples):
+        if not isinstance(example, Example) or not (
+            len(example.prompt_ids) and len(example.response_ids)
+        ):
+            raise ValueError(
+                f"Number {i} of the data has to be a `keras_iris.data.Example`"
+                " with at least one id in prompt and response. Received: "
+                f"{str(example)[:80]}"
+            )
+    return list(examples)
 
 
 def _own_tokenizer(causal_lm: keras.Model) -> Tokenizer | None:

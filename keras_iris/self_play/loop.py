@@ -14,10 +14,12 @@ import keras
 import numpy as np
 
 from keras_iris import backend
+from keras_iris.arguments import check_count, check_positive
 from keras_iris.data import ChatTemplate, PairDataset, Tokenizer
+from keras_iris.data.buckets import choose_bucket_lengths
 from keras_iris.data.tokenize import OnOverflow
 from keras_iris.generation import Engine, KerasEngine
-from keras_iris.losses.self_play_loss import check_positive
+from keras_iris.generation.engine import check_prompts
 from keras_iris.models import SelfPlayModel
 from keras_iris.self_play.examples import prepare_examples
 from keras_iris.self_play.opponent import Opponent, check_engine
@@ -33,6 +35,7 @@ from keras_iris.self_play.step_callbacks import (
     CheckpointWriter,
     StepLogger,
     StepSeeds,
+    combine_seeds,
 )
 
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
@@ -69,7 +72,8 @@ class SelfPlay:
         evaluate: Maps the model to scores on held-out data; runs before the
             first iteration and after each.
         callbacks: Keras callbacks for `fit`, such as `AlphaScheduler`; their
-            epochs count on over the iterations.
+            epochs count on over the iterations. Each epoch is a `fit` of its
+            own, in which those of Keras forget the epochs before.
         shard_size: Responses of a file; what a crash loses at most.
         checkpoint_every_minutes: Longest time between checkpoints within an
             epoch; there is one after each epoch in any case.
@@ -128,13 +132,16 @@ class SelfPlay:
             "max_response_length": max_response_length,
             "shard_size": shard_size,
         }
-        for name, value in counts.items():
-            check_positive(name, value)
+        counts = {name: check_count(name, v) for name, v in counts.items()}
         check_positive("checkpoint_every_minutes", checkpoint_every_minutes)
         if checkpoint_every_steps is not None:
-            check_positive("checkpoint_every_steps", checkpoint_every_steps)
-        if seed < 0:
-            raise ValueError(f"`seed` has to be at least 0. Received: {seed}")
+            check_count("checkpoint_every_steps", checkpoint_every_steps)
+        seed = check_count("seed", seed, at_least=0)
+        if batch_size > model.recent.num_rows:
+            raise ValueError(
+                f"`batch_size` may be {model.recent.num_rows} pairs at most, "
+                f"as every step is logged. Received: {batch_size}"
+            )
         self.model = model
         self.examples, end_token_ids, fingerprint = prepare_examples(
             model.causal_lm,
@@ -158,7 +165,21 @@ class SelfPlay:
             end_token_ids=end_token_ids,
             max_new_tokens=max_response_length,
         )
-        check_engine(self.engine, model.causal_lm)
+        check_engine(
+            self.engine,
+            model.causal_lm,
+            end_token_ids=end_token_ids,
+            max_response_length=max_response_length,
+        )
+        prompts = [example.prompt_ids.tolist() for example in self.examples]
+        buckets = self.engine.get_config().get("bucket_lengths", [None])
+        check_prompts(prompts, buckets[-1])
+        # Few shapes, the same in all iterations.
+        lengths = np.array([len(prompt) for prompt in prompts])
+        self.bucket_lengths = choose_bucket_lengths(
+            lengths + [len(e.response_ids) for e in self.examples],
+            longest=int(lengths.max()) + max_response_length,
+        )
         self.evaluate = evaluate
         self.callbacks = list(callbacks)
         self.checkpoint_every_minutes = checkpoint_every_minutes
@@ -181,7 +202,9 @@ class SelfPlay:
             self.engine,
             self.examples,
             self.folder,
+            end_token_ids=end_token_ids,
             batch_size=batch_size,
+            bucket_lengths=self.bucket_lengths,
             max_response_length=max_response_length,
             shard_size=shard_size,
             seed=seed,
@@ -196,6 +219,9 @@ class SelfPlay:
     def run(self) -> Path:
         """Runs all iterations that aren't done yet.
 
+        It stops where a callback sets `model.stop_training`; another `run`
+        goes on from there.
+
         Returns:
             The run's folder.
 
@@ -203,6 +229,7 @@ class SelfPlay:
             FloatingPointError: A log-prob is NaN or infinite; the checkpoint
                 on disk is of before.
         """
+        self.folder.write_manifest()
         self.model.optimizer.build(self.model.trainable_variables)
         position = self.folder.read_checkpoint(self._variables())
         if position is None:
@@ -213,19 +240,28 @@ class SelfPlay:
         for iteration in range(position["iteration"], self.iterations + 1):
             if iteration != position["iteration"]:
                 position = {"iteration": iteration, "epoch": 0, "batch": 0}
-            self._run_iteration(position)
+            if not self._run_iteration(position):
+                print("Stopped by a callback; `run` goes on from here.")
+                break
         return self.folder.path
 
-    def _run_iteration(self, position: dict[str, Any]) -> None:
+    def _run_iteration(self, position: dict[str, Any]) -> bool:
+        """Runs the rest of an iteration; false where a callback stops it."""
         iteration = position["iteration"]
         is_started = position["epoch"] > 0 or position["batch"] > 0
         # Shards of a half-trained iteration are the opponent's, which the
         # weights in memory are not any more: their key is in the checkpoint.
         key = position.get("key") if is_started else None
         key = key or f"{self._data_key}-{hash_variables(self._weights())}"
-        responses, log_probs, timing = self.opponent.play(iteration, key)
+        responses, log_probs, timing = self.opponent.play(
+            iteration, key, is_over=is_started
+        )
         start = time.perf_counter()
-        loggers = self._fit({**position, "key": key}, responses, log_probs)
+        loggers, is_whole = self._fit(
+            {**position, "key": key}, responses, log_probs
+        )
+        if not is_whole:
+            return False
         seconds = time.perf_counter() - start
         num_tokens = sum(logger.num_tokens for logger in loggers)
         timing |= {
@@ -239,14 +275,19 @@ class SelfPlay:
         self._write_checkpoint(
             {"iteration": iteration + 1, "epoch": 0, "batch": 0}
         )
+        return True
 
     def _fit(
         self,
         position: dict[str, Any],
         responses: list[np.ndarray],
         log_probs: np.ndarray,
-    ) -> list[StepLogger]:
-        """Trains from `position` to the end; returns a logger an epoch."""
+    ) -> tuple[list[StepLogger], bool]:
+        """Trains from `position` to the end of the iteration.
+
+        Returns:
+            A logger for each epoch, and whether no callback has stopped it.
+        """
         iteration = position["iteration"]
         first_epoch, first_batch = position["epoch"], position["batch"]
         loggers = []
@@ -256,7 +297,8 @@ class SelfPlay:
                 responses,
                 log_probs,
                 batch_size=self.batch_size,
-                seed=self.seed + iteration,
+                bucket_lengths=self.bucket_lengths,
+                seed=combine_seeds(self.seed, iteration),
                 epoch=epoch,
             )
             here = {**position, "epoch": epoch}
@@ -279,10 +321,18 @@ class SelfPlay:
                 # The checkpoint last: with all that the others have set.
                 callbacks=[seeds, logger, *self.callbacks, keep],
             )
-            self._write_checkpoint({**here, "epoch": epoch + 1, "batch": 0})
             loggers.append(logger)
+            num_done = first_batch + logger.num_steps
+            is_stopped = self.model.stop_training
+            if is_stopped and num_done < len(dataset):
+                self._write_checkpoint({**here, "batch": num_done})
+            else:
+                here |= {"epoch": epoch + 1, "batch": 0}
+                self._write_checkpoint(here)
+            if is_stopped:
+                return loggers, False
             first_batch = 0
-        return loggers
+        return loggers, True
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         if self.evaluate is None:

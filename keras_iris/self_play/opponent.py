@@ -1,9 +1,9 @@
 """What an iteration learns from: the opponent's responses and log-probs."""
 
-import functools
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import keras
@@ -28,7 +28,9 @@ class Opponent:
         engine: What generates.
         examples: Prompts and annotated responses.
         folder: The run's folder.
+        end_token_ids: Ids that end a response.
         batch_size: Pairs that are scored at a time.
+        bucket_lengths: Lengths that pairs are padded to.
         max_response_length: The longest response, in tokens.
         shard_size: Responses of a file.
         seed: Seed of the sampling.
@@ -41,7 +43,9 @@ class Opponent:
         examples: list[Example],
         folder: RunDir,
         *,
+        end_token_ids: tuple[int, ...],
         batch_size: int,
+        bucket_lengths: tuple[int, ...],
         max_response_length: int,
         shard_size: int,
         seed: int,
@@ -49,7 +53,9 @@ class Opponent:
         self.model = model
         self.engine = engine
         self.folder = folder
+        self.end_token_ids = end_token_ids
         self.batch_size = batch_size
+        self.bucket_lengths = bucket_lengths
         self.max_response_length = max_response_length
         self.seed = seed
         self._score_tokens = TokenScorer(model)
@@ -59,13 +65,15 @@ class Opponent:
         ]
 
     def play(
-        self, iteration: int, key: str
+        self, iteration: int, key: str, *, is_over: bool
     ) -> tuple[list[np.ndarray], np.ndarray, dict[str, float]]:
         """Answers all prompts and scores both responses.
 
         Args:
             iteration: Number of the iteration.
             key: Names the weights and the data.
+            is_over: Whether training has begun, and the model's weights are
+                the opponent's no more: then all shards have to be there.
 
         Returns:
             The responses' token ids, the log-probs in nats of annotated and
@@ -74,14 +82,16 @@ class Opponent:
         Raises:
             FloatingPointError: A log-prob is not finite.
             ValueError: The engine has another model than the trainer, or
-                answers what can't be used.
+                answers what can't be used; or a shard is lost that can't be
+                made again.
         """
+        self._is_over = is_over
         start = time.perf_counter()
         responses, engine_log_probs = self._generate(iteration, key)
         generated = time.perf_counter()
         log_probs = self._score(iteration, key, responses)
         num_tokens = np.array([len(ids) for ids in responses])
-        # NaN where the engine doesn't tell.
+        # NaN where the engine doesn't tell; `_check` takes no other.
         is_given = np.isfinite(engine_log_probs)
         check_log_probs(
             engine_log_probs[is_given],
@@ -116,7 +126,7 @@ class Opponent:
                 [e.prompt_ids.tolist() for e in self._shards[number]],
                 seed=int(seeds.generate_state(1)[0] >> 1),
             )
-            self._check(completions, len(self._shards[number]))
+            self._check(completions, number)
             if self.engine.needs_folder:
                 self._check_tokens(completions, self._shards[number])
             ids = [completion.token_ids for completion in completions]
@@ -140,9 +150,11 @@ class Opponent:
         ]
         return responses, np.concatenate([s["log_probs"] for s in shards])
 
-    def _check(self, completions: Any, num_prompts: int) -> None:
-        """Refuses what an engine may not give back."""
+    def _check(self, completions: Any, number: int) -> None:
+        """Refuses what an engine may not give back for a shard."""
         engine = type(self.engine).__name__
+        num_prompts = len(self._shards[number])
+        first = sum(len(shard) for shard in self._shards[:number])
         if (
             not isinstance(completions, list | tuple)
             or len(completions) != num_prompts
@@ -154,7 +166,7 @@ class Opponent:
                 f"{str(completions)[:80]}"
             )
         size = self.model.causal_lm.backbone.token_embedding.input_dim
-        for i, completion in enumerate(completions):
+        for i, completion in enumerate(completions, first):
             ids = completion.token_ids
             if len(ids) > self.max_response_length:
                 raise ValueError(
@@ -168,12 +180,19 @@ class Opponent:
                     f"the model's vocabulary. Received: {ids}. Give the engine "
                     "the model's own tokenizer and weights."
                 )
-            given = completion.log_probs
-            if given is not None and np.shape(given) != (len(ids),):
+            if set(ids[:-1]) & set(self.end_token_ids):
                 raise ValueError(
-                    f"Completion {i} of {engine} has log-probs of shape "
-                    f"{np.shape(given)} for {len(ids)} tokens. Expected one "
-                    "for each, or None."
+                    f"Completion {i} of {engine} goes on after an end token, "
+                    f"one of {self.end_token_ids}. Received: {ids}. Cut it "
+                    "behind the first."
+                )
+            given = completion.log_probs
+            if given is not None and (
+                np.shape(given) != (len(ids),) or not np.isfinite(given).all()
+            ):
+                raise ValueError(
+                    f"The log-probs of completion {i} of {engine} have to be "
+                    f"{len(ids)} finite numbers, or None. Received: {given}"
                 )
 
     def _check_tokens(
@@ -216,6 +235,7 @@ class Opponent:
                 self._shards[number],
                 responses[first:end],
                 batch_size=self._rows_at_once,
+                bucket_lengths=self.bucket_lengths,
             )
             _check_finite(log_probs, np.arange(first, end))
             return {"log_probs": log_probs}
@@ -241,11 +261,18 @@ class Opponent:
                     f"iteration_{iteration:03d}/{kind}",
                     number,
                     key,
-                    functools.partial(make, number),
+                    self._lost if self._is_over else partial(make, number),
                 )
             )
             progress.update(number + 1)
         return shards
+
+    def _lost(self) -> Arrays:
+        raise ValueError(
+            "A shard of the opponent's answers or log-probs is lost, and the "
+            "weights that made it have been trained since. Put the file back, "
+            "or start again with another `run_dir`."
+        )
 
     def _update_engine(self) -> None:
         """Gives an engine outside of this process the current weights."""
@@ -254,12 +281,25 @@ class Opponent:
         self.engine.update(export(self.model.causal_lm, path))
 
 
-def check_engine(engine: Any, causal_lm: keras.Model) -> None:
-    """Refuses what isn't an engine, or can't have the trainer's model.
+def check_engine(
+    engine: Any,
+    causal_lm: keras.Model,
+    *,
+    end_token_ids: tuple[int, ...],
+    max_response_length: int,
+) -> None:
+    """Refuses what isn't an engine, or doesn't sample from the model.
+
+    Args:
+        engine: What is to generate.
+        causal_lm: The model.
+        end_token_ids: Ids that end a response.
+        max_response_length: The longest response, in tokens.
 
     Raises:
-        ValueError: It lacks a part of `keras_iris.generation.Engine`, or
-            reads exported weights where the model computes in int8.
+        ValueError: It lacks a part of `keras_iris.generation.Engine`, reads
+            exported weights where the model computes in int8, or is set to
+            sample otherwise, to other ends or to longer responses.
     """
     if isinstance(engine, type) or not isinstance(engine, Engine):
         raise ValueError(
@@ -278,6 +318,28 @@ def check_engine(engine: Any, causal_lm: keras.Model) -> None:
             "floats, and can't be the model that trains, which computes in "
             "int8: their log-probs differ. Load the model with "
             "`quantize='int4'` or without, or use `KerasEngine`."
+        )
+    config = engine.get_config()
+    ends = config.get("end_token_ids", end_token_ids)
+    if set(ends) != set(end_token_ids):
+        raise ValueError(
+            f"{type(engine).__name__} ends responses with {tuple(ends)}, the "
+            f"data with {end_token_ids}. Give the engine the data's."
+        )
+    most = config.get("max_new_tokens", max_response_length)
+    if most > max_response_length:
+        raise ValueError(
+            f"{type(engine).__name__} answers with up to {most} tokens, more "
+            f"than max_response_length={max_response_length}. Lower the one "
+            "or raise the other."
+        )
+    sampler = config.get("sampler", "RandomSampler")
+    temperature = config.get("sampler.temperature", 1.0)
+    if sampler != "RandomSampler" or temperature != 1.0:
+        raise ValueError(
+            "Self-play needs samples of the model itself, from "
+            "`RandomSampler(temperature=1.0)`. Received an engine with "
+            f"{sampler}(temperature={temperature})."
         )
 
 

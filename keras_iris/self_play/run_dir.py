@@ -13,7 +13,7 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_iris.files import replaced
+from keras_iris.files import remove_unfinished, replaced
 from keras_iris.self_play.arrays import Arrays, read_arrays, write_arrays
 
 
@@ -42,35 +42,42 @@ class RunDir:
     ) -> None:
         self.path = Path(path)
         self.checkpoint = self.path / "checkpoint.safetensors"
-        manifest = self.path / "manifest.json"
+        self.manifest = self.path / "manifest.json"
         # As JSON gives them back.
         settings = json.loads(json.dumps(settings))
+        self._settings, self._title = settings, title
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if manifest.exists():
-                _check_settings(self.path, _read_settings(manifest), settings)
-                open(self.path / "metrics.jsonl", "a").close()
-                tempfile.TemporaryFile(dir=self.path).close()
-                return
-            if self.checkpoint.exists():
+            if self.manifest.exists():
+                there = _read_settings(self.manifest)
+                _check_settings(self.path, there, settings)
+            elif self.checkpoint.exists():
                 raise ValueError(
                     f"{self.path} holds a checkpoint without its manifest.json,"
                     " so its settings are unknown. Put the manifest back, or "
                     "pass another `run_dir`."
                 )
-            content = {
-                "title": title,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "settings": settings,
-                "versions": versions(),
-            }
-            with replaced(manifest) as temporary:
-                temporary.write_text(json.dumps(content, indent=2))
+            open(self.path / "metrics.jsonl", "a").close()
+            tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
             raise ValueError(
                 f"The run folder {self.path} can't be written to: {error}. "
                 "Pass another `run_dir`."
             ) from error
+
+    def write_manifest(self) -> None:
+        """Writes down what the run is, where that isn't there yet."""
+        remove_unfinished(self.path)
+        if self.manifest.exists():
+            return
+        content = {
+            "title": self._title,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": self._settings,
+            "versions": versions(),
+        }
+        with replaced(self.manifest) as temporary:
+            temporary.write_text(json.dumps(content, indent=2))
 
     def log(self, kind: str, **values: Any) -> None:
         """Appends a line to `metrics.jsonl`."""
@@ -133,11 +140,22 @@ class RunDir:
     def write_checkpoint(
         self, variables: list[keras.Variable], position: dict[str, Any]
     ) -> None:
-        """Replaces the checkpoint."""
-        arrays = {
-            f"{i:05d}": keras.ops.convert_to_numpy(variable.value)
-            for i, variable in enumerate(variables)
-        }
+        """Replaces the checkpoint.
+
+        Raises:
+            FloatingPointError: A value isn't finite; the checkpoint stays.
+        """
+        arrays = {}
+        for i, variable in enumerate(variables):
+            value = keras.ops.convert_to_numpy(variable.value)
+            if not np.isfinite(value).all():
+                raise FloatingPointError(
+                    f"{variable.path} is not finite. What {self.path} holds "
+                    "is of before. Load the model again if it is new; else "
+                    "lower the learning rate, clip gradients, or use a wider "
+                    "dtype."
+                )
+            arrays[f"{i:05d}"] = value
         write_arrays(
             self.checkpoint, arrays, {"position": json.dumps(position)}
         )

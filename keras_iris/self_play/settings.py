@@ -24,8 +24,8 @@ def model_settings(model: SelfPlayModel) -> dict[str, Any]:
         if variable.name != "seed_generator_state"
     ]
     return {
-        **_named("loss", model.loss, model.loss.get_config()),
-        **_named("optimizer", model.optimizer, model.optimizer.get_config()),
+        **_named("loss", model.loss, model.start_config["loss"]),
+        **_named("optimizer", model.optimizer, model.start_config["optimizer"]),
         "micro_batch_size": model.micro_batch_size,
         "parameters": model.causal_lm.count_params(),
         # Those that are trained are in the checkpoint.

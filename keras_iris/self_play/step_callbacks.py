@@ -11,6 +11,12 @@ from keras_iris import backend
 from keras_iris.metrics import summary
 
 
+def combine_seeds(*seeds: int) -> int:
+    """One seed from several, different for all of them."""
+    state = np.random.SeedSequence(seeds).generate_state(1)
+    return int(state[0] >> 1)
+
+
 class StepLogger(keras.callbacks.Callback):
     """Logs every step; stops where a log-prob isn't finite.
 
@@ -31,6 +37,7 @@ class StepLogger(keras.callbacks.Callback):
         self.iteration = iteration
         self.indices = indices
         self.num_tokens = 0
+        self.num_steps = 0
         self._start = time.perf_counter()
         self._steps: list[dict[str, float]] = []
 
@@ -69,6 +76,7 @@ class StepLogger(keras.callbacks.Callback):
             **summary(latest, alpha),
         }
         self._steps.append(values)
+        self.num_steps += 1
         self.log(
             "step",
             iteration=self.iteration,
@@ -112,9 +120,7 @@ class StepSeeds(keras.callbacks.Callback):
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Seeds the step."""
-        entropy = [*self.seeds, self.first_batch + batch]
-        state = np.random.SeedSequence(entropy).generate_state(1)
-        backend.seed_step(int(state[0]))
+        backend.seed_step(combine_seeds(*self.seeds, self.first_batch + batch))
 
 
 class CheckpointWriter(keras.callbacks.Callback):

@@ -104,6 +104,39 @@ def test_micro_batches_train_as_the_whole_batch(objective, alpha):
                 )
 
 
+def _float32(variables):
+    return [
+        keras.ops.convert_to_numpy(keras.ops.cast(v.value, "float32"))
+        for v in variables
+    ]
+
+
+def test_half_precision_gradients_are_summed_in_float32():
+    """Of many equal pairs the gradient is that of one."""
+    num_copies = 256
+    model = make_model(dtype="bfloat16")
+    start = _float32(model.trainable_variables)
+
+    def change(num_rows, size):
+        for variable, value in zip(
+            model.trainable_variables, start, strict=True
+        ):
+            variable.assign(value)
+        model.compile(
+            optimizer=keras.optimizers.SGD(10.0),
+            loss=SFT(),
+            micro_batch_size=size,
+        )
+        x = {k: np.repeat(v[:1], num_rows, axis=0) for k, v in PAIRS.items()}
+        y = np.repeat(OPPONENT[:1], num_rows, axis=0)
+        model.train_on_batch(x, y)
+        end = _float32(model.trainable_variables)
+        return [e - s for e, s in zip(end, start, strict=True)]
+
+    difference = _largest_difference(change(num_copies, 1), change(1, None))
+    assert difference < 0.02  # bfloat16 has 8 bits; summed in it, 0.3
+
+
 def test_averaged_micro_batch_losses_fail_that_check():
     """A test of the test: naive accumulation is told apart."""
     expected, _ = _train("iris", None, alpha=2.0)

@@ -241,3 +241,14 @@ def test_a_gap_that_is_not_finite_and_rows_of_no_weight_change_nothing():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         AlphaScheduler(**options)
+
+
+def test_a_first_gap_that_is_not_positive():
+    scheduler = AlphaScheduler(smoothing=0.0)
+    state = np.array([0.0, 1.0, 0.0], "float32")
+    with pytest.warns(UserWarning, match="The first gap is -0.5, not positive"):
+        state = scheduler._smooth(state, -0.5)
+    assert scheduler._order(state) == scheduler.min_alpha
+    for gap, order in ((2.0, 2.0), (1.0, 1.25), (-1.0, 0.5)):
+        state = scheduler._smooth(state, gap)
+        assert scheduler._order(state) == pytest.approx(order)

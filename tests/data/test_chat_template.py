@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import transformers
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.named_templates import NAMED_TEMPLATES
@@ -64,7 +65,8 @@ def test_system_message_and_history():
 def test_rendered_as_transformers_renders(
     name, messages, tokenizer, as_transformers
 ):
-    template = ChatTemplate.named(name, eos_token="</s>", bos_token="<s>")
+    source = ChatTemplate.named(name).source
+    template = ChatTemplate(source, eos_token="</s>", bos_token="<s>")
     theirs = as_transformers(tokenizer, template)
     assert template.render_prompt(messages) == theirs.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=True
@@ -85,7 +87,7 @@ ODD_TEMPLATES = [
     "{{ bos_token }}{% for m in messages %}"
     "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}",
-    "{{ strftime_now('%Y') }}{{ messages[0]['content'].split('l')[-1] }}",
+    "{{ messages[0]['content'].split('l')[-1] }}",
     "{% if tools is not none %}T{% endif %}{% if documents %}D{% endif %}"
     "{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[-1].content) }}",
     "{{ messages[0].content | tojson }}<>&'",
@@ -101,6 +103,32 @@ def test_environment_is_that_of_transformers(
     assert template.render_prompt(THREE_TURNS) == theirs.apply_chat_template(
         THREE_TURNS, tokenize=False, add_generation_prompt=True
     )
+
+
+def test_the_date_is_always_the_same():
+    template = ChatTemplate("{{ strftime_now('%d %B %Y %H:%M') }}")
+    assert template.render_prompt(ONE_TURN) == "26 July 2024 00:00"
+
+
+@pytest.mark.parametrize("name", ["plain", "spin"])
+def test_start_token_of_named_templates(name):
+    prompt, rest = EXPECTED[name]
+    template = ChatTemplate.named(name, bos_token="<s>", eos_token="</s>")
+    assert template.render(ONE_TURN, "Yo") == f"<s>{prompt}{rest}</s>"
+    history = ChatTemplate.named(name).render_prompt(WITH_SYSTEM)
+    template = ChatTemplate.named(name, bos_token="<s>")
+    assert template.render_prompt(WITH_SYSTEM) == "<s>" + history
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("zephyr", "bos_token"), ("chatml", "bos_token"), ("gemma", "eos_token")],
+)
+def test_a_token_that_a_named_template_does_not_write(name, token):
+    with pytest.raises(
+        ValueError, match=f"'{name}' doesn't write the `{token}"
+    ):
+        ChatTemplate.named(name, **{token: "<x>"})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,11 +167,20 @@ def test_a_template_that_drops_a_message_is_refused():
         "{% import 'os' as os %}",
         "{% for i in range(10 ** 9) %}{% endfor %}",
         "{{ messages[99].content }}",
+        "{{ 'a' * 3000000000 }}",
+        "{{ 3000000000 * [0] }}",
+        "{{ 10 ** 999999999 }}",
+        "{% set x = 2 ** 900000 %}{{ x * x }}",
     ],
 )
 def test_a_template_that_cannot_render_is_refused(source):
     with pytest.raises(ValueError, match="cannot be rendered: [A-Z].*roles"):
         ChatTemplate(source).check()
+
+
+def test_small_products():
+    source = "{{ '-' * 3 }}{{ 2 * 3 }}{{ 2 ** 3 }}{{ 'a' * -1 }}{{ 0.5 * 4 }}"
+    assert ChatTemplate(source).render_prompt(ONE_TURN) == "---682.0"
 
 
 @pytest.mark.parametrize(
@@ -188,6 +225,26 @@ def test_template_in_the_tokenizer_config(tmp_path):
     assert ChatTemplate.from_folder(tmp_path).source == "J{{ bos_token }}"
 
 
+def test_all_named_tokens_of_a_folder(tmp_path, tokenizer):
+    source = "{% for t in [bos_token, eos_token, unk_token, pad_token] %}"
+    source += "{{ t }}{% endfor %}{{ cls_token is defined }}"
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        chat_template=source,
+    )
+    theirs.save_pretrained(tmp_path)
+    template = ChatTemplate.from_folder(tmp_path)
+    expected = "<s></s><unk><pad>False"
+    assert theirs.apply_chat_template(ONE_TURN, tokenize=False) == expected
+    assert template.render_prompt(ONE_TURN) == expected
+    bare = ChatTemplate(source, bos_token="<s>", eos_token="</s>")
+    assert bare.fingerprint() != template.fingerprint()
+
+
 def test_folder_without_a_template(tmp_path):
     assert ChatTemplate.from_folder(tmp_path) is None
     (tmp_path / "tokenizer_config.json").write_text("{}")
@@ -197,6 +254,21 @@ def test_folder_without_a_template(tmp_path):
 def test_damaged_tokenizer_config(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": ')
     with pytest.raises(ValueError, match="tokenizer_config.json is not valid"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+def test_tokenizer_config_that_is_no_object(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("[1]")
+    with pytest.raises(ValueError, match="tokenizer_config.json holds a list"):
+        ChatTemplate.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer_config.json"]
+)
+def test_files_that_are_not_utf8(tmp_path, name):
+    (tmp_path / name).write_bytes("{'é'}".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name} is not text in UTF-8"):
         ChatTemplate.from_folder(tmp_path)
 
 

@@ -65,11 +65,19 @@ BAD_ROWS = [
     ({"prompt": "a", "response": " \n"}, "row 1 has no response.*empty"),
     ({"prompt": "a", "response": None}, "row 1 has no response"),
     ({"messages": [USER]}, r"row 1 has no response.*\['user'\]"),
+    (
+        {"prompt": [USER, ASSISTANT, USER], "response": [USER]},
+        r"row 1 has no response.*\['user'\]",
+    ),
     ({"messages": [ASSISTANT]}, "row 1 has an empty prompt"),
     ({"prompt": "", "response": "b"}, "row 1 has an empty prompt"),
     ({"q": "a", "a": "b"}, r"row 1 has an unknown format.*\['a', 'q'\].*real"),
     ({"messages": "Hi"}, "row 1: expected a list of messages.*'Hi'"),
     ({"messages": [{"from": "x"}]}, "row 1: expected messages.*'from'"),
+    (
+        {"messages": [USER, {**ASSISTANT, "content": None, "tool_calls": []}]},
+        "row 1: .*tool_calls.*Remove the row, or write",
+    ),
     ("text", "row 1 is a str, expected a dict"),
 ]
 
@@ -152,6 +160,16 @@ def test_text_that_is_not_utf8(tmp_path):
     file.write_text('\n{"prompt": "a", "response": "é"}', encoding="latin-1")
     with pytest.raises(ValueError, match="line 2 of .* in UTF-8"):
         read_conversations(file)
+
+
+def test_damaged_parquet(tmp_path):
+    file = tmp_path / "data.parquet"
+    datasets.Dataset.from_list([GOOD] * 2000).to_parquet(file)
+    whole = file.read_bytes()
+    for damaged in (b"", b"x" * 100, whole[:-9], b"\0" * 99 + whole[99:]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="data.parquet is not a Parquet"):
+            read_conversations(file)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])

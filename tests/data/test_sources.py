@@ -73,6 +73,43 @@ def test_parquet_folder(folder, tmp_path):
     assert answers(load_dataset(other)) == ALL
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"split": "nonsense"}, "has no splits. Received: split='nonsense'"),
+        ({"split": "train[:9]"}, "has no splits. Received: split='train"),
+        ({"streaming": True}, "`streaming=True` with one file"),
+    ],
+)
+def test_options_that_one_file_does_not_have(folder, options, error):
+    with pytest.raises(ValueError, match=error):
+        load_dataset(folder / "train.jsonl", **options)
+
+
+def test_one_file_is_any_training_split(folder):
+    file = folder / "test.jsonl"
+    assert answers(load_dataset(file, split="train_sft")) == ALL[:3]
+
+
+@pytest.mark.parametrize("kind", [str, pathlib.Path])
+@pytest.mark.parametrize(
+    "name", ["other", "none.json", "NONE.JSONL", "./other"]
+)
+def test_what_is_not_there_is_named(tmp_path, monkeypatch, kind, name):
+    monkeypatch.chdir(tmp_path)
+    path = kind(name) if name.startswith(".") else kind(tmp_path / name)
+    error = "There is no (dataset '.*other'|dataset '.*json'|file .*NONE.JSONL)"
+    with pytest.raises(ValueError, match=error):
+        load_dataset(path)
+
+
+def test_home_and_upper_case(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    (folder / "train.jsonl").rename(folder / "TRAIN.JSONL")
+    assert answers(load_dataset("~/set/TRAIN.JSONL")) == ALL
+    assert answers(load_dataset("~/set", split="test")) == ALL[:3]
+
+
 def test_fewer_than_one_prompt(folder):
     with pytest.raises(ValueError, match="at least 1, received 0"):
         load_dataset(folder, num_prompts=0)

@@ -229,6 +229,7 @@ def test_no_prompts(engine):
             "2 of 3 prompts are too long: the longest has 30 tokens, the "
             "limit is 10. .*max_prompt_length",
         ),
+        ([[5], [6, 37]], r"below 37, .* in prompt 1. Received: \[6, 37\]"),
     ],
 )
 def test_bad_prompts(engine, prompts, message):
@@ -240,8 +241,11 @@ def test_bad_prompts(engine, prompts, message):
     ("options", "message"),
     [
         ({"end_token_ids": ()}, "at least one id in `end_token_ids`"),
-        ({"max_new_tokens": 0}, "`max_new_tokens` has to be a pos.* 0"),
-        ({"batch_size": 0}, "`batch_size` has to be a pos.* 0"),
+        ({"end_token_ids": (99,)}, r"below 37.* in end_token_ids. .*\[99\]"),
+        ({"pad_token_id": -1}, r"below 37.* in pad_token_id. .*\[-1\]"),
+        ({"max_new_tokens": 0}, "`max_new_tokens` has to be an int.* 0"),
+        ({"batch_size": 4.0}, "`batch_size` has to be an int.* 4.0"),
+        ({"bucket_lengths": ()}, r"increasing.*\(\)"),
         ({"bucket_lengths": (8, 4)}, r"increasing.*\(8, 4\)"),
         ({"sampler": "top_k"}, "token by token, received 'top_k'"),
         ({"sampler": keras_hub.samplers.BeamSampler()}, "token by token"),

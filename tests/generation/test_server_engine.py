@@ -45,11 +45,13 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append(request)
         self.server.answer(self, request)
 
-    def send(self, body, status=200, claimed_length=None):
+    def send(self, body, status=200, claimed_length=None, headers=()):
         body = body.encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(claimed_length or len(body)))
+        for name, value in headers:
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
 
@@ -174,6 +176,16 @@ def send(body, **options):
             ValueError,
             "HTTP status 404.*Check `model`",
         ),
+        (
+            send('{"error": {"message": "out of memory"}}', status=500),
+            ConnectionError,
+            "failing or busy.*HTTP status 500.*out of memory.*run again",
+        ),
+        (
+            send("{}", status=429, headers=[("Retry-After", "3000")]),
+            ConnectionError,
+            r"failing or busy.*HTTP status 429 \(Retry-After: 3000\)",
+        ),
     ],
 )
 def test_one_clear_error(server, answer, error, message):
@@ -188,6 +200,27 @@ def test_a_server_that_is_down(server):
     server.server_close()
     with pytest.raises(ConnectionError, match="can't be reached.*base_url"):
         engine.generate([[9]], seed=0)
+
+
+def test_a_pause_that_is_too_long_is_not_made(server):
+    server.answer = send("{}", status=429, headers=[("Retry-After", "3000")])
+    with pytest.raises(ConnectionError):
+        make_engine(server, max_retries=3).generate([[9]], seed=0)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_new_tokens", 0),
+        ("concurrency", 0),
+        ("timeout_seconds", 0),
+        ("max_retries", -1),
+    ],
+)
+def test_limits_that_are_none(server, name, value):
+    with pytest.raises(ValueError, match=f"`{name}` has to be"):
+        make_engine(server, **{name: value})
 
 
 def test_an_empty_prompt_is_not_sent(server):
@@ -258,6 +291,48 @@ def test_where_ids_come_from(choice, token_ids, log_probs):
         assert completion.log_probs is None
     else:
         np.testing.assert_array_equal(completion.log_probs, log_probs)
+
+
+@pytest.mark.parametrize("wrong", [2.7, -1, "7", None, True])
+@pytest.mark.parametrize(
+    "as_choice",
+    [
+        lambda wrong: {"token_ids": [wrong, END]},
+        lambda wrong: {
+            "logprobs": {"content": [{"id": wrong, "logprob": -1.0}]}
+        },
+    ],
+)
+def test_what_is_no_token_id(wrong, as_choice):
+    with pytest.raises(ValueError, match=f"{wrong!r} isn't a token id"):
+        read_completion(as_json(**as_choice(wrong)), LetterTokenizer(), 4)
+
+
+def test_a_negative_token_id_as_text():
+    text = as_json(logprobs={"tokens": ["token_id:-1"]})
+    with pytest.raises(ValueError, match="-1 isn't a token id"):
+        read_completion(text, LetterTokenizer(), 4)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, float("nan"), float("-inf"), 0.5, "-0.5"]
+)
+def test_a_token_whose_log_prob_is_none(wrong):
+    text = as_json(
+        token_ids=[7, 8, END], logprobs={"token_logprobs": [-1, wrong, -1]}
+    )
+    with pytest.raises(ValueError, match=f"Token 1 .* log-prob {wrong!r}"):
+        read_completion(text, LetterTokenizer(), 4)
+
+
+def test_log_probs_that_are_not_told_or_not_of_the_answer():
+    text = as_json(token_ids=[7, END], logprobs={"token_logprobs": None})
+    assert read_completion(text, LetterTokenizer(), 4).log_probs is None
+    # 0 by the rounding of log-softmax; and null after the end token.
+    values = {"token_logprobs": [1e-6, -1, None]}
+    text = as_json(token_ids=[7, END, 9], logprobs=values)
+    log_probs = read_completion(text, LetterTokenizer(), 4).log_probs
+    np.testing.assert_array_equal(log_probs, np.array([1e-6, -1], "float32"))
 
 
 def test_texts_that_are_not_one_token_are_refused():

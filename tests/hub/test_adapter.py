@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import expected_model, logits_of, random_ids
 from safetensors.numpy import load_file, save_file
+from tiny_checkpoints import edit
 
 from keras_iris.hub import load, load_adapter, save_adapter
 
@@ -101,7 +102,7 @@ def _assert_same_logits(causal_lm, model):
 
 
 def _read(file):
-    from keras_iris.hub.checkpoint import read_json
+    from keras_iris.data.text_files import read_json
 
     return read_json(file)
 
@@ -130,6 +131,34 @@ def test_refuses_what_does_not_fit(checkpoint, tmp_path):
         load_adapter(causal_lm, tmp_path / "none.safetensors")
     for path, value in values(causal_lm).items():
         np.testing.assert_array_equal(before[path], value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(use_rslora=True), "has use_rslora=true"),
+        (dict(use_dora=True), "has use_dora=true"),
+        (dict(peft_type="LOHA"), "the peft_type 'LOHA'"),
+        (dict(alpha_pattern={"0.self_attn.q_proj": 1}), "alpha_pattern '0.s"),
+    ],
+)
+def test_refuses_adapters_that_count_otherwise(
+    checkpoint, tmp_path, changes, message
+):
+    causal_lm = load_trained(checkpoint("qwen2"))
+    path = save_adapter(causal_lm, tmp_path / "peft")
+    edit(path / "adapter_config.json", **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_adapter(causal_lm, path)
+    assert "keras_iris.hub.save_adapter" in str(caught.value)
+
+
+def test_refuses_a_folder_without_config(checkpoint, tmp_path):
+    causal_lm = load_trained(checkpoint("qwen2"))
+    path = save_adapter(causal_lm, tmp_path / "peft")
+    (path / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="the peft_type None"):
+        load_adapter(causal_lm, path)
 
 
 def test_nothing_is_trained(checkpoint, tmp_path):

@@ -6,6 +6,7 @@ import re
 import struct
 
 import pytest
+from safetensors import SafetensorError
 from tiny_checkpoints import copy, edit
 
 from keras_iris.hub import load
@@ -48,10 +49,35 @@ BAD_CONFIGS = {
         dict(quantization_config={"quant_method": "gptq"}),
         "weights are quantized",
     ),
+    "llama3 scaling": (
+        "llama",
+        dict(rope_scaling={"rope_type": "llama3"}, rope_parameters={}),
+        "config.json has no entry 'factor'",
+    ),
+    "scaling in one word": (
+        "llama",
+        dict(rope_scaling="linear"),
+        "config.json has rope_scaling='linear', expected an object",
+    ),
+    "vocabulary": (
+        "llama",
+        dict(vocab_size="many"),
+        "config.json has vocab_size='many', expected a number above 0",
+    ),
+    "heads": (
+        "llama",
+        dict(num_attention_heads=0),
+        "config.json has num_attention_heads=0, expected a number above 0",
+    ),
     "incomplete": ("llama", dict(hidden_size=None), "no entry 'hidden_size'"),
     "other shapes": ("llama", dict(intermediate_size=128), "with shape"),
     "too many layers": ("llama", dict(num_hidden_layers=3), "lacks 9 of 29"),
-    "small vocabulary": ("qwen2", dict(vocab_size=600), "with shape"),
+    "small vocabulary": (
+        "qwen2",
+        dict(vocab_size=600),
+        "ids up to 634, the model 600 embeddings",
+    ),
+    "large vocabulary": ("qwen2", dict(vocab_size=700), "with shape"),
 }
 
 
@@ -87,6 +113,13 @@ def _integers(folder):
     (folder / "model.safetensors").write_bytes(content)
 
 
+def _other_offsets(folder):
+    entry = {"dtype": "F32", "shape": [640, 64], "data_offsets": [0, 4]}
+    header = json.dumps({"model.embed_tokens.weight": entry}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(4)
+    (folder / "model.safetensors").write_bytes(content)
+
+
 def _another_tokenizer(folder):
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
@@ -106,15 +139,24 @@ BAD_FILES = {
         ),
         "lacks its weights: model-00002-of-00002.safetensors",
     ),
+    "an index without a map": (
+        _write("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+        "model.safetensors.index.json has no valid 'weight_map': received "
+        "['a']",
+    ),
     "truncated weights": (
         _truncate("model.safetensors", -10),
-        "is truncated or damaged",
+        "model.safetensors is truncated or damaged",
     ),
     "truncated header": (
         _truncate("model.safetensors", 100),
-        "no valid header",
+        "is truncated or damaged",
     ),
-    "empty weights": (_truncate("model.safetensors", 0), "no valid header"),
+    "empty weights": (
+        _truncate("model.safetensors", 0),
+        "is truncated or damaged",
+    ),
+    "header of other weights": (_other_offsets, "is truncated or damaged"),
     "other weights": (_integers, "as I8"),
     "no config": (_remove("config.json"), "has no config.json"),
     "broken config": (_truncate("config.json", 50), "not valid JSON"),
@@ -155,6 +197,31 @@ def test_unknown_architecture(checkpoint, tmp_path, no_model):
     edit(folder / "config.json", model_type="abacus")
     with pytest.raises(ValueError, match="KerasHub cannot load .*abacus"):
         load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:keras_iris doesn't test")
+def test_truncated_weights_of_another_architecture(checkpoint, tmp_path):
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    edit(folder / "config.json", model_type="gpt2")
+    _truncate("model.safetensors", -10)(folder)
+    with pytest.raises(ValueError, match="model.safetensors is truncated"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "error", [SafetensorError("damaged"), TypeError("None"), OSError("gone")]
+)
+def test_whatever_keras_hub_raises(tmp_path, monkeypatch, error):
+    from keras_hub import models
+
+    def from_preset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(models.CausalLM, "from_preset", from_preset)
+    (tmp_path / "config.json").write_text('{"class_name": "A"}')
+    with pytest.raises(ValueError, match="KerasHub cannot load") as caught:
+        load(tmp_path)
+    assert str(error) in str(caught.value)
 
 
 def test_not_a_folder(tmp_path, no_model):

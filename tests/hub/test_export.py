@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from collections import namedtuple
 
 import keras
@@ -9,12 +12,15 @@ import numpy as np
 import pytest
 from reference import (
     expected_logits,
+    expected_model,
     expected_tokenizer,
     logits_of,
     random_ids,
 )
+from safetensors.numpy import load_file
 from tokenizer_texts import TEXTS
 
+from keras_iris import files
 from keras_iris.hub import export, load, shards
 
 TOLERANCE = 1e-4
@@ -115,8 +121,10 @@ def test_bfloat16_is_the_default(checkpoint, tmp_path):
     assert 0 < difference < BFLOAT16_TOLERANCE
     # what is in bfloat16 stays as it is
     twice = export(load(folder, dtype="bfloat16"), tmp_path / "twice")
-    name = "model.safetensors"
-    assert (folder / name).read_bytes() == (twice / name).read_bytes()
+    once, twice = (load_file(f / "model.safetensors") for f in (folder, twice))
+    assert once.keys() == twice.keys()
+    for name, array in once.items():
+        assert array.tobytes() == twice[name].tobytes()
 
 
 def test_shards(checkpoint, tmp_path, monkeypatch):
@@ -154,14 +162,17 @@ def test_quantized(checkpoint, tmp_path, architecture, mode):
     )
 
 
-def test_replaces_an_earlier_export_only(checkpoint, tmp_path):
+def test_replaces_an_earlier_export_only(checkpoint, tmp_path, monkeypatch):
     causal_lm = load(checkpoint("qwen2"))
     folder = tmp_path / "model"
     folder.mkdir()
     export(causal_lm, folder)
-    (folder / "stale").touch()
+    with monkeypatch.context() as changed:
+        changed.setattr(shards, "SHARD_BYTES", 100_000)
+        export(causal_lm, folder)
+    assert not (folder / "model.safetensors").exists()
     export(causal_lm, folder)
-    assert not (folder / "stale").exists()
+    assert (folder / "model.safetensors").exists()
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
     other = tmp_path / "other"
@@ -172,6 +183,81 @@ def test_replaces_an_earlier_export_only(checkpoint, tmp_path):
     file.touch()
     with pytest.raises(ValueError, match="wasn't written by keras_iris"):
         export(causal_lm, file)
+
+
+@pytest.mark.parametrize("name", ["README.md", "model.gguf", "vocab.json"])
+def test_keeps_what_a_user_added(checkpoint, tmp_path, name):
+    causal_lm = load(checkpoint("qwen2"))
+    folder = export(causal_lm, tmp_path / "model")
+    (folder / name).write_text("mine")
+    with pytest.raises(ValueError, match=f"not all of it: {name}. It isn't"):
+        export(causal_lm, folder)
+    assert (folder / name).read_text() == "mine"
+
+
+def test_keeps_what_other_tools_made_of_an_export(checkpoint, tmp_path):
+    causal_lm = load(checkpoint("qwen2"))
+    folder = export(causal_lm, tmp_path / "model")
+    tuned = expected_model(folder)
+    shutil.copytree(folder, tmp_path / "tuned")
+    tuned.save_pretrained(tmp_path / "tuned")
+    before = (tmp_path / "tuned" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="wasn't written by keras_iris"):
+        export(causal_lm, tmp_path / "tuned")
+    after = (tmp_path / "tuned" / "model.safetensors").read_bytes()
+    assert after == before
+
+
+# Without the package, whose import takes seconds.
+KILLED = """
+import importlib.util, os, pathlib, signal, sys
+
+spec = importlib.util.spec_from_file_location("files", sys.argv[1])
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+rename = pathlib.Path.rename
+number = int(sys.argv[3])
+
+def rename_or_die(path, target):
+    global number
+    if not number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    number -= 1
+    return rename(path, target)
+
+pathlib.Path.rename = rename_or_die
+with files.written_beside(pathlib.Path(sys.argv[2])) as new:
+    (new / "new").touch()
+"""
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_killed_export(tmp_path, renames):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "old").touch()
+    arguments = [files.__file__, folder, renames]
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)], check=False
+    )
+    assert process.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 2  # the leftovers among them
+    with pytest.raises(KeyboardInterrupt), files.written_beside(folder):
+        raise KeyboardInterrupt
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert [file.name for file in folder.iterdir()] == ["old"]
+
+
+def test_killed_before_the_old_folder_was_removed(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    old = tmp_path / ".model.keras_iris-old"
+    old.mkdir()
+    (old / "old").touch()
+    with files.written_beside(folder) as new:
+        (new / "new").touch()
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    assert [file.name for file in folder.iterdir()] == ["new"]
 
 
 def test_full_disk_is_seen_before_writing(checkpoint, tmp_path, monkeypatch):

@@ -10,8 +10,14 @@ from tiny_checkpoints import copy, edit
 from tiny_models import make_pairs
 
 from keras_iris import losses
-from keras_iris.data import HubTokenizer
-from keras_iris.hub import load
+from keras_iris.data import (
+    ChatTemplate,
+    Conversation,
+    HubTokenizer,
+    tokenize,
+)
+from keras_iris.hub import export, inspect, load
+from keras_iris.hub.fast_tokenizer import FastTokenizer
 from keras_iris.models import SelfPlayModel
 
 ARCHITECTURES = ("mistral", "qwen2", "llama", "gemma")
@@ -89,6 +95,57 @@ def test_template_is_optional(checkpoint, tmp_path):
     assert causal_lm.tokenizer.end_token_ids[1] == ids[0]
 
 
+def test_default_template(checkpoint, tmp_path):
+    # a base model: no template, and one end token, which isn't the template's
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    edit(folder / "tokenizer_config.json", chat_template=None)
+    edit(folder / "generation_config.json", eos_token_id=632)
+    template = ChatTemplate.named("chatml")
+    conversation = Conversation("Hello", "Hi.")
+    plain = load(folder)
+    assert plain.tokenizer.end_token_ids == (632,)
+    causal_lm = load(folder, default_template=template)
+    assert causal_lm.chat_template is template
+    assert causal_lm.tokenizer.end_token_ids == (634, 632)
+    (example,) = tokenize(
+        [conversation],
+        causal_lm.tokenizer,
+        template=causal_lm.chat_template,
+        max_prompt_length=64,
+        max_response_length=64,
+    )
+    assert example.response_ids[-1] == 634
+    again = load(export(causal_lm, tmp_path / "export"))
+    assert again.chat_template.source == template.source
+    assert again.tokenizer.end_token_ids == (634, 632)
+    # one's own goes first
+    own = load(checkpoint("qwen2"), default_template=template).chat_template
+    assert own.source == load(checkpoint("qwen2")).chat_template.source
+
+
+def test_inspect(checkpoint, tmp_path):
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    (folder / "model.safetensors").unlink()
+    config, tokenizer, template = inspect(folder)
+    causal_lm = load(checkpoint("qwen2"))
+    assert config.vocabulary_size == causal_lm.backbone.vocabulary_size
+    assert tokenizer.fingerprint() == causal_lm.tokenizer.fingerprint()
+    assert template.source == causal_lm.chat_template.source
+    edit(folder / "tokenizer_config.json", chat_template=None)
+    assert inspect(folder).chat_template is None
+    template = ChatTemplate.named("chatml")
+    found = inspect(folder, default_template=template)
+    assert found.chat_template is template
+    (folder / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        inspect(folder)
+    edit(folder / "config.json", model_type="gpt2")
+    with pytest.raises(ValueError, match="no config.json with a model_type"):
+        inspect(folder)
+    with pytest.raises(ValueError, match="no config.json with a model_type"):
+        inspect("kaggle://a/b/c/d")
+
+
 def test_special_tokens_of_the_tokenizer_config(checkpoint, tmp_path):
     folder = copy(checkpoint("qwen2"), tmp_path)
     size = load(folder).tokenizer.vocabulary_size
@@ -136,6 +193,9 @@ def test_hugging_face_repository(checkpoint, monkeypatch):
     assert asked == [("org/name", False), ("org/name", True)]
     with pytest.raises(ValueError, match="Cannot download 'org/none'"):
         load("hf://org/none")
+    asked.clear()
+    inspect("hf://org/name")
+    assert asked == [("org/name", False)]
 
 
 def make_keras_preset(folder, architecture):
@@ -180,7 +240,11 @@ def test_keras_preset_with_byte_pairs(checkpoint, tmp_path):
     source = checkpoint("qwen2")
     original = make_keras_preset(source, "qwen2")
     original.save_to_preset(str(tmp_path))
-    causal_lm = load(tmp_path)
+    template = ChatTemplate.named("chatml")
+    causal_lm = load(tmp_path, default_template=template)
+    assert causal_lm.chat_template is template
+    assert causal_lm.tokenizer.end_token_ids == (634, 632)
+    assert load(tmp_path).tokenizer.end_token_ids == (632,)
     expected = expected_tokenizer(source)
     for text in TEXTS:
         ids = expected(text, add_special_tokens=False).input_ids
@@ -199,7 +263,7 @@ def test_keras_preset_with_sentencepiece(checkpoint, tmp_path):
     original = make_keras_preset(checkpoint("mistral"), "mistral")
     original.save_to_preset(str(tmp_path))
     tokenizer = load(tmp_path).tokenizer
-    assert isinstance(tokenizer, HubTokenizer)
+    assert isinstance(tokenizer, FastTokenizer)
     assert tokenizer.encode("</s>") == [2]
 
 
@@ -222,4 +286,11 @@ def test_other_architectures_pass_with_a_warning(tmp_path):
     (tmp_path / "merges.txt").write_text("a b\n")
     with pytest.warns(UserWarning, match="type 'gpt2'"):
         causal_lm = load(tmp_path)
+    assert isinstance(causal_lm.tokenizer, HubTokenizer)
     assert causal_lm.tokenizer.encode("ab") == [3]
+    assert causal_lm.chat_template is None
+    template = ChatTemplate.named("chatml")
+    (tmp_path / "chat_template.jinja").write_text(template.source)
+    with pytest.warns(UserWarning, match="type 'gpt2'"):
+        causal_lm = load(tmp_path, default_template=ChatTemplate.named("spin"))
+    assert causal_lm.chat_template.source == template.source

@@ -77,7 +77,7 @@ def test_a_loss_of_ones_own():
             margin = log_ratio[:, 0] - log_ratio[:, 1]
             return [Risk(keras.ops.relu(1.0 - margin), weight=2.0)]
 
-    value = Hinge("hinge")(PAIRS, PAIRS + [[1.0, 0.5], [0.0, 0.0]])
+    value = Hinge()(PAIRS, PAIRS + [[1.0, 0.5], [0.0, 0.0]])
     assert float(value) == pytest.approx(2 * (0.5 + 1.0) / 2)
 
 

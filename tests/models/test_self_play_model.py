@@ -104,6 +104,20 @@ def test_whole_model_round_trip(tmp_path):
     )
 
 
+def test_metrics_round_trip(tmp_path):
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    metrics = keras_iris.metrics.self_play_metrics()
+    model.compile(loss=keras_iris.losses.IRIS(0.5), metrics=[metrics])
+    pairs, opponent = make_pairs(), np.full((8, 2), -20.0, "float32")
+    expected = model.evaluate(pairs, opponent, return_dict=True, verbose=0)
+    assert {metric.name for metric in metrics} < set(expected)
+    assert expected["real_nll"] < 10.0  # nats a token
+    model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    actual = other.evaluate(pairs, opponent, return_dict=True, verbose=0)
+    assert actual == pytest.approx(expected)
+
+
 def test_loss_of_two_models():
     loss = keras_iris.losses.IRIS(alpha=1.5)
     models = [keras_iris.SelfPlayModel(make_causal_lm()) for _ in range(2)]

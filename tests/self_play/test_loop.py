@@ -197,8 +197,10 @@ s.run()
         [sys.executable, "-c", code], capture_output=True, env=os.environ
     )
     assert result.returncode == -signal.SIGKILL, result.stderr.decode()
+    (run_dir / ".checkpoint.safetensors-x.keras_iris-new").write_text("half")
     make_self_play(run_dir).run()
     assert_same_end(run_dir, finished)
+    assert not list(run_dir.rglob(".*"))
 
 
 def test_corrupt_shard_is_made_again(finished, tmp_path, monkeypatch):
@@ -212,6 +214,66 @@ def test_corrupt_shard_is_made_again(finished, tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="Making .* again"):
         make_self_play(run_dir).run()
     assert_same_end(run_dir, finished)
+
+
+def test_shard_lost_after_training_has_begun(finished, tmp_path):
+    """The weights that made it are gone."""
+    run_dir = tmp_path / "run"
+    goes_on = [AlphaScheduler(), _Stop(99)]
+    make_self_play(run_dir, callbacks=[AlphaScheduler(), _Stop(1)]).run()
+    shard = run_dir / "iteration_001/opponent/00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    with pytest.warns(UserWarning, match="Making .* again"):
+        with pytest.raises(ValueError, match="lost.*Put the file back"):
+            make_self_play(run_dir, callbacks=goes_on).run()
+    shard.write_bytes(whole)
+    make_self_play(run_dir, callbacks=goes_on).run()
+    assert_same_end(run_dir, finished)
+
+
+class _Stop(keras.callbacks.Callback):
+    """Asks to stop at the so-manieth batch of an epoch."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = batch == self.batch
+
+
+def test_the_same_model_goes_on_with_its_own_run(tmp_path):
+    """A cell of a notebook that is run again."""
+    self_play = make_self_play(tmp_path / "run", iterations=1, epochs=1)
+    self_play.run()
+    assert float(self_play.model.alpha.value) != 1.0
+    keras_iris.SelfPlay(
+        self_play.model,
+        self_play.examples,
+        tmp_path / "run",
+        iterations=1,
+        epochs=1,
+        batch_size=8,
+        max_response_length=6,
+        shard_size=10,
+        callbacks=[AlphaScheduler()],
+    ).run()
+
+
+def test_nan_weights_do_not_replace_the_checkpoint(tmp_path):
+    class Break(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 2:  # the epoch's last
+                variable = self.model.trainable_variables[0]
+                variable.assign(np.full(variable.shape, np.nan, "float32"))
+
+    run_dir = tmp_path / "run"
+    self_play = make_self_play(run_dir, iterations=1, epochs=1)
+    self_play.callbacks = [Break()]
+    with pytest.raises(FloatingPointError, match="not finite.*is of before"):
+        self_play.run()
+    assert all(np.isfinite(a).all() for a in final_arrays(run_dir).values())
 
 
 def test_other_settings_are_refused_line_by_line(finished):
@@ -262,7 +324,7 @@ def _decay(steps):
     ids=["gap estimator", "schedule", "function"],
 )
 def test_parts_of_a_callback(there, same, other, message, tmp_path):
-    make_self_play(tmp_path, callbacks=there)
+    make_self_play(tmp_path, callbacks=there).folder.write_manifest()
     make_self_play(tmp_path, callbacks=same)
     with pytest.raises(ValueError, match=message):
         make_self_play(tmp_path, callbacks=other)
@@ -271,19 +333,26 @@ def test_parts_of_a_callback(there, same, other, message, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"temperature": 0.3}, "engine.sampler.temperature: 1.0 there, 0.3"),
         ({"batch_size": 4}, "engine.batch_size: 32 there, 4 here"),
+        (
+            {"sampler": keras_hub.samplers.RandomSampler(temperature=0.3)},
+            r"samples of the model itself.* RandomSampler\(temperature=0.3\)",
+        ),
+        (
+            {"sampler": keras_hub.samplers.TopKSampler(k=2)},
+            r"samples of the model itself.* TopKSampler\(temperature=1.0\)",
+        ),
+        (
+            {"end_token_ids": (7,)},
+            r"ends responses with \(7,\), the data with .1,",
+        ),
+        ({"max_new_tokens": 7}, "up to 7 tokens, more .*max_response_length=6"),
+        ({"bucket_lengths": (2,)}, "prompts are too long: .* the limit is 2"),
     ],
 )
 def test_other_options_of_the_engine_are_refused(options, message, finished):
-    temperature = options.pop("temperature", 1.0)
-    engine = KerasEngine(
-        make_causal_lm(num_layers=1),
-        end_token_ids=(END,),
-        max_new_tokens=6,
-        sampler=keras_hub.samplers.RandomSampler(temperature=temperature),
-        **options,
-    )
+    options = {"end_token_ids": (END,), "max_new_tokens": 6, **options}
+    engine = KerasEngine(make_causal_lm(num_layers=1), **options)
     with pytest.raises(ValueError, match=message):
         make_self_play(finished, engine=engine)
 
@@ -299,7 +368,7 @@ def test_other_frozen_weights_are_refused(tmp_path):
             model, make_examples(), tmp_path / "run", batch_size=8
         )
 
-    start(0.5)
+    start(0.5).folder.write_manifest()
     start(0.5)
     with pytest.raises(ValueError, match="frozen_weights"):
         start(0.25)
@@ -460,10 +529,10 @@ def test_engine_and_trainer_are_compared_token_by_token(tmp_path):
         opponent = self_play.opponent
         opponent.engine = _FromModel(causal_lm, errors)
         if is_right:
-            opponent.play(1, "a key")
+            opponent.play(1, "a key", is_over=False)
         else:
             with pytest.raises(ValueError, match="0.1 nats per token"):
-                opponent.play(2, "a key")
+                opponent.play(2, "a key", is_over=False)
 
 
 def test_int8_and_exported_weights(tmp_path):
@@ -514,7 +583,9 @@ def test_nan_in_the_opponent(tmp_path):
     self_play = make_self_play(tmp_path / "run")
     variable = self_play.model.trainable_variables[-1]
     variable.assign(np.full(variable.shape, np.nan, "float32"))
-    with pytest.raises(FloatingPointError, match="as the iteration starts"):
+    with pytest.raises(
+        FloatingPointError, match="is not finite. What .* is of before"
+    ):
         self_play.run()
 
 
@@ -567,11 +638,34 @@ class TestErrors:
             make_self_play(tmp_path, seed=-1)
 
     @pytest.mark.parametrize(
-        "name", ["max_prompt_length", "checkpoint_every_steps"]
+        "name", ["max_prompt_length", "checkpoint_every_steps", "epochs"]
     )
-    def test_counts(self, name, tmp_path):
-        with pytest.raises(ValueError, match=f"`{name}` has .* Received: 0"):
-            make_self_play(tmp_path, **{name: 0})
+    @pytest.mark.parametrize("value", [0, 1.5, "8", True])
+    def test_counts(self, name, value, tmp_path):
+        with pytest.raises(ValueError, match=f"`{name}` has .* {value!r}"):
+            make_self_play(tmp_path / "run", **{name: value})
+        assert not (tmp_path / "run").exists()
+
+    def test_counts_of_numpy(self, tmp_path):
+        make_self_play(
+            tmp_path, batch_size=np.int64(8), seed=np.int64(1)
+        ).folder.write_manifest()
+
+    @pytest.mark.parametrize(
+        "example",
+        [
+            {"prompt": "a", "response": "b"},
+            Example(np.array([2], "int32"), np.array([], "int32")),
+        ],
+    )
+    def test_what_is_no_example(self, example, tmp_path):
+        examples = [*make_examples(), example]
+        with pytest.raises(ValueError, match="Number 24 of the data"):
+            make_self_play(tmp_path, examples=examples)
+
+    def test_batches_that_cannot_be_logged(self, tmp_path):
+        with pytest.raises(ValueError, match="4096 pairs at most.* 5000"):
+            make_self_play(tmp_path, batch_size=5000)
 
     def test_steps_per_execution(self, tmp_path):
         model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
@@ -602,7 +696,6 @@ class TestErrors:
             make_self_play(tmp_path / "file" / "run")
 
     def test_log_that_cannot_be_written(self, tmp_path):
-        make_self_play(tmp_path)
         (tmp_path / "metrics.jsonl").mkdir()
         with pytest.raises(ValueError, match="can't be written to"):
             make_self_play(tmp_path)

@@ -1,0 +1,33 @@
+"""Checks of arguments that many functions take."""
+
+import numbers
+from typing import Any
+
+
+def check_positive(name: str, value: Any) -> float:
+    """Returns `value` if it is a positive finite number.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    is_number = isinstance(value, numbers.Real)
+    if not (is_number and 0 < value < float("inf")):
+        raise ValueError(
+            f"`{name}` has to be a positive finite number. Received: {value!r}"
+        )
+    return float(value)
+
+
+def check_count(name: str, value: Any, at_least: int = 1) -> int:
+    """Returns `value` if it is an integer of at least `at_least`.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    is_integer = isinstance(value, numbers.Integral)
+    if not is_integer or isinstance(value, bool) or value < at_least:
+        raise ValueError(
+            f"`{name}` has to be an integer of at least {at_least}. Received: "
+            f"{value!r}"
+        )
+    return int(value)
