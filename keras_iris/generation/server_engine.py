@@ -53,7 +53,8 @@ class ServerEngine:
         max_retries: Further tries of each request.
         on_update: Called by `update` with the folder of an exported model;
             has to make the server serve it, by a reload or a restart, and to
-            return when it does. Typically `subprocess.run` of a command.
+            return when it does. Typically `subprocess.run` of a command. It
+            may not write into the folder, which the next export replaces.
 
     Raises:
         ImportError: If `openai` isn't installed.

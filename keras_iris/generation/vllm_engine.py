@@ -225,11 +225,11 @@ class VLLMEngine:
         timer.daemon = True
         timer.start()
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
+            # One that has ended may have said why.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(line)
+                process.stdin.flush()
             answer: str = process.stdout.readline()
-        except BrokenPipeError:
-            answer = ""
         finally:
             timer.cancel()
             timer.join()

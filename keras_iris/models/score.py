@@ -87,7 +87,8 @@ class _TokenLogProbs(keras.Model):
     """Compiles `SelfPlayModel.token_log_probs`."""
 
     def __init__(self, model: SelfPlayModel) -> None:
-        super().__init__()
+        # TensorFlow takes no underscore in front.
+        super().__init__(name="token_log_probs")
         self.model = model
         self.built = True
 

@@ -232,9 +232,14 @@ def test_an_interrupt_leaves_no_answer_behind(make_engine):
     engine = make_engine()
     engine.generate([[5]], seed=0)
     interrupt = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        interrupt.start()
-        engine.generate([[5]], seed=HANG)
+    # The processes of pytest-xdist ignore the signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupt.start()
+            engine.generate([[5]], seed=HANG)
+    finally:
+        signal.signal(signal.SIGINT, before)
     interrupt.join()
     (completion,) = engine.generate([[5]], seed=10)
     assert completion.token_ids == (10, 1, END)

@@ -109,6 +109,7 @@ def test_metrics_round_trip(tmp_path):
     metrics = keras_iris.metrics.self_play_metrics()
     model.compile(loss=keras_iris.losses.IRIS(0.5), metrics=[metrics])
     pairs, opponent = make_pairs(), np.full((8, 2), -20.0, "float32")
+    model.train_on_batch(pairs, opponent)
     expected = model.evaluate(pairs, opponent, return_dict=True, verbose=0)
     assert {metric.name for metric in metrics} < set(expected)
     assert expected["real_nll"] < 10.0  # nats a token

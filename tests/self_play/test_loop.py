@@ -400,6 +400,30 @@ def test_epochs_count_on_and_every_step_has_its_own_loss(tmp_path):
     np.testing.assert_allclose(logged, Recorder.losses, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "torch", reason="which compiles nothing"
+)
+def test_later_iterations_compile_nothing(tmp_path, monkeypatch):
+    traces = []
+    call = keras_iris.SelfPlayModel.call
+
+    def counted(self, inputs, training=None):
+        traces.append(inputs["token_ids"].shape)
+        return call(self, inputs, training=training)
+
+    monkeypatch.setattr(keras_iris.SelfPlayModel, "call", counted)
+    self_play = make_self_play(
+        tmp_path / "run",
+        iterations=3,
+        evaluate=lambda model: {"traces": len(traces)},
+    )
+    assert len(self_play.bucket_lengths) <= 5
+    self_play.run()
+    lines = keras_iris.evaluation.read_metrics(tmp_path / "run")
+    counts = [x["traces"] for x in lines if x["kind"] == "evaluation"]
+    assert 0 < counts[1] == counts[2] == counts[3]
+
+
 def test_checkpoint_by_time(tmp_path, monkeypatch):
     """With no time between them, the epoch's first step has one."""
     self_play = make_self_play(
