@@ -32,7 +32,7 @@ SETTINGS = {
     "mean_prompt_length": 180,
     "max_new_tokens": 128,
     "batch_size": contestants.BATCH_SIZE,
-    "rounds": 2,
+    "rounds": 1,
     "prompts_of_step_counts": (64, 512, 4096),
 }
 QUICK = SETTINGS | {

@@ -5,7 +5,8 @@
 A train step (IRIS, AdamW, float32) of 24 layers and 1,024 tokens, with and
 without `remat_layers`, in turns. Memory is XLA's temporary memory on JAX,
 with the scheduler that `remat_layers` names; elsewhere it is the peak of the
-resident memory above what it was before the step. Gradients are in it.
+resident memory above what it was before the step, which says little where the
+allocator keeps what earlier steps took (TensorFlow). Gradients are in it.
 """
 
 import contextlib

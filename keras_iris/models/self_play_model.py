@@ -119,8 +119,9 @@ class SelfPlayModel(backend.Trainer):
 
         Raises:
             ValueError: For a loss of another type, a `micro_batch_size`
-                below 1, metrics by output name, `loss_weights`, or an
-                optimizer that can't train the dtype.
+                below 1 or beside an `activity_regularizer`, metrics by output
+                name, `loss_weights`, or an optimizer that can't train the
+                dtype.
         """
         if loss is not None and not isinstance(loss, SelfPlayLoss):
             raise ValueError(
@@ -133,6 +134,15 @@ class SelfPlayModel(backend.Trainer):
                 f"learning rate. Received: loss_weights={loss_weights!r}"
             )
         micro_batch_size = _check_micro_batch_size(micro_batch_size)
+        if micro_batch_size is not None and any(
+            getattr(layer, "activity_regularizer", None)
+            for layer in self._flatten_layers()
+        ):
+            raise ValueError(
+                "`micro_batch_size` doesn't go with layers that have an "
+                "`activity_regularizer`: it counts activations of the whole "
+                "batch. Take the regularizer away, or micro_batch_size=None."
+            )
         optimizer = keras.optimizers.get(optimizer)
         _check_optimizer(optimizer, self.causal_lm.backbone)
         self.start_config = {"optimizer": optimizer.get_config()}

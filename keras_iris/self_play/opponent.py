@@ -58,6 +58,7 @@ class Opponent:
         self.bucket_lengths = bucket_lengths
         self.max_response_length = max_response_length
         self.seed = seed
+        self._is_over = False
         self._score_tokens = TokenScorer(model)
         self._shards = [
             examples[start : start + shard_size]

@@ -1,0 +1,165 @@
+import keras
+import numpy as np
+import pytest
+from self_play_helpers import (
+    END,
+    make_examples,
+    make_self_play,
+)
+from tiny_models import VOCABULARY_SIZE, make_causal_lm
+
+import keras_iris
+from keras_iris.data import ChatTemplate, SymbolTokenizer
+from keras_iris.generation import Completion
+
+
+class _OtherProcess:
+    """Stands in for an engine that has weights of its own."""
+
+    needs_folder = True
+
+    def __init__(self):
+        self.folders = []
+
+    def update(self, folder):
+        assert (folder / "model.safetensors").is_file()
+        self.folders.append(folder)
+
+    def get_config(self):
+        return {}
+
+    def generate(self, prompts, *, seed):
+        return [Completion((3, END), "stop") for _ in prompts]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda prompts: None, "10 prompts. Received: None"),
+        (lambda prompts: [], r"10 prompts. Received: \[\]"),
+        (
+            lambda prompts: [Completion((END,), "stop")] * 11,
+            r"10 prompts. Received: \[Completion",
+        ),
+        (lambda prompts: [(3, END)] * 10, r"Received: \[\(3, 1\), "),
+        (
+            lambda prompts: [Completion((VOCABULARY_SIZE,), "stop")] * 10,
+            rf"vocabulary. Received: \({VOCABULARY_SIZE},\)",
+        ),
+        (
+            lambda prompts: [Completion((), "stop")] * 10,
+            r"Completion 0 of Engine .* Received: \(\)",
+        ),
+        (
+            lambda prompts: [Completion((3,) * 7, "length")] * 10,
+            "Completion 0 of Engine has 7 tokens, more than max_resp.*=6",
+        ),
+    ],
+    ids=["None", "none", "many", "ids", "unknown id", "no id", "long"],
+)
+def test_what_an_engine_may_not_answer(answer, message, tmp_path):
+    class Engine(_OtherProcess):
+        needs_folder = False
+
+        def generate(self, prompts, *, seed):
+            return answer(prompts)
+
+    self_play = make_self_play(tmp_path / "run", engine=Engine())
+    with pytest.raises(ValueError, match=message):
+        self_play.run()
+
+
+def test_what_is_no_engine(tmp_path):
+    class OnlyGenerates:
+        generate = _OtherProcess.generate
+
+    for engine in (OnlyGenerates(), _OtherProcess):
+        with pytest.raises(ValueError, match="`engine` has to be a `keras_"):
+            make_self_play(tmp_path, engine=engine)
+
+
+@pytest.mark.parametrize(
+    "scores", [None, {"step": 1.0}, {"kind": 1.0}, {"score": [1.0, 2.0]}]
+)
+def test_what_evaluate_may_not_return(scores, tmp_path):
+    self_play = make_self_play(tmp_path / "run", evaluate=lambda model: scores)
+    with pytest.raises(ValueError) as error:
+        self_play.run()
+    assert str(error.value) == (
+        "`evaluate` has to return a dictionary of numbers, of other names "
+        "than ['iteration', 'kind', 'seconds', 'step']. "
+        f"Received: {scores!r}"
+    )
+
+
+def test_engine_with_weights_of_its_own_gets_each_iteration(tmp_path):
+    engine = _OtherProcess()
+    self_play = make_self_play(tmp_path / "run", engine=engine, epochs=1)
+    with pytest.warns(match="_OtherProcess gives no log-probs"):
+        self_play.run()
+    assert engine.folders == [tmp_path / "run" / "export"] * 2
+
+
+class _FromModel(_OtherProcess):
+    """Gives the model's own log-probs, plus an error of each token."""
+
+    def __init__(self, causal_lm, errors):
+        super().__init__()
+        self.causal_lm, self.errors = causal_lm, np.array(errors, "float32")
+
+    def generate(self, prompts, *, seed):
+        completions = []
+        for prompt in prompts:
+            ids = np.array([[*prompt, 3, END, 0, 0, 0, 0, 0]])[:, :8]
+            mask = np.arange(8)[None] < len(prompt) + 2
+            logits = self.causal_lm({"token_ids": ids, "padding_mask": mask})
+            table = keras.ops.convert_to_numpy(keras.ops.log_softmax(logits))
+            start = len(prompt) - 1
+            log_probs = table[0, [start, start + 1], [3, END]] + self.errors
+            completions.append(Completion((3, END), "stop", log_probs))
+        return completions
+
+
+def test_engine_and_trainer_are_compared_token_by_token(tmp_path):
+    self_play = make_self_play(tmp_path / "run", engine=_OtherProcess())
+    causal_lm = self_play.model.causal_lm
+    for errors, is_right in (([0.0, 0.0], True), ([0.1, -0.1], False)):
+        opponent = self_play.opponent
+        opponent.engine = _FromModel(causal_lm, errors)
+        if is_right:
+            opponent.play(1, "a key", is_over=False)
+        else:
+            with pytest.raises(ValueError, match="0.1 nats per token"):
+                opponent.play(2, "a key", is_over=False)
+
+
+def test_int8_and_exported_weights(tmp_path):
+    causal_lm = make_causal_lm(num_layers=1, hidden_dim=64)
+    causal_lm.quantize(
+        "int8", filters=lambda x: isinstance(x, keras.layers.EinsumDense)
+    )
+    causal_lm.backbone.enable_lora(2)
+    model = keras_iris.SelfPlayModel(causal_lm)
+    model.compile(loss=keras_iris.losses.IRIS())
+    with pytest.raises(ValueError, match="_OtherProcess reads exported.*int8"):
+        keras_iris.SelfPlay(
+            model,
+            make_examples(),
+            tmp_path,
+            batch_size=8,
+            engine=_OtherProcess(),
+        )
+
+
+def test_a_template_that_drops_the_response(tmp_path):
+    template = ChatTemplate(
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
+    tokenizer = SymbolTokenizer(["a", "b"])
+    with pytest.raises(ValueError, match="template"):
+        make_self_play(
+            tmp_path,
+            examples=[{"prompt": "a", "response": "b"}] * 8,
+            tokenizer=tokenizer,
+            template=template,
+        )

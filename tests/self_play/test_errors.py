@@ -1,0 +1,158 @@
+import warnings
+
+import numpy as np
+import pytest
+from self_play_helpers import (
+    final_arrays,
+    make_examples,
+    make_self_play,
+)
+from tiny_models import VOCABULARY_SIZE, make_causal_lm
+
+import keras_iris
+from keras_iris.data import Example, SymbolTokenizer
+from keras_iris.files import replaced
+
+
+def test_nan_stops_training_with_the_ids_and_keeps_the_checkpoint(tmp_path):
+    self_play = make_self_play(
+        tmp_path / "run", learning_rate=1e30, checkpoint_every_steps=1
+    )
+    with pytest.raises(FloatingPointError, match=r"examples \[[\d, ]+\]"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            self_play.run()
+    for array in final_arrays(tmp_path / "run").values():
+        assert np.isfinite(array.astype("float64")).all()
+
+
+def test_nan_in_the_opponent(tmp_path):
+    self_play = make_self_play(tmp_path / "run")
+    variable = self_play.model.trainable_variables[-1]
+    variable.assign(np.full(variable.shape, np.nan, "float32"))
+    with pytest.raises(
+        FloatingPointError, match="is not finite. What .* is of before"
+    ):
+        self_play.run()
+
+
+def test_too_long_responses_of_text(tmp_path):
+    tokenizer = SymbolTokenizer(["a", "b", "c"])
+    rows = [{"prompt": "a", "response": "b c b c b"}] * 8
+    options = dict(examples=rows, tokenizer=tokenizer, max_response_length=3)
+    with pytest.raises(ValueError, match="8 of 8 .*3"):
+        make_self_play(tmp_path, on_overflow="error", **options)
+    with pytest.warns(UserWarning, match="8 of 8 .* were cut"):
+        self_play = make_self_play(tmp_path, on_overflow="truncate", **options)
+    b, c = tokenizer.encode("b c")
+    for example in self_play.examples:
+        assert example.response_ids.tolist() == [b, c, b]
+
+
+class TestErrors:
+    def test_not_compiled(self, tmp_path):
+        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+        with pytest.raises(ValueError, match="compiled with a loss"):
+            keras_iris.SelfPlay(model, make_examples(), tmp_path)
+
+    def test_fewer_rows_than_a_batch(self, tmp_path):
+        with pytest.raises(ValueError, match="fewer than batch_size=8"):
+            make_self_play(tmp_path, examples=make_examples(3))
+
+    def test_vocabulary(self, tmp_path):
+        examples = make_examples()
+        examples[0].prompt_ids[0] = VOCABULARY_SIZE
+        with pytest.raises(ValueError, match="Vocabulary mismatch"):
+            make_self_play(tmp_path, examples=examples)
+
+    def test_text_without_a_tokenizer(self, tmp_path):
+        rows = [{"prompt": "a", "response": "b"}] * 8
+        with pytest.raises(ValueError, match="Text needs a tokenizer"):
+            make_self_play(tmp_path, examples=rows)
+
+    def test_no_common_end(self, tmp_path):
+        examples = make_examples()
+        examples[0].response_ids[-1] = 5
+        with pytest.raises(ValueError, match="end in 2 different"):
+            make_self_play(tmp_path, examples=examples)
+
+    def test_no_data(self, tmp_path):
+        with pytest.raises(ValueError, match="data are empty"):
+            make_self_play(tmp_path, examples=())
+
+    def test_negative_seed(self, tmp_path):
+        with pytest.raises(ValueError, match="`seed`"):
+            make_self_play(tmp_path, seed=-1)
+
+    @pytest.mark.parametrize(
+        "name", ["max_prompt_length", "checkpoint_every_steps", "epochs"]
+    )
+    @pytest.mark.parametrize("value", [0, 1.5, "8", True])
+    def test_counts(self, name, value, tmp_path):
+        with pytest.raises(ValueError, match=f"`{name}` has .* {value!r}"):
+            make_self_play(tmp_path / "run", **{name: value})
+        assert not (tmp_path / "run").exists()
+
+    def test_counts_of_numpy(self, tmp_path):
+        make_self_play(
+            tmp_path, batch_size=np.int64(8), seed=np.int64(1)
+        ).folder.write_manifest()
+
+    @pytest.mark.parametrize(
+        "example",
+        [
+            {"prompt": "a", "response": "b"},
+            Example(np.array([2], "int32"), np.array([], "int32")),
+        ],
+    )
+    def test_what_is_no_example(self, example, tmp_path):
+        examples = [*make_examples(), example]
+        with pytest.raises(ValueError, match="Number 24 of the data"):
+            make_self_play(tmp_path, examples=examples)
+
+    def test_batches_that_cannot_be_logged(self, tmp_path):
+        with pytest.raises(ValueError, match="4096 pairs at most.* 5000"):
+            make_self_play(tmp_path, batch_size=5000)
+
+    def test_steps_per_execution(self, tmp_path):
+        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+        model.compile(loss=keras_iris.losses.IRIS(), steps_per_execution=2)
+        with pytest.raises(ValueError, match="steps_per_execution=1"):
+            keras_iris.SelfPlay(model, make_examples(), tmp_path)
+
+    @pytest.mark.parametrize("text", ["", "{}", "[]"])
+    def test_broken_manifest(self, text, tmp_path):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(ValueError, match="not the manifest of a run"):
+            make_self_play(tmp_path)
+
+    def test_checkpoint_without_a_manifest(self, tmp_path):
+        (tmp_path / "checkpoint.safetensors").write_text("")
+        with pytest.raises(ValueError, match="without its manifest"):
+            make_self_play(tmp_path)
+
+    def test_broken_checkpoint(self, tmp_path):
+        self_play = make_self_play(tmp_path)
+        (tmp_path / "checkpoint.safetensors").write_text("half")
+        with pytest.raises(ValueError, match="Put back a whole checkpoint"):
+            self_play.run()
+
+    def test_folder_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ValueError, match="can't be written to"):
+            make_self_play(tmp_path / "file" / "run")
+
+    def test_log_that_cannot_be_written(self, tmp_path):
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.raises(ValueError, match="can't be written to"):
+            make_self_play(tmp_path)
+
+
+def test_replaced_keeps_the_old_file_when_writing_fails(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), replaced(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,112 @@
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from self_play_helpers import (
+    END,
+    make_examples,
+    make_self_play,
+)
+from tiny_models import make_causal_lm
+
+import keras_iris
+from keras_iris.callbacks import AlphaSchedule, AlphaScheduler, TokenGap
+from keras_iris.generation import KerasEngine
+
+
+def test_other_settings_are_refused_line_by_line(finished):
+    with pytest.raises(ValueError) as error:
+        make_self_play(finished, batch_size=6, seed=1, learning_rate=0.5)
+    assert "batch_size: 8 there, 6 here" in str(error.value)
+    assert "seed: 0 there, 1 here" in str(error.value)
+    assert "optimizer.learning_rate: 0.0" in str(error.value)
+
+
+def test_other_arguments_of_the_scheduler_are_refused(finished):
+    with pytest.raises(ValueError, match="max_alpha: 2.0 there, 1.0 here"):
+        make_self_play(finished, callbacks=[AlphaScheduler(max_alpha=1.0)])
+
+
+class _Gap(TokenGap):
+    def __init__(self, scale):
+        self.scale = scale
+        self.function = lambda value: value  # no two of them are equal
+
+
+def _decay(steps):
+    return keras.optimizers.schedules.CosineDecay(2.0, steps)
+
+
+@pytest.mark.parametrize(
+    ("there", "same", "other", "message"),
+    [
+        (
+            AlphaScheduler(gap_estimator=_Gap(1.0)),
+            AlphaScheduler(gap_estimator=_Gap(1.0)),
+            AlphaScheduler(gap_estimator=_Gap(2.0)),
+            r'"scale": 1.0.* there, .*"scale": 2.0.* here',
+        ),
+        (
+            AlphaSchedule(_decay(10)),
+            AlphaSchedule(_decay(10)),
+            AlphaSchedule(_decay(20)),
+            r'"decay_steps": 10.* there, .*"decay_steps": 20.* here',
+        ),
+        (
+            AlphaSchedule(lambda step: 1.0),
+            AlphaSchedule(lambda step: 1.0),
+            AlphaSchedule(_decay(10)),
+            r'\["function", \{\}\].* there, .*CosineDecay.* here',
+        ),
+    ],
+    ids=["gap estimator", "schedule", "function"],
+)
+def test_parts_of_a_callback(there, same, other, message, tmp_path):
+    make_self_play(tmp_path, callbacks=there).folder.write_manifest()
+    make_self_play(tmp_path, callbacks=same)
+    with pytest.raises(ValueError, match=message):
+        make_self_play(tmp_path, callbacks=other)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 4}, "engine.batch_size: 32 there, 4 here"),
+        (
+            {"sampler": keras_hub.samplers.RandomSampler(temperature=0.3)},
+            r"samples of the model itself.* RandomSampler\(temperature=0.3\)",
+        ),
+        (
+            {"sampler": keras_hub.samplers.TopKSampler(k=2)},
+            r"samples of the model itself.* TopKSampler\(temperature=1.0\)",
+        ),
+        (
+            {"end_token_ids": (7,)},
+            r"ends responses with \(7,\), the data with .1,",
+        ),
+        ({"max_new_tokens": 7}, "up to 7 tokens, more .*max_response_length=6"),
+        ({"bucket_lengths": (2,)}, "prompts are too long: .* the limit is 2"),
+    ],
+)
+def test_other_options_of_the_engine_are_refused(options, message, finished):
+    options = {"end_token_ids": (END,), "max_new_tokens": 6, **options}
+    engine = KerasEngine(make_causal_lm(num_layers=1), **options)
+    with pytest.raises(ValueError, match=message):
+        make_self_play(finished, engine=engine)
+
+
+def test_other_frozen_weights_are_refused(tmp_path):
+    def start(value):
+        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+        frozen = model.causal_lm.backbone.get_layer("token_embedding")
+        frozen.embeddings.assign(np.full(frozen.embeddings.shape, value))
+        frozen.trainable = False
+        model.compile(loss=keras_iris.losses.IRIS())
+        return keras_iris.SelfPlay(
+            model, make_examples(), tmp_path / "run", batch_size=8
+        )
+
+    start(0.5).folder.write_manifest()
+    start(0.5)
+    with pytest.raises(ValueError, match="frozen_weights"):
+        start(0.25)

@@ -1,0 +1,67 @@
+"""Tiny runs of self-play, and what is left of them."""
+
+import keras
+import numpy as np
+from tiny_models import VOCABULARY_SIZE, make_causal_lm
+
+import keras_iris
+from keras_iris.callbacks import AlphaScheduler
+from keras_iris.data import Example
+from keras_iris.self_play.arrays import read_arrays
+
+END = 1
+
+
+def make_examples(number=24, seed=0):
+    rng = np.random.default_rng(seed)
+    return [
+        Example(
+            rng.integers(2, VOCABULARY_SIZE, rng.integers(2, 6)).astype(
+                "int32"
+            ),
+            np.append(
+                rng.integers(2, VOCABULARY_SIZE, rng.integers(1, 6)), END
+            ).astype("int32"),
+        )
+        for _ in range(number)
+    ]
+
+
+def make_self_play(  # noqa: PLR0913
+    run_dir, *, examples=None, learning_rate=0.01, dropout=0.0, **options
+):
+    model = keras_iris.SelfPlayModel(
+        make_causal_lm(num_layers=1, dropout=dropout)
+    )
+    model.compile(
+        optimizer=keras.optimizers.Adam(learning_rate),
+        loss=keras_iris.losses.IRIS(),
+    )
+    options = {
+        "iterations": 2,
+        "epochs": 2,
+        "batch_size": 8,
+        "max_response_length": 6,
+        "shard_size": 10,
+        "checkpoint_every_steps": 2,
+        "callbacks": [AlphaScheduler()],
+        "evaluate": lambda model: {"alpha": float(model.alpha.value)},
+        **options,
+    }
+    return keras_iris.SelfPlay(
+        model,
+        make_examples() if examples is None else examples,
+        run_dir,
+        **options,
+    )
+
+
+def final_arrays(run_dir):
+    return read_arrays(run_dir / "checkpoint.safetensors")[0]
+
+
+def assert_same_end(left, right):
+    ends = final_arrays(left), final_arrays(right)
+    assert ends[0].keys() == ends[1].keys()
+    for name in ends[0]:
+        np.testing.assert_array_equal(ends[0][name], ends[1][name], name)
