@@ -92,8 +92,8 @@ def test_greedy_continuation(causal_lm, prompt):
 
 
 def test_export(causal_lm, prompt, tmp_path):
-    folder = export(causal_lm, tmp_path / "model")
-    np.testing.assert_array_equal(  # the weights were in bfloat16
+    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+    np.testing.assert_array_equal(
         expected_logits(folder, prompt), expected_logits(FOLDER, prompt)
     )
     again = load(folder, dtype="float32")
