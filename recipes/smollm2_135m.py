@@ -10,11 +10,11 @@ printed before and after, and the result is exported to RUN_DIR/model. Run
 again, it takes up a run that was cut off.
 
 Hardware: 2 CPU cores and 7 GB of memory (6.3 GB seen, on JAX).
-Time: `--small` took 383 seconds on JAX, on 2 free cores; the bar is 8 minutes.
+Time: `--small` took 244 seconds on JAX, on 2 free cores; the bar is 8 minutes.
 The whole run with `--iterations 1` took 1,131 seconds, other jobs beside it;
 the mark is 30 minutes an iteration.
 Result with `chats.jsonl` of the README, NLL of 23 held-out responses in nats a
-token: `--small` from 4.777 to 4.541, the other run to 4.389. There was no
+token: `--small` from 4.777 to 4.524, the other run to 4.389. There was no
 control, and greedy answers got no better to read.
 """
 
