@@ -15,6 +15,7 @@ from keras_iris.hub import export
 from keras_iris.models import SelfPlayModel, TokenScorer, score_pairs
 from keras_iris.self_play.arrays import Arrays
 from keras_iris.self_play.run_dir import RunDir
+from keras_iris.self_play.step_callbacks import combine_seeds
 
 
 class Opponent:
@@ -122,10 +123,9 @@ class Opponent:
             if not is_updated:
                 self._update_engine()
                 is_updated = True
-            seeds = np.random.SeedSequence([self.seed, iteration, number])
             completions = self.engine.generate(
                 [e.prompt_ids.tolist() for e in self._shards[number]],
-                seed=int(seeds.generate_state(1)[0] >> 1),
+                seed=combine_seeds(self.seed, iteration, number),
             )
             self._check(completions, number)
             if self.engine.needs_folder:

@@ -37,7 +37,6 @@ class StepLogger(keras.callbacks.Callback):
         self.iteration = iteration
         self.indices = indices
         self.num_tokens = 0
-        self.num_steps = 0
         self._start = time.perf_counter()
         self._steps: list[dict[str, float]] = []
 
@@ -76,7 +75,6 @@ class StepLogger(keras.callbacks.Callback):
             **summary(latest, alpha),
         }
         self._steps.append(values)
-        self.num_steps += 1
         self.log(
             "step",
             iteration=self.iteration,
@@ -84,6 +82,11 @@ class StepLogger(keras.callbacks.Callback):
             seconds=round(time.perf_counter() - self._start, 3),
             **values,
         )
+
+    @property
+    def num_steps(self) -> int:
+        """Steps logged."""
+        return len(self._steps)
 
     def means(self) -> dict[str, float]:
         """Means over the steps of what was logged; alpha is the last."""
