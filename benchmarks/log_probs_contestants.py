@@ -14,7 +14,8 @@ class LogProbs:
 
     Args:
         way: "naive" or "keras_iris".
-        size: `tokens`, `width`, `vocabulary` and `dtype`.
+        size: `tokens`, `width`, `vocabulary`, `dtype` and `is_trained`:
+            whether the head gets a gradient.
     """
 
     def __init__(self, way, size):
@@ -26,6 +27,7 @@ class LogProbs:
             size["vocabulary"],
             size["width"],
             dtype="mixed_bfloat16" if dtype == "bfloat16" else dtype,
+            trainable=size["is_trained"],
         )
         self.head.build()
         shape = (size["vocabulary"], size["width"])
@@ -90,8 +92,7 @@ class LogProbs:
             hidden,
             ids,
             mask,
-            head=lambda h: self.head(h, reverse=True),
-            vocabulary_size=self.size["vocabulary"],
+            head=self.head,
         )
 
     def _jax(self):
@@ -105,7 +106,8 @@ class LogProbs:
             with keras.StatelessScope(state_mapping=[(table, value)]):
                 return self._log_probs(hidden, ids, mask).sum()
 
-        step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        sources = (0, 1) if self.size["is_trained"] else 1
+        step = jax.jit(jax.value_and_grad(loss, argnums=sources))
         compiled = step.lower(table.value, hidden).compile()
         memory = compiled.memory_analysis()
         self.temp_mb = memory.temp_size_in_bytes / 1e6
@@ -117,13 +119,14 @@ class LogProbs:
         hidden, ids, mask = self._batch()
         ids, mask = tf.constant(ids), tf.constant(mask)
         table = self.head.embeddings.value
+        sources = [hidden, table] if self.size["is_trained"] else [hidden]
 
         @tf.function
         def step():
             with tf.GradientTape() as tape:
                 tape.watch(hidden)
                 loss = tf.reduce_sum(self._log_probs(hidden, ids, mask))
-            return loss, tape.gradient(loss, [table, hidden])
+            return loss, tape.gradient(loss, sources)
 
         step.get_concrete_function()
         return lambda: step()[0].numpy()
@@ -144,12 +147,11 @@ class LogProbs:
         return step
 
 
-def naive(hidden, ids, mask, *, head, vocabulary_size):
+def naive(hidden, ids, mask, *, head):
     """Log-probs from the logits of all tokens."""
     from keras import ops
 
-    del vocabulary_size
-    logits = ops.cast(head(hidden[:, :-1]), "float32")
+    logits = ops.cast(head(hidden[:, :-1], reverse=True), "float32")
     log_probs = ops.log_softmax(logits)  # (rows, time, vocabulary)
     chosen = ops.take_along_axis(log_probs, ids[:, 1:, None], axis=-1)[..., 0]
     return ops.sum(ops.where(mask[:, 1:], chosen, 0.0), axis=1)

@@ -23,53 +23,6 @@ def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 
 
-def sum_chunks(
-    function: Callable[..., jax.Array], arrays: tuple[jax.Array, ...]
-) -> jax.Array:
-    """Sums `function(*chunk)` over the chunks, rematerialising each.
-
-    Chunks whose last array, a mask, is all zero come last; they are skipped
-    at run time.
-
-    Args:
-        function: Maps one chunk of each array to a tensor, which has a
-            gradient by the first array and by variables.
-        arrays: Arrays of shape `(num_chunks, ...)`; the last is a mask.
-
-    Returns:
-        The sum, of the shape of one `function(*chunk)`.
-    """
-    # A scan: XLA keeps the memory of every turn of an unrolled loop.
-    result = jax.eval_shape(function, *(array[0] for array in arrays))
-    zeros = jnp.zeros(result.shape, result.dtype)
-
-    def value(chunk: Tree) -> jax.Array:
-        return jax.lax.cond(
-            jnp.any(chunk[-1]), lambda: function(*chunk), lambda: zeros
-        )
-
-    def step(total: jax.Array, chunk: Tree) -> tuple[jax.Array, None]:
-        return total + jax.checkpoint(value)(chunk), None
-
-    return jax.lax.scan(step, zeros, arrays)[0]
-
-
-def token_log_probs(logits: jax.Array, token_ids: jax.Array) -> jax.Array:
-    """Log-probs of tokens, in nats.
-
-    Args:
-        logits: Float32 tensor of shape `(tokens, vocabulary)`.
-        token_ids: Integer tensor of shape `(tokens,)`.
-
-    Returns:
-        Float32 tensor of shape `(tokens,)`.
-    """
-    # Not a gather, whose gradient is a scatter into new logits.
-    is_chosen = jnp.arange(logits.shape[1]) == token_ids[:, None]
-    chosen = jnp.sum(jnp.where(is_chosen, logits, 0.0), axis=1)
-    return chosen - jax.nn.logsumexp(logits, axis=1)
-
-
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 

@@ -28,49 +28,6 @@ def seed_step(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def sum_chunks(
-    function: Callable[..., torch.Tensor], arrays: tuple[torch.Tensor, ...]
-) -> torch.Tensor:
-    """Sums `function(*chunk)` over the chunks, rematerialising each.
-
-    Chunks whose last array, a mask, is all zero come last; they are skipped.
-
-    Args:
-        function: Maps one chunk of each array to a tensor, which has a
-            gradient by the first array and by variables.
-        arrays: Tensors of shape `(num_chunks, ...)`; the last is a mask.
-
-    Returns:
-        The sum, of the shape of one `function(*chunk)`.
-    """
-    mask = arrays[-1]
-    used = mask.reshape(mask.shape[0], -1).any(dim=1).tolist()
-    used[0] = True  # the sum of no chunks has no shape
-    values = [
-        checkpoint(function, *(a[i] for a in arrays), use_reentrant=False)
-        for i, is_used in enumerate(used)
-        if is_used
-    ]
-    return torch.stack(values).sum(dim=0)
-
-
-def token_log_probs(
-    logits: torch.Tensor, token_ids: torch.Tensor
-) -> torch.Tensor:
-    """Log-probs of tokens, in nats.
-
-    Args:
-        logits: Float32 tensor of shape `(tokens, vocabulary)`.
-        token_ids: Integer tensor of shape `(tokens,)`.
-
-    Returns:
-        Float32 tensor of shape `(tokens,)`.
-    """
-    return -torch.nn.functional.cross_entropy(
-        logits, token_ids.long(), reduction="none"
-    )
-
-
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 

@@ -1,19 +1,19 @@
-"""Sequence log-probs without the logits of the whole sequence."""
+"""Log-probs of responses without the logits of the whole sequence."""
 
-from collections.abc import Callable
 from typing import Any
 
+import keras
 from keras import ops
 
 from keras_iris import backend
 
 Tensor = Any
 
-# Logits held at a time: 2^24 float32 values are 64 MiB, and their gradient as
-# much again. Of the last chunk, half is padding in the mean.
-_MAX_LOGITS = 2**24
-_MIN_CHUNK_TOKENS = 256
-_MAX_CHUNK_TOKENS = 4096
+# The logits that are held at a time: (512, 8192) are 16 MiB of float32, which
+# fits into a processor's cache. Tokens that no response has are left out in
+# chunks of this size.
+_TILE_TOKENS = 512
+_TILE_OUTPUTS = 8192
 
 
 def sequence_log_probs(
@@ -21,16 +21,15 @@ def sequence_log_probs(
     token_ids: Tensor,
     response_mask: Tensor,
     *,
-    head: Callable[[Tensor], Tensor],
-    vocabulary_size: int,
+    head: keras.layers.ReversibleEmbedding,
 ) -> Tensor:
     """Log-probs of responses, summed over their tokens, in nats.
 
-    The hidden state at position `t - 1` predicts the token at `t`. The head
-    and the log-softmax run over chunks of tokens, each recomputed in the
-    backward pass, so that logits of shape `(tokens, vocabulary)` never exist;
-    the positions that predict no response token are left out. Whatever the
-    compute dtype, the log-softmax and the sums are float32.
+    The hidden state at position `t - 1` predicts the token at `t`. Logits of
+    shape `(tokens, vocabulary)` never exist: they are made, and made again in
+    the backward pass, for a block of the vocabulary and some of the tokens at
+    a time. Positions that predict no response token are left out. Whatever
+    the compute dtype, the log-softmax and the sums are float32.
 
     Args:
         hidden_states: Tensor of shape `(rows, time, width)`.
@@ -39,21 +38,16 @@ def sequence_log_probs(
             `token_ids` holds a token of the response, its end token
             included. The first position of a row predicts nothing and can't
             be part of a response.
-        head: Maps hidden states `(n, width)` to logits
-            `(n, vocabulary_size)`.
-        vocabulary_size: Number of logits.
+        head: The output layer, whose matrix, dtype and `logit_soft_cap` are
+            taken. Its matrix gets a gradient if it is trainable.
 
     Returns:
         Float32 tensor of shape `(rows,)`.
     """
-    rows, time = ops.shape(token_ids)  # tensors where TensorFlow traces
-    return _sum_log_probs(
-        (hidden_states, token_ids, response_mask),
-        ops.repeat(ops.arange(rows), time - 1),
-        rows,
-        head,
-        vocabulary_size,
+    log_probs = token_log_probs(
+        hidden_states, token_ids, response_mask, head=head
     )
+    return ops.sum(log_probs, axis=1)
 
 
 def token_log_probs(
@@ -61,77 +55,69 @@ def token_log_probs(
     token_ids: Tensor,
     response_mask: Tensor,
     *,
-    head: Callable[[Tensor], Tensor],
-    vocabulary_size: int,
+    head: keras.layers.ReversibleEmbedding,
 ) -> Tensor:
     """Log-probs of the tokens of responses, in nats.
 
-    As `sequence_log_probs`, but not summed, and meant for few rows.
+    As `sequence_log_probs`, but not summed.
 
     Args:
         hidden_states: As in `sequence_log_probs`.
         token_ids: As there.
         response_mask: As there.
         head: As there.
-        vocabulary_size: As there.
 
     Returns:
         Float32 tensor of shape `(rows, time - 1)`, for the tokens from the
         second position on; 0 where they are not the response's.
     """
-    rows, time = ops.shape(token_ids)
+    rows, time = ops.shape(token_ids)  # tensors where TensorFlow traces
     num_tokens = rows * (time - 1)
-    log_probs = _sum_log_probs(
-        (hidden_states, token_ids, response_mask),
-        ops.arange(num_tokens),
-        num_tokens,
-        head,
-        vocabulary_size,
+    hidden_states = ops.reshape(
+        hidden_states[:, :-1], (num_tokens, hidden_states.shape[-1])
     )
+    hidden_states = ops.cast(
+        hidden_states, head.reverse_dtype or head.compute_dtype
+    )
+    token_ids = ops.reshape(token_ids[:, 1:], (num_tokens,))
+    mask = ops.reshape(ops.cast(response_mask[:, 1:], "int32"), (num_tokens,))
+    # Response tokens first, so that the rest is a block.
+    order = ops.argsort(1 - mask)
+    log_probs = backend.head_log_probs(
+        ops.take(hidden_states, order, axis=0),
+        _table(head),
+        ops.take(token_ids, order, axis=0),
+        ops.sum(mask),
+        _options(head, num_tokens),
+    )
+    log_probs = ops.take(log_probs, ops.argsort(order), axis=0)
+    # `where`, not a product: what isn't a response's may be anything.
+    log_probs = ops.where(mask > 0, log_probs, 0.0)
     return ops.reshape(log_probs, (rows, time - 1))
 
 
-def _sum_log_probs(
-    inputs: tuple[Tensor, Tensor, Tensor],
-    segment: Tensor,
-    num_segments: Any,
-    head: Callable[[Tensor], Tensor],
-    vocabulary_size: int,
-) -> Tensor:
-    """Sums over segments; `segment` tells that of each token."""
-    hidden_states, token_ids, response_mask = inputs
-    width = hidden_states.shape[-1]
-    hidden_states = ops.reshape(hidden_states[:, :-1], (-1, width))
-    token_ids = ops.reshape(token_ids[:, 1:], (-1,))
-    mask = ops.reshape(ops.cast(response_mask[:, 1:], "float32"), (-1,))
-
-    def sums(hidden: Tensor, ids: Tensor, segment: Tensor, mask: Tensor) -> Any:
-        logits = ops.cast(head(hidden), "float32")  # (n, vocabulary)
-        log_probs = backend.token_log_probs(logits, ids)
-        # `where`, not a product: a padding position may hold -inf.
-        log_probs = ops.where(mask > 0, log_probs, 0.0)
-        return ops.segment_sum(log_probs, segment, num_segments=num_segments)
-
-    arrays = (hidden_states, token_ids, segment, mask)
-    size = _chunk_size(vocabulary_size)
-    num_tokens = ops.shape(mask)[0]
-    if isinstance(num_tokens, int) and num_tokens <= size:
-        return sums(*arrays)
-    # Response tokens first, so that the chunks behind them are empty.
-    order = ops.argsort(1.0 - mask)
-    chunks = (_chunks(ops.take(a, order, axis=0), size) for a in arrays)
-    return backend.sum_chunks(sums, tuple(chunks))
+def _table(head: keras.layers.ReversibleEmbedding) -> Tensor:
+    """The matrix `(vocabulary, width)` as it is stored: blocks are cast."""
+    with backend.AutocastScope(None):
+        if head.tie_weights:
+            return ops.convert_to_tensor(head.embeddings)
+        return ops.transpose(head.reverse_embeddings)
 
 
-def _chunk_size(vocabulary_size: int) -> int:
-    """Tokens that go through the head at a time."""
-    tokens = max(_MIN_CHUNK_TOKENS, _MAX_LOGITS // vocabulary_size)
-    return min(_MAX_CHUNK_TOKENS, tokens)
-
-
-def _chunks(array: Tensor, size: int) -> Tensor:
-    """Cuts `(tokens, ...)` into `(num_chunks, size, ...)`."""
-    num_tokens, *rest = ops.shape(array)
-    padding = ops.zeros((-num_tokens % size, *rest), array.dtype)
-    array = ops.concatenate([array, padding])
-    return ops.reshape(array, (-1, size, *rest))
+def _options(
+    head: keras.layers.ReversibleEmbedding, num_tokens: Any
+) -> backend.HeadOptions:
+    tile_tokens, tile_outputs = _TILE_TOKENS, _TILE_OUTPUTS
+    if isinstance(num_tokens, int):
+        tile_tokens = min(tile_tokens, num_tokens)
+    distribution = keras.distribution.distribution()
+    if isinstance(distribution, keras.distribution.ModelParallel):
+        # The vocabulary is cut over devices already, and each has its share
+        # of every block.
+        tile_outputs = head.input_dim
+    return backend.HeadOptions(
+        tile_tokens=tile_tokens,
+        tile_outputs=tile_outputs,
+        soft_cap=head.logit_soft_cap,
+        is_trained=bool(head.trainable_variables),
+    )

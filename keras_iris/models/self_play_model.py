@@ -225,8 +225,7 @@ class SelfPlayModel(backend.Trainer):
             hidden_states,
             token_ids,
             flat(response_mask),
-            head=lambda h: backbone.token_embedding(h, reverse=True),
-            vocabulary_size=backbone.token_embedding.input_dim,
+            head=backbone.token_embedding,
         )
         shape = (-1, num_responses, *ops.shape(log_probs)[1:])
         return ops.reshape(log_probs, shape)

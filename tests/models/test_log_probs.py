@@ -12,6 +12,7 @@ from keras_iris.data import Example, PairDataset
 from keras_iris.models import log_probs
 
 VOCABULARY_SIZE = 11
+WEIGHTS = [1.0, -2.0, 0.5]  # of the rows, in a scalar to differentiate
 
 
 def _data(rows=3, time=9, width=4):
@@ -24,50 +25,146 @@ def _data(rows=3, time=9, width=4):
     return hidden, kernel, ids, mask
 
 
-def _chunked(monkeypatch):
-    # Chunks of 6 tokens: the last of 4 has no response token.
-    monkeypatch.setattr(log_probs, "_MIN_CHUNK_TOKENS", 6)
-    monkeypatch.setattr(log_probs, "_MAX_LOGITS", 0)
+def _head(kernel, **options):
+    head = keras.layers.ReversibleEmbedding(*kernel.T.shape, **options)
+    head.build()
+    head.embeddings.assign(kernel.T)
+    if not head.tie_weights:
+        head.embeddings.assign(2 * kernel.T)
+        head.reverse_embeddings.assign(kernel)
+    return head
 
 
-def _log_probs(hidden, kernel, ids, mask):
+def _in_tiles(monkeypatch):
+    # Chunks of 6 tokens, the last of 4 without a response token, and blocks
+    # of 4 outputs, the last of 3.
+    monkeypatch.setattr(log_probs, "_TILE_TOKENS", 6)
+    monkeypatch.setattr(log_probs, "_TILE_OUTPUTS", 5)
+
+
+def _log_probs(hidden, head, ids, mask):
     return log_probs.sequence_log_probs(
         keras.ops.convert_to_tensor(hidden),
         keras.ops.convert_to_tensor(ids),
         keras.ops.convert_to_tensor(mask),
-        head=lambda h: keras.ops.matmul(h, kernel),
-        vocabulary_size=VOCABULARY_SIZE,
+        head=head,
     )
 
 
-def test_chunks_agree_with_the_oracle(monkeypatch):
+def _naive(hidden, head, ids, mask):
+    """Log-probs from whole logits, for the backend to differentiate."""
+    logits = head(hidden[:, :-1], reverse=True)
+    found = keras.ops.log_softmax(keras.ops.cast(logits, "float32"))
+    found = keras.ops.take_along_axis(found, ids[:, 1:, None], axis=2)[..., 0]
+    return keras.ops.sum(keras.ops.where(mask[:, 1:], found, 0.0), axis=1)
+
+
+HEADS = {
+    "tied": {},
+    "untied": {"tie_weights": False},
+    "capped": {"logit_soft_cap": 2.0},
+    "frozen": {"trainable": False},
+    "frozen, capped": {"trainable": False, "logit_soft_cap": 2.0},
+    "frozen, untied": {"trainable": False, "tie_weights": False},
+}
+every_head = pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+
+
+@every_head
+def test_tiles_agree_with_the_oracle(options, monkeypatch):
     hidden, kernel, ids, mask = _data()
-    expected = oracle(hidden @ kernel, ids, mask)
-    whole = _log_probs(hidden, kernel, ids, mask)
-    _chunked(monkeypatch)
-    chunks = _log_probs(hidden, kernel, ids, mask)
-    for actual in (whole, chunks):
+    logits = hidden @ kernel
+    if cap := options.get("logit_soft_cap"):
+        logits = cap * np.tanh(logits / cap)
+    expected = oracle(logits, ids, mask)
+    head = _head(kernel, **options)
+    whole = _log_probs(hidden, head, ids, mask)
+    _in_tiles(monkeypatch)
+    tiles = _log_probs(hidden, head, ids, mask)
+    for actual in (whole, tiles):
         np.testing.assert_allclose(
             keras.ops.convert_to_numpy(actual), expected, rtol=1e-5
         )
 
 
-def test_gradient_of_the_hidden_states(monkeypatch):
+def test_tokens_agree_with_the_oracle(monkeypatch):
+    hidden, kernel, ids, mask = _data()
+    _in_tiles(monkeypatch)
+    found = log_probs.token_log_probs(hidden, ids, mask, head=_head(kernel))
+    found = keras.ops.convert_to_numpy(found)
+    for row, t in np.ndindex(found.shape):
+        only = np.zeros_like(mask)
+        only[row, t + 1] = mask[row, t + 1]
+        expected = oracle(hidden @ kernel, ids, only)[row]
+        np.testing.assert_allclose(found[row, t], expected, rtol=1e-5)
+
+
+@every_head
+def test_gradient_of_the_hidden_states(options, monkeypatch):
+    hidden, kernel, ids, mask = _data()
+    head = _head(kernel, **options)
+
+    def total(function):
+        return lambda h: keras.ops.sum(
+            keras.ops.convert_to_tensor(WEIGHTS) * function(h, head, ids, mask)
+        )
+
+    expected = gradient(total(_naive), hidden)
+    whole = gradient(total(_log_probs), hidden)
+    _in_tiles(monkeypatch)
+    for actual in (whole, gradient(total(_log_probs), hidden)):
+        np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+class Scorer(keras.Model):
+    """Trains an embedding, and as a head, on top of fixed hidden states."""
+
+    def __init__(self, function, head, ids, mask):
+        super().__init__()
+        self.function, self.head = function, head
+        self.ids, self.mask = ids, mask
+
+    def call(self, hidden):
+        hidden = keras.ops.add(hidden, self.head(self.ids))
+        return self.function(hidden, self.head, self.ids, self.mask)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("tied", "float32"),
+        ("untied", "float32"),
+        ("capped", "float32"),
+        ("tied", "mixed_bfloat16"),
+    ],
+)
+def test_gradient_of_the_head(kind, dtype, monkeypatch):
     hidden, kernel, ids, mask = _data()
 
-    def total(h):
-        weights = keras.ops.convert_to_tensor([1.0, -2.0, 0.5])
-        return keras.ops.sum(weights * _log_probs(h, kernel, ids, mask))
+    def train(function):
+        head = _head(kernel, dtype=dtype, **HEADS[kind])
+        model = Scorer(function, head, ids, mask)
+        model.compile(
+            keras.optimizers.SGD(1.0),
+            loss=lambda weights, found: weights * found,
+            jit_compile=False,
+        )
+        model.train_on_batch(hidden, np.float32(WEIGHTS))
+        return [keras.ops.convert_to_numpy(w) for w in head.weights]
 
-    whole = gradient(total, hidden)
-    _chunked(monkeypatch)
-    np.testing.assert_allclose(
-        gradient(total, hidden), whole, rtol=1e-4, atol=1e-6
-    )
+    expected = train(_naive)
+    assert not np.allclose(expected[-1].ravel()[:4], kernel[:, 0], atol=1e-3)
+    whole = train(_log_probs)
+    _in_tiles(monkeypatch)
+    tiles = train(_log_probs)
+    tolerance = {"float32": 1e-5, "mixed_bfloat16": 2e-2}[dtype]
+    for actual in (whole, tiles):
+        for matrix, naive in zip(actual, expected, strict=True):
+            np.testing.assert_allclose(matrix, naive, atol=tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["qwen", "mistral"])
-def test_training_in_chunks(architecture, monkeypatch):
+def test_training_in_tiles(architecture, monkeypatch):
     """A tied and an untied head; the step is that of whole logits."""
 
     def train():
@@ -88,7 +185,7 @@ def test_training_in_chunks(architecture, monkeypatch):
         ]
 
     expected = train()
-    _chunked(monkeypatch)
+    _in_tiles(monkeypatch)
     for change, whole in zip(train(), expected, strict=True):
         np.testing.assert_allclose(change, whole, rtol=1e-3, atol=1e-5)
 
@@ -128,6 +225,6 @@ def test_lengths_that_are_unknown_in_tracing(jit_compile, monkeypatch):
         ]
 
     expected = train()
-    _chunked(monkeypatch)
+    _in_tiles(monkeypatch)
     for change, whole in zip(train(), expected, strict=True):
         np.testing.assert_allclose(change, whole, rtol=1e-3, atol=3e-5)

@@ -1,0 +1,29 @@
+"""What the backends' language-model heads have in common."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadOptions:
+    """How log-probs are made of hidden states and a table of outputs.
+
+    Args:
+        tile_tokens: Tokens whose logits are held at a time.
+        tile_outputs: Outputs whose logits are held at a time.
+        soft_cap: Logits `l` become `soft_cap * tanh(l / soft_cap)`; `None`
+            leaves them.
+        is_trained: Whether the table gets a gradient.
+    """
+
+    tile_tokens: int
+    tile_outputs: int
+    soft_cap: float | None
+    is_trained: bool
+
+    def blocks(self, num_outputs: int) -> tuple[int, int, int]:
+        """Size and number of equal blocks, and of outputs left behind them."""
+        fewest = -(-num_outputs // self.tile_outputs)
+        # Rather some more blocks than a rest.
+        divisors = [n for n in range(fewest, 2 * fewest) if num_outputs % n == 0]
+        size = -(-num_outputs // next(iter(divisors), fewest))
+        return size, num_outputs // size, num_outputs % size
