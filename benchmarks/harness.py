@@ -19,6 +19,12 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("jax", "tensorflow", "torch")
+# Of glibc; with oneDNN, TensorFlow has an allocator that keeps everything.
+_RETURNS_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TOP_PAD_": "0",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+}
 
 
 class Worker:
@@ -28,10 +34,20 @@ class Worker:
         script: The `__file__` of the benchmark that defines the contestant.
         contestant: The name of its class.
         backend: The value of `KERAS_BACKEND`.
+        returns_memory: Whether libraries are to give back at once what they
+            no longer use, for `memory_above`. Takes time.
         **settings: What the class is called with.
     """
 
-    def __init__(self, script, contestant, *, backend="torch", **settings):
+    def __init__(
+        self,
+        script,
+        contestant,
+        *,
+        backend="torch",
+        returns_memory=False,
+        **settings,
+    ):
         self.name = f"{contestant} on {backend}"
         # Of interest only if the worker fails.
         self._errors = tempfile.TemporaryFile("w+")
@@ -52,6 +68,7 @@ class Worker:
                 "TOKENIZERS_PARALLELISM": "false",
                 **os.environ,
                 "KERAS_BACKEND": backend,
+                **(_RETURNS_MEMORY if returns_memory else {}),
             },
         )
         self._receive()

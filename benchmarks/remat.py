@@ -77,7 +77,7 @@ class Steps:
 def main():
     """Measures all backends."""
     arguments = records.parse_arguments(__doc__)
-    sizes, batch, rounds = MODEL, BATCH, 5
+    sizes, batch, rounds = MODEL, BATCH, 3
     if arguments.quick:
         sizes, batch, rounds = models.TINY, QUICK_BATCH, 1
     rows = []

@@ -43,7 +43,7 @@ def import_seconds(backend):
 def main():
     """Measures all backends."""
     arguments = records.parse_arguments(__doc__)
-    rounds = 1 if arguments.quick else 5
+    rounds = 1 if arguments.quick else 3
     seconds = {backend: [] for backend in harness.BACKENDS}
     for backend in harness.BACKENDS:
         import_seconds(backend)  # reads the files from the disk

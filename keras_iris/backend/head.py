@@ -24,6 +24,7 @@ class HeadOptions:
         """Size and number of equal blocks, and of outputs left behind them."""
         fewest = -(-num_outputs // self.tile_outputs)
         # Rather some more blocks than a rest.
-        divisors = [n for n in range(fewest, 2 * fewest) if num_outputs % n == 0]
-        size = -(-num_outputs // next(iter(divisors), fewest))
+        candidates = range(fewest, 2 * fewest)
+        number = next((n for n in candidates if num_outputs % n == 0), fewest)
+        size = -(-num_outputs // number)
         return size, num_outputs // size, num_outputs % size

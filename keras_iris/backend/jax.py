@@ -23,6 +23,18 @@ def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 
 
+def write(cache: jax.Array, index: Any, new: jax.Array) -> jax.Array:
+    """A cache with new positions.
+
+    Args:
+        cache: Tensor of shape `(batch, heads, total, width)`. It isn't to be
+            used any more, as PyTorch writes to it.
+        index: The first new position, an integer scalar.
+        new: Tensor of shape `(batch, heads, time, width)`.
+    """
+    return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
+
+
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 

@@ -77,8 +77,8 @@ def _forward(
 
 def _backward(options: HeadOptions, kept: Tree, upstream: jax.Array) -> Tree:
     if options.is_trained:
-        *inputs, normalizer = kept
-        head = _Head(*inputs, options)
+        hidden, table, token_ids, num_used, normalizer = kept
+        head = _Head(hidden, table, token_ids, num_used, options)
         return *head.backward(normalizer, upstream), None, None
     by_hidden = upstream[:, None] * kept
     return by_hidden.astype(kept.dtype), None, None, None
@@ -109,10 +109,10 @@ class _Head:
         self, *, with_gradient: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         """Log-probs, log-normalizers, and gradients by hidden states."""
-        zeros = jnp.zeros(len(self.token_ids), "float32")
+        zeros = _zeros(self.token_ids)
         state = {"largest": zeros - jnp.inf, "sum": zeros, "chosen": zeros}
         if with_gradient:
-            state["mean"] = jnp.zeros(self.hidden.shape, "float32")  # of the outputs
+            state["mean"] = _zeros(self.hidden)
 
         def add_tile(c: jax.Array, start: Any, block: Tree, old: Tree) -> Tree:
             logits, is_chosen = self._tile(c, start, block)
@@ -176,7 +176,7 @@ class _Head:
                 0,
                 self.num_chunks,
                 step,
-                (by_hidden, jnp.zeros(block.shape, "float32")),
+                (by_hidden, _zeros(block)),
             )
             return by_hidden, jax.lax.dynamic_update_slice_in_dim(
                 by_table, by_block.astype(by_table.dtype), start, axis=0
@@ -184,7 +184,10 @@ class _Head:
 
         by_hidden, by_table = self._over_blocks(
             add_block,
-            (jnp.zeros(self.hidden.shape, "float32"), jnp.zeros_like(self.table)),
+            (
+                _zeros(self.hidden),
+                jnp.zeros_like(self.table),
+            ),
         )
         return by_hidden.astype(self.hidden.dtype), by_table
 
@@ -235,3 +238,7 @@ class _Head:
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.matmul(a, b, preferred_element_type="float32")
+
+
+def _zeros(array: jax.Array) -> jax.Array:
+    return jnp.zeros(array.shape, "float32")

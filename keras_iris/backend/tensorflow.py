@@ -1,6 +1,6 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -56,6 +56,11 @@ def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 
 
+def write(cache: tf.Tensor, index: Any, new: tf.Tensor) -> tf.Tensor:
+    """A cache with new positions: see `keras_iris.backend.jax.write`."""
+    return keras.ops.slice_update(cache, (0, 0, index, 0), new)
+
+
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 
@@ -104,7 +109,10 @@ class Trainer(keras.Model):
         sums: list[tf.Tensor] = []
         columns: dict[int, tf.Tensor] = {}
         for stream in self.loss.streams():
-            y_pred, gradients = self._accumulate(stream, x, y, share)
+            # One after another, or TensorFlow runs both at once, and holds
+            # the activations of two micro-batches.
+            with tf.control_dependencies(sums):
+                y_pred, gradients = self._accumulate(stream, x, y, share)
             if sums:
                 gradients = [
                     s + g for s, g in zip(sums, gradients, strict=True)

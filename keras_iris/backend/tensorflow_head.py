@@ -196,12 +196,14 @@ class _Head:
         return gradient if cap is None else gradient * (1 - (logits / cap) ** 2)
 
 
-def _loop(number: Any, step: Callable[[tf.Tensor, Tree], Tree], s: Tree) -> Tree:
+def _loop(
+    number: Any, step: Callable[[tf.Tensor, Tree], Tree], state: Tree
+) -> Tree:
     """The state after `state = step(i, state)` for all i, one at a time."""
     return tf.while_loop(
         lambda i, *_: i < number,
         lambda i, *state: (i + 1, *step(i, list(state))),
-        (tf.constant(0), *s),
+        (tf.constant(0), *state),
         parallel_iterations=1,
     )[1:]
 

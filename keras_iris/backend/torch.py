@@ -1,11 +1,10 @@
 """The train step of `SelfPlayModel` on PyTorch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import keras
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from keras_iris.data import PairDataset
 from keras_iris.losses import Stream
@@ -26,6 +25,12 @@ def seed_step(seed: int) -> None:
         seed: Of the step.
     """
     torch.manual_seed(seed)
+
+
+def write(cache: torch.Tensor, index: Any, new: torch.Tensor) -> torch.Tensor:
+    """A cache with new positions: see `keras_iris.backend.jax.write`."""
+    cache[:, :, index : index + new.shape[2]] = new
+    return cache
 
 
 class Trainer(keras.Model):

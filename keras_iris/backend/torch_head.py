@@ -55,8 +55,8 @@ class _LogProbs(torch.autograd.Function):
             (by_hidden,) = ctx.saved_tensors
             scaled = upstream[0][:, None] * by_hidden
             return scaled.to(by_hidden.dtype), None, None, None
-        *inputs, normalizer = ctx.saved_tensors
-        head = _Head(*inputs, ctx.options)
+        hidden, table, token_ids, normalizer = ctx.saved_tensors
+        head = _Head(hidden, table, token_ids, ctx.options)
         return *head.backward(normalizer, upstream[0]), None, None
 
 
@@ -142,9 +142,7 @@ class _Head:
         cap = self.options.soft_cap
         return None if cap is None else 1 - (logits / cap) ** 2
 
-    def _own(
-        self, start: int, size: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _own(self, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each token is in a block, and whether it is in there."""
         index = self.token_ids - start
         return index.clamp(0, size - 1), (index >= 0) & (index < size)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 
 # Prompt lengths of the compiled shapes unless the caller has better ones.
-# The padding of a bucket costs prefill and memory but no decoding steps.
-DEFAULT_BUCKET_LENGTHS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+# The padding of a bucket costs prefill, memory and attention, but no decoding
+# steps. Powers of two, and half-way where the prompts of chats mostly are.
+_POWERS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+DEFAULT_BUCKET_LENGTHS = tuple(sorted((*_POWERS, 192, 384)))
 
 
 @dataclass(frozen=True)

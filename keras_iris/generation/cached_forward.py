@@ -8,12 +8,17 @@ wait for the others.
 """
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import keras_hub
+import numpy as np
 from keras import ops
 
-# Rotary embeddings of the position alone, and layers that take a mask.
+from keras_iris import backend
+
+# Decoders of one kind: rotary embeddings, a gated feed-forward network, and
+# parts of the same names.
 _SHIFTABLE = (
     keras_hub.models.LlamaBackbone,  # and Llama 3
     keras_hub.models.MistralBackbone,
@@ -27,7 +32,10 @@ def cached_forward(causal_lm: Any) -> "CachedForward":
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
     """
-    if isinstance(causal_lm.backbone, _SHIFTABLE):
+    backbone = causal_lm.backbone
+    # A Qwen model's window is its attention's and not its mask's.
+    has_window = getattr(backbone, "use_sliding_window_attention", False)
+    if isinstance(backbone, _SHIFTABLE) and not has_window:
         return RightAligned(causal_lm)
     return LeftAligned(causal_lm)
 
@@ -74,68 +82,135 @@ class CachedForward(abc.ABC):
             Logits of shape `(batch, vocabulary)`, and the next cache.
         """
 
-    def _empty_cache(self, batch_size: int, total: int) -> Any:
-        """Zeros of shape (batch, layers, 2, total, heads, head width)."""
-        # `_build_cache` (KerasHub 0.32) alone knows the shape. Two tokens are
-        # the fewest that Keras' softmax takes without a warning.
-        start = ops.zeros((batch_size, 2), "int32")
-        _, small = self.causal_lm._build_cache(start)
-        shape = list(small.shape)
-        shape[3] = total
-        return ops.zeros(shape, small.dtype)
-
 
 class RightAligned(CachedForward):
     """Layer by layer, with prompts that end at one place.
 
     Rotary embeddings make attention depend on distances alone, so a row may
-    begin anywhere. The cache is a tensor for each layer, and a mask.
+    begin anywhere. The cache is a mask, and for each layer its keys and values
+    of shape `(batch, heads, total, head width)`: products read them as they
+    are. KerasHub's layers (0.32) hold them as `(batch, 2, total, heads, head
+    width)`, which every step slices, transposes and stacks again, most of its
+    time on a CPU.
     """
 
     pads_left = True
 
     def prefill(self, token_ids: Any, is_prompt: Any, total: int) -> Any:
         """The cache after the prompts."""
-        batch_size, time = token_ids.shape
+        time = token_ids.shape[1]
+        # Padding attends to itself: a softmax over nothing can be NaN.
+        itself = ops.equal(ops.arange(time)[:, None], ops.arange(time)[None])
+        mask = ops.logical_or(is_prompt[:, None], itself)  # (batch, time, time)
+        caches: list[Any] = []
+
+        def attend(layer: Any, hidden_states: Any) -> Any:
+            attention = layer._self_attention_layer
+            query, key, value = _project(attention, hidden_states, 0)
+            widths = ((0, 0), (0, 0), (0, total - time), (0, 0))
+            caches.extend(
+                ops.pad(ops.swapaxes(new, 1, 2), widths) for new in (key, value)
+            )
+            groups = query.shape[2] // key.shape[2]
+            outputs = attention._compute_attention(
+                query,
+                ops.repeat(key, groups, axis=2),
+                ops.repeat(value, groups, axis=2),
+                _attention_mask(layer, hidden_states, mask, None, 0),
+            )
+            return attention._output_dense(outputs)
+
+        self._layers(token_ids, attend)
         is_key = ops.pad(
             is_prompt, ((0, 0), (0, total - time)), constant_values=True
         )
-        # Padding attends to itself: a softmax over nothing can be NaN.
-        itself = ops.equal(ops.arange(time)[:, None], ops.arange(total)[None])
-        mask = ops.logical_or(is_key[:, None], itself)  # (batch, time, total)
-        empty = self._empty_cache(batch_size, total)
-        caches = [empty[:, i] for i in range(empty.shape[1])]
-        _, caches = self._layers(token_ids, caches, mask, 0)
         return (is_key, *caches)
 
     def step(self, token_ids: Any, cache: Any, index: Any) -> tuple[Any, Any]:
         """Logits of the tokens after those at position `index`."""
         is_key, *caches = cache
+        old, updated = iter(caches), list[Any]()
+
+        def attend(layer: Any, hidden_states: Any) -> Any:
+            attention = layer._self_attention_layer
+            query, *new = _project(attention, hidden_states, index)
+            key, value = (
+                backend.write(next(old), index, ops.swapaxes(part, 1, 2))
+                for part in new
+            )
+            updated.extend((key, value))
+            mask = _attention_mask(
+                layer, hidden_states, is_key[:, None], key, index
+            )
+            outputs = _attend_once(query, key, value, mask)
+            return attention._output_dense(outputs)
+
+        hidden_states = self._layers(token_ids, attend)
         backbone = self.causal_lm.backbone
-        hidden_states, caches = self._layers(
-            token_ids, caches, is_key[:, None], index
-        )
         hidden_states = backbone.layer_norm(hidden_states)
         logits = backbone.token_embedding(hidden_states, reverse=True)
-        return logits[:, 0], (is_key, *caches)
+        return logits[:, 0], (is_key, *updated)
 
-    def _layers(
-        self, token_ids: Any, caches: list[Any], mask: Any, index: Any
-    ) -> tuple[Any, list[Any]]:
+    def _layers(self, token_ids: Any, attend: Callable[[Any, Any], Any]) -> Any:
+        """Hidden states after all layers; `attend` is their attention."""
         backbone = self.causal_lm.backbone
         hidden_states = backbone.token_embedding(token_ids)
-        updated = []
-        for layer, cache in zip(
-            backbone.transformer_layers, caches, strict=True
-        ):
-            hidden_states, cache = layer(
-                hidden_states,
-                decoder_attention_mask=mask,
-                self_attention_cache=cache,
-                self_attention_cache_update_index=index,
+        for layer in backbone.transformer_layers:
+            inputs = layer._self_attention_layernorm(hidden_states)
+            hidden_states = hidden_states + attend(layer, inputs)
+            inputs = layer._feedforward_layernorm(hidden_states)
+            gate = ops.cast(layer._feedforward_gate_dense(inputs), "float32")
+            gate = ops.cast(layer.activation(gate), layer.compute_dtype)
+            inner = layer._feedforward_intermediate_dense(inputs) * gate
+            hidden_states = hidden_states + layer._feedforward_output_dense(
+                inner
             )
-            updated.append(cache)
-        return hidden_states, updated
+        return hidden_states
+
+
+def _project(attention: Any, inputs: Any, index: Any) -> tuple[Any, Any, Any]:
+    """Queries, keys and values, `(batch, time, heads, head width)`."""
+    rotate = attention.rotary_embedding_layer
+    return (
+        rotate(attention._query_dense(inputs), start_index=index),
+        rotate(attention._key_dense(inputs), start_index=index),
+        attention._value_dense(inputs),
+    )
+
+
+def _attention_mask(
+    layer: Any, hidden_states: Any, is_key: Any, cache: Any, index: Any
+) -> Any:
+    """`is_key`, but for what the layer doesn't look at."""
+    mask = layer._compute_self_attention_mask(
+        decoder_sequence=hidden_states,
+        decoder_padding_mask=None,
+        decoder_attention_mask=is_key,
+        self_attention_cache=cache,  # of which the third dimension is read
+        self_attention_cache_update_index=index,
+    )
+    return ops.cast(mask, "bool")
+
+
+def _attend_once(query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """Attention of one query a row, in groups of heads.
+
+    Args:
+        query: Tensor of shape `(batch, 1, heads, width)`.
+        key: Tensor of shape `(batch, key heads, total, width)`.
+        value: Tensor of that shape.
+        mask: Boolean tensor of shape `(batch, 1, total)`.
+
+    Returns:
+        Tensor of the shape of `query`.
+    """
+    batch_size, key_heads, _, width = key.shape
+    grouped = ops.reshape(query, (batch_size, key_heads, -1, width))
+    scores = ops.matmul(grouped, ops.swapaxes(key, 2, 3))
+    scores = ops.cast(scores, "float32") / np.sqrt(width)
+    scores = ops.where(mask[:, None], scores, -np.inf)
+    weights = ops.cast(ops.softmax(scores), value.dtype)
+    return ops.reshape(ops.matmul(weights, value), query.shape)
 
 
 class LeftAligned(CachedForward):
@@ -168,3 +243,13 @@ class LeftAligned(CachedForward):
             token_ids, cache[0], index
         )
         return logits[:, 0], (updated,)
+
+    def _empty_cache(self, batch_size: int, total: int) -> Any:
+        """Zeros of shape (batch, layers, 2, total, heads, head width)."""
+        # `_build_cache` (KerasHub 0.32) alone knows the shape. Two tokens are
+        # the fewest that Keras' softmax takes without a warning.
+        start = ops.zeros((batch_size, 2), "int32")
+        _, small = self.causal_lm._build_cache(start)
+        shape = list(small.shape)
+        shape[3] = total
+        return ops.zeros(shape, small.dtype)

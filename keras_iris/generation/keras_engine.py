@@ -44,7 +44,7 @@ class KerasEngine:
         bucket_lengths: Increasing lengths, in tokens, that prompts are padded
             to; one compilation for each that occurs. The last is the longest
             prompt that is answered. By default the powers of two from 16 to
-            4,096.
+            4,096, and 192 and 384.
         sampler: A `keras_hub.samplers.Sampler` that draws token by token. By
             default `RandomSampler(temperature=1.0)`, which is what self-play
             needs. Its seed is set for each batch.

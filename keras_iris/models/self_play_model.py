@@ -39,7 +39,8 @@ class SelfPlayModel(backend.Trainer):
         name: Name of the model.
 
     Raises:
-        ValueError: `causal_lm` has no such backbone and output layer.
+        ValueError: `causal_lm` has no such backbone and output layer, or a
+            quantized one.
 
     Example:
     ```python
@@ -306,6 +307,12 @@ def _check_causal_lm(causal_lm: Any) -> None:
             f"{type(causal_lm).__name__} with operations "
             f"{[operation.name for operation in operations]}. Pass the causal "
             "LM itself, not its backbone, or one of another architecture."
+        )
+    if head.quantization_mode:
+        raise ValueError(
+            "The output layer of `causal_lm` has to be in float. Received: "
+            f"{head.quantization_mode!r}. Use `keras_iris.load(..., "
+            "quantize=...)`, which quantizes the decoder layers only."
         )
 
 

@@ -95,9 +95,19 @@ def test_first_tokens_follow_the_softmax(causal_lm):
     assert z / np.sqrt(2 / (9 * freedom)) < 3.09, SIGNIFICANCE
 
 
-@pytest.mark.parametrize("architecture", ["qwen", "mistral", "llama", "gemma"])
-def test_completions_keep_order_and_match_the_training_forward(architecture):
-    causal_lm = make_causal_lm(architecture, num_layers=1)
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [
+        ("qwen", {}),
+        ("mistral", {"sliding_window": 4}),
+        ("llama", {}),
+        ("gemma", {}),
+    ],
+)
+def test_completions_keep_order_and_match_the_training_forward(
+    architecture, options
+):
+    causal_lm = make_causal_lm(architecture, num_layers=1, **options)
     assert causal_lm.preprocessor is None
     prompts = [[5 + i] * len(prompt) for i, prompt in enumerate(PROMPTS)]
     completions = make_engine(causal_lm).generate(prompts, seed=4)
