@@ -15,7 +15,7 @@ _MASTER_BYTES = 4  # of a number that is trained, of its gradient, of a slot
 _COMPUTE_BYTES = 2  # bfloat16
 _ID_BYTES = 4
 _QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
-_LOGITS_BYTES = 3 * 2**27  # a chunk of logits, its softmax, its gradient
+_LOGITS_BYTES = 3 * 2**27  # tiles of logits, a block of the head's gradient
 
 
 class ShardedParallel(keras.distribution.ModelParallel):

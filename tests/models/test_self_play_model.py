@@ -175,6 +175,13 @@ class TestErrors:
         with pytest.raises(ValueError, match="not its backbone"):
             keras_iris.SelfPlayModel(make_causal_lm().backbone)
 
+    @pytest.mark.filterwarnings("ignore:Layer")
+    def test_quantized_output_layer(self):
+        causal_lm = make_causal_lm()
+        causal_lm.quantize("int8")
+        with pytest.raises(ValueError, match="has to be in float.*'int8'"):
+            keras_iris.SelfPlayModel(causal_lm)
+
     @pytest.mark.parametrize("size", [0, -1, 2.5, True])
     def test_micro_batch_size(self, size):
         model = keras_iris.SelfPlayModel(make_causal_lm())
