@@ -8,9 +8,9 @@ XLA's temporary memory on JAX; elsewhere it is the peak of the resident memory
 above what it was before the call, so with the head's gradient (float32, as
 large as the head) on both sides. At the large size ours and the naive one take
 turns in time but not in memory: one is gone before the other comes, and each
-is timed once. Memory is that of the first
-call, which on TensorFlow and PyTorch imports keras_iris, for both ways. Errors are those of single tokens against float64, at logits of
-standard deviation 1.
+is timed once. Memory is that of the first call, which on TensorFlow and
+PyTorch imports keras_iris as well, for both ways. Errors are those of single
+tokens against float64, at logits of standard deviation 1.
 """
 
 import contextlib
