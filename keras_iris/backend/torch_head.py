@@ -81,7 +81,7 @@ class _Head:
         """Log-probs, log-normalizers, and gradients by hidden states."""
         zeros = self.hidden.new_zeros(len(self.hidden), dtype=torch.float32)
         largest, total, chosen = zeros - torch.inf, zeros, zeros
-        mean = torch.zeros_like(self.hidden, dtype=torch.float32)
+        mean = zeros[:, None]  # of the outputs, in the end (tokens, width)
         for start, block in self._blocks():
             logits = self._logits(block)
             index, is_own = self._own(start, len(block))
