@@ -22,8 +22,9 @@ import models
 import numpy as np
 import records
 
-# And how many sums of gradients each holds.
-WAYS = {"exact": 2, "naive accumulation": 1, "batch of m": 0}
+EXACT, NAIVE, SMALL = "exact", "naive accumulation", "batch of m"
+# The sums of gradients that those hold whose memory is compared.
+NUM_SUMS = {EXACT: 2, SMALL: 0}
 MODEL = {
     "vocabulary": 4_096,
     "layers": 6,
@@ -41,7 +42,7 @@ class Steps:
     """Train steps of one way.
 
     Args:
-        way: One of `WAYS`.
+        way: `EXACT`, `NAIVE` or `SMALL`.
         sizes: Of the model.
         batch: `pairs`, `length` and `prompt_length`.
     """
@@ -65,9 +66,9 @@ class Steps:
                 return [Alone((0, 1), self.risks)]
 
         iris = keras_iris.losses.IRIS()
-        is_naive = way == "naive accumulation"
+        is_naive = way == NAIVE
         size = batch["pairs"] // NUM_MICRO_BATCHES
-        num_pairs = size if way == "batch of m" else batch["pairs"]
+        num_pairs = size if way == SMALL else batch["pairs"]
         loss = NaiveIRIS() if is_naive else keras_iris.losses.IRIS()
         self.model = keras_iris.SelfPlayModel(models.keras_model(sizes))
         self.model.compile(
@@ -111,11 +112,13 @@ def _measure(backend, sizes, batch, rounds):
         batch=batch,
     )
     memory = {}
-    for way in WAYS:
+    for way in NUM_SUMS:
         with start(way=way, returns_memory=True) as worker:
             memory[way] = worker.call("memory_mb")
     with contextlib.ExitStack() as stack:
-        workers = {way: stack.enter_context(start(way=way)) for way in WAYS}
+        workers = {
+            way: stack.enter_context(start(way=way)) for way in (EXACT, NAIVE)
+        }
         harness.take_turns(workers, "run", 1, steps=1)  # compiles
         seconds = harness.take_turns(workers, "run", rounds, steps=1)
     return seconds, memory
@@ -133,33 +136,26 @@ def main():
         seconds, memory = _measure(backend, sizes, batch, rounds)
         activations = {
             way: memory[way]["step"] - sums * memory[way]["gradients"]
-            for way, sums in WAYS.items()
+            for way, sums in NUM_SUMS.items()
         }
-        rows += [
-            {
-                "backend": backend,
-                "way": way,
-                "s/step": statistics.median(seconds[way]),
-                "time ratio": harness.median_ratio(
-                    seconds[way], seconds["naive accumulation"]
-                ),
-                "MB": memory[way]["step"],
-                "activations MB": activations[way],
-                "activations ratio": activations[way]
-                / activations["batch of m"],
-            }
-            for way in WAYS
-        ]
-        exact = rows[-len(WAYS)]
+        row = {"backend": backend}
+        for way, values in seconds.items():
+            row[f"{way} s"] = statistics.median(values)
+        row["time ratio"] = harness.median_ratio(seconds[EXACT], seconds[NAIVE])
+        for way in NUM_SUMS:
+            row[f"{way} MB"] = memory[way]["step"]
+            row[f"{way}, activations MB"] = activations[way]
+        row["activations ratio"] = activations[EXACT] / activations[SMALL]
+        rows.append(row)
         bars += [
             records.bar(
                 f"time over naive, {backend}",
-                exact["time ratio"],
+                row["time ratio"],
                 at_most=TIME_LIMIT,
             ),
             records.bar(
                 f"activations over a batch of m, {backend}",
-                exact["activations ratio"],
+                row["activations ratio"],
                 at_most=1.15,
             ),
         ]

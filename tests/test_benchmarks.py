@@ -189,7 +189,7 @@ def test_scaling_finds_exponents_and_terms():
     import scaling
 
     sizes = scaling.list_sizes(scaling.BASE, scaling.FACTORS)
-    assert len(sizes) == 1 + 4 * 3
+    assert len(sizes) == 1 + 4 * 2
     # All of it the layers' matrices: proportional to tokens and layers.
     seconds = [
         1e-6 * s["batch"] * s["length"] * s["layers"] for _, _, s in sizes

@@ -1,6 +1,7 @@
 """What the backends' language-model heads have in common."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,3 +29,9 @@ class HeadOptions:
         number = next((n for n in candidates if num_outputs % n == 0), fewest)
         size = -(-num_outputs // number)
         return size, num_outputs // size, num_outputs % size
+
+    def before_cap(self, gradient: Any, logits: Any) -> Any:
+        """A gradient by capped logits as one by the products."""
+        if self.soft_cap is None:
+            return gradient
+        return gradient * (1 - (logits / self.soft_cap) ** 2)

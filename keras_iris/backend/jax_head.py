@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,46 +42,42 @@ def head_log_probs(
     """
     num_tokens = len(token_ids)
     padding = -num_tokens % options.tile_tokens
-    hidden = jnp.pad(hidden, ((0, padding), (0, 0)))
-    token_ids = jnp.pad(token_ids, (0, padding))
-    return _log_probs(hidden, table, token_ids, num_used, options)[:num_tokens]
+    inputs = _Inputs(
+        hidden=jnp.pad(hidden, ((0, padding), (0, 0))),
+        table=table,
+        token_ids=jnp.pad(token_ids, (0, padding)),
+        num_used=num_used,
+    )
+    return _log_probs(inputs, options)[:num_tokens]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _log_probs(
-    hidden: jax.Array,
-    table: jax.Array,
-    token_ids: jax.Array,
-    num_used: jax.Array,
-    options: HeadOptions,
-) -> jax.Array:
-    head = _Head(hidden, table, token_ids, num_used, options)
-    return head.forward(with_gradient=False)[0]
+class _Inputs(NamedTuple):
+    """Those of `head_log_probs`, whole chunks of tokens; or their gradients."""
+
+    hidden: Any
+    table: Any
+    token_ids: Any = None
+    num_used: Any = None
 
 
-def _forward(
-    hidden: jax.Array,
-    table: jax.Array,
-    token_ids: jax.Array,
-    num_used: jax.Array,
-    options: HeadOptions,
-) -> Tree:
-    head = _Head(hidden, table, token_ids, num_used, options)
-    log_probs, normalizer, by_hidden = head.forward(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _log_probs(inputs: _Inputs, options: HeadOptions) -> jax.Array:
+    return _Head(inputs, options).forward(with_gradient=False)[0]
+
+
+def _forward(inputs: _Inputs, options: HeadOptions) -> Tree:
+    log_probs, normalizer, by_hidden = _Head(inputs, options).forward(
         with_gradient=not options.is_trained
     )
-    if options.is_trained:
-        return log_probs, (hidden, table, token_ids, num_used, normalizer)
-    return log_probs, by_hidden
+    return log_probs, (inputs, normalizer) if options.is_trained else by_hidden
 
 
 def _backward(options: HeadOptions, kept: Tree, upstream: jax.Array) -> Tree:
     if options.is_trained:
-        hidden, table, token_ids, num_used, normalizer = kept
-        head = _Head(hidden, table, token_ids, num_used, options)
-        return *head.backward(normalizer, upstream), None, None
+        inputs, normalizer = kept
+        return (_Head(inputs, options).backward(normalizer, upstream),)
     by_hidden = upstream[:, None] * kept
-    return by_hidden.astype(kept.dtype), None, None, None
+    return (_Inputs(by_hidden.astype(kept.dtype), None),)
 
 
 _log_probs.defvjp(_forward, _backward)
@@ -90,17 +86,8 @@ _log_probs.defvjp(_forward, _backward)
 class _Head:
     """The loops over blocks of outputs and chunks of tokens."""
 
-    def __init__(
-        self,
-        hidden: jax.Array,
-        table: jax.Array,
-        token_ids: jax.Array,
-        num_used: jax.Array,
-        options: HeadOptions,
-    ) -> None:
-        self.hidden = hidden
-        self.table = table
-        self.token_ids = token_ids
+    def __init__(self, inputs: _Inputs, options: HeadOptions) -> None:
+        self.hidden, self.table, self.token_ids, num_used = inputs
         self.options = options
         # Chunks without a token in use are skipped at run time.
         self.num_chunks = -(-num_used // options.tile_tokens)
@@ -126,7 +113,7 @@ class _Head:
                 "chosen": old["chosen"] + chosen,
             }
             if with_gradient:
-                weights = self._before_cap(weights, logits)
+                weights = self.options.before_cap(weights, logits)
                 new["mean"] = shrink[:, None] * old["mean"]
                 new["mean"] += _matmul(weights.astype(block.dtype), block)
             return new
@@ -147,14 +134,12 @@ class _Head:
         by_hidden = None
         if with_gradient:
             own = jnp.take(self.table, self.token_ids, axis=0)
-            own = self._before_cap(own, state["chosen"][:, None])
+            own = self.options.before_cap(own, state["chosen"][:, None])
             by_hidden = own - state["mean"] / total[:, None]
             by_hidden = by_hidden.astype(self.hidden.dtype)
         return state["chosen"] - normalizer, normalizer, by_hidden
 
-    def backward(
-        self, normalizer: jax.Array, upstream: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def backward(self, normalizer: jax.Array, upstream: jax.Array) -> _Inputs:
         """Gradients by the hidden states and by the table."""
 
         def add_block(start: Any, block: jax.Array, gradients: Tree) -> Tree:
@@ -164,7 +149,7 @@ class _Head:
                 softmax = jnp.exp(logits - self._chunk(normalizer, c)[:, None])
                 by_logits = jnp.where(is_chosen, 1.0 - softmax, -softmax)
                 by_logits *= self._chunk(upstream, c)[:, None]
-                by_logits = self._before_cap(by_logits, logits)
+                by_logits = self.options.before_cap(by_logits, logits)
                 by_logits = by_logits.astype(block.dtype)
                 by_chunk = self._chunk(by_hidden, c)
                 by_chunk += _matmul(by_logits, block)
@@ -173,23 +158,16 @@ class _Head:
 
             by_hidden, by_table = gradients
             by_hidden, by_block = jax.lax.fori_loop(
-                0,
-                self.num_chunks,
-                step,
-                (by_hidden, _zeros(block)),
+                0, self.num_chunks, step, (by_hidden, _zeros(block))
             )
             return by_hidden, jax.lax.dynamic_update_slice_in_dim(
                 by_table, by_block.astype(by_table.dtype), start, axis=0
             )
 
         by_hidden, by_table = self._over_blocks(
-            add_block,
-            (
-                _zeros(self.hidden),
-                jnp.zeros_like(self.table),
-            ),
+            add_block, (_zeros(self.hidden), jnp.zeros_like(self.table))
         )
-        return by_hidden.astype(self.hidden.dtype), by_table
+        return _Inputs(by_hidden.astype(self.hidden.dtype), by_table)
 
     def _over_blocks(
         self, add_block: Callable[[Any, jax.Array, Tree], Tree], state: Tree
@@ -219,11 +197,6 @@ class _Head:
             logits = cap * jnp.tanh(logits / cap)
         output = start + jnp.arange(len(block))
         return logits, output == self._chunk(self.token_ids, c)[:, None]
-
-    def _before_cap(self, gradient: jax.Array, logits: jax.Array) -> jax.Array:
-        """A gradient by capped logits as one by the products."""
-        cap = self.options.soft_cap
-        return gradient if cap is None else gradient * (1 - (logits / cap) ** 2)
 
     def _chunk(self, array: jax.Array, c: jax.Array) -> jax.Array:
         size = self.options.tile_tokens

@@ -91,7 +91,7 @@ class _Head:
             weights = tf.exp(logits - new[:, None])
             total = shrink * total + tf.reduce_sum(weights, axis=1)
             if with_gradient:
-                weights = self._before_cap(weights, logits)
+                weights = self.options.before_cap(weights, logits)
                 product = _matmul(tf.cast(weights, block.dtype), block)
                 mean = [shrink[:, None] * mean[0] + product]
             return [new, total, chosen, *mean]
@@ -113,7 +113,7 @@ class _Head:
         by_hidden = None
         if with_gradient:
             own = tf.cast(tf.gather(self.table, self.token_ids), "float32")
-            own = self._before_cap(own, chosen[..., None])
+            own = self.options.before_cap(own, chosen[..., None])
             by_hidden = own - mean[0] / total[..., None]
             by_hidden = tf.cast(by_hidden, self.hidden.dtype)
         return chosen - normalizer, normalizer, by_hidden
@@ -135,7 +135,7 @@ class _Head:
                     tf.stack([rows, index], axis=1),
                     tf.where(is_own, upstream[c], 0.0),
                 )
-                by_logits = self._before_cap(by_logits, logits)
+                by_logits = self.options.before_cap(by_logits, logits)
                 by_logits = tf.cast(by_logits, block.dtype)
                 by_chunk = by_hidden[c] + _matmul(by_logits, block)
                 by_block += _matmul(by_logits, self.hidden[c], is_first_t=True)
@@ -189,11 +189,6 @@ class _Head:
         last = block.shape[0] - 1
         is_own = (index >= 0) & (index <= last)
         return logits, tf.clip_by_value(index, 0, last), is_own
-
-    def _before_cap(self, gradient: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-        """A gradient by capped logits as one by the products."""
-        cap = self.options.soft_cap
-        return gradient if cap is None else gradient * (1 - (logits / cap) ** 2)
 
 
 def _loop(
