@@ -51,8 +51,8 @@ def _race(settings, folder):
     start = functools.partial(
         harness.Worker, contestants.__file__, folder=folder
     )
-    with start("Exporter", backend="jax", sizes=sizes):
-        pass
+    with start("Exporter", backend="jax", sizes=sizes) as exporter:
+        exporter.wait()
     prompts = contestants.random_prompts(
         settings["prompts"],
         settings["mean_prompt_length"],

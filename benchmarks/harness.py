@@ -71,10 +71,17 @@ class Worker:
                 **(_RETURNS_MEMORY if returns_memory else {}),
             },
         )
-        self._receive()
+        self._is_ready = False
+
+    def wait(self):
+        """Until the contestant is there. Workers start side by side."""
+        if not self._is_ready:
+            self._receive()
+            self._is_ready = True
 
     def call(self, method, **arguments):
         """Calls a method of the contestant; gives what it returns."""
+        self.wait()
         request = json.dumps({"method": method, "arguments": arguments})
         self._process.stdin.write(request + "\n")
         self._process.stdin.flush()

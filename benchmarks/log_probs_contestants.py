@@ -20,33 +20,23 @@ class LogProbs:
     """
 
     def __init__(self, way, size):
-        import keras
-
         import keras_iris  # noqa: F401 (its memory isn't the step's)
 
         self.way, self.size = way, size
-        dtype = size["dtype"]
-        self.head = keras.layers.ReversibleEmbedding(
-            size["vocabulary"],
-            size["width"],
-            dtype="mixed_bfloat16" if dtype == "bfloat16" else dtype,
-            trainable=size["is_trained"],
-        )
-        self.head.build()
         # Random rows, again and again: so many new ones take long.
         rows = np.random.default_rng(0).standard_normal(
             (RANDOM_ROWS, size["width"]), "float32"
         )
-        shape = (size["vocabulary"], size["width"])
-        self.table = np.resize(rows / np.sqrt(size["width"]), shape)
-        self.head.embeddings.assign(self.table)
-        self.step = None
+        rows /= np.sqrt(size["width"])
+        self.table = np.resize(rows, (size["vocabulary"], size["width"]))
+        self.head = self.step = None
 
     def run(self):
         """Seconds and memory (MB) of one loss and gradient."""
         import keras
 
         if self.step is None:
+            self._make_head(self.size["dtype"])
             self.table = None
             make = {"jax": self._jax, "tensorflow": self._tensorflow}
             self.temp_mb = None
@@ -54,17 +44,28 @@ class LogProbs:
         memory_mb, seconds = harness.memory_above(self._time_step)
         return {"seconds": seconds, "memory_mb": self.temp_mb or memory_mb}
 
-    def error(self):
+    def error(self, dtype):
         """The largest error of a token's log-prob, in nats."""
         from keras import ops
 
-        num_tokens = ERROR_TOKENS
-        hidden, ids, mask = self._data(num_tokens, 2)
+        self._make_head(dtype)
+        hidden, ids, mask = self._data(ERROR_TOKENS, 2)
         hidden = ops.cast(hidden, self.head.compute_dtype)
         found = ops.convert_to_numpy(self._log_probs(hidden, ids, mask))
         exact = ops.convert_to_numpy(ops.cast(hidden[:, 0], "float32"))
         expected = _reference(exact, self.table, ids[:, 1])
         return float(np.abs(found - expected).max())
+
+    def _make_head(self, dtype):
+        import keras
+
+        self.head = keras.layers.ReversibleEmbedding(
+            *self.table.shape,
+            dtype="mixed_bfloat16" if dtype == "bfloat16" else dtype,
+            trainable=self.size["is_trained"],
+        )
+        self.head.build()
+        self.head.embeddings.assign(self.table)
 
     def _time_step(self):
         start = time.perf_counter()
@@ -93,12 +94,7 @@ class LogProbs:
         from keras_iris.models import sequence_log_probs
 
         function = naive if self.way == "naive" else sequence_log_probs
-        return function(
-            hidden,
-            ids,
-            mask,
-            head=self.head,
-        )
+        return function(hidden, ids, mask, head=self.head)
 
     def _jax(self):
         import jax

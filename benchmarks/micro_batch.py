@@ -7,9 +7,9 @@ the accumulation that takes the loss of each micro-batch by itself, which is
 another objective but the cheapest that one can do, for the time; and a step
 of a batch of m pairs, for the memory. Memory is XLA's temporary memory on JAX,
 elsewhere the peak of the resident memory above what it was before the step, in
-processes of their own whose libraries give memory back at once. Accumulation
-holds gradients where a step of m holds none yet: the sum, and IRIS a sum for
-each of its two terms. "Activations" are the memory without these sums.
+processes of their own whose libraries give memory back at once (TensorFlow
+without oneDNN). IRIS holds a sum of gradients for each of its two terms, where
+a step of m holds none yet: "activations" are the memory without these sums.
 """
 
 import contextlib

@@ -10,7 +10,7 @@ is then fitted as a sum of terms, none negative: a constant, the head
 parameters), attention (tokens x length x width x layers), and the optimizer
 (all parameters). Memory is XLA's temporary memory on JAX, elsewhere the peak
 of the resident memory above what it was before the step, in processes of their
-own whose libraries give memory back at once.
+own whose libraries give memory back at once (TensorFlow without oneDNN).
 """
 
 import contextlib
@@ -23,7 +23,7 @@ import numpy as np
 import records
 from scipy.optimize import nnls
 
-BASE = {"batch": 2, "length": 128, "vocabulary": 8_192, "layers": 4}
+BASE = {"batch": 2, "length": 128, "vocabulary": 8_192, "layers": 2}
 QUICK_BASE = {"batch": 2, "length": 16, "vocabulary": 256, "layers": 1}
 FACTORS = (1, 2, 4)
 WIDTH, INNER_WIDTH = 256, 768
@@ -134,7 +134,7 @@ def _terms(size):
 def main():
     """Measures all backends."""
     arguments = records.parse_arguments(__doc__)
-    base, factors, repeats = BASE, FACTORS, 5
+    base, factors, repeats = BASE, FACTORS, 3
     if arguments.quick:
         base, factors, repeats = QUICK_BASE, FACTORS[:2], 1
     sizes = list_sizes(base, factors)
@@ -152,6 +152,8 @@ def main():
             for backend in workers
             if backend != "jax"
         }
+        for worker in (*workers.values(), *lean.values()):
+            worker.wait()
         answers = {backend: [] for backend in workers}
         for _, _, size in sizes:
             for backend, worker in workers.items():

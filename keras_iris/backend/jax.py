@@ -1,5 +1,6 @@
 """The train step of `SelfPlayModel` on JAX."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,18 +48,16 @@ class Trainer(keras.Model):
     gradients is kept.
     """
 
-    def stateless_call(self, *variables_and_inputs: Any, **options: Any) -> Any:
-        """Keras' own; on one CPU with products that it does fast."""
-
-        def call(*variables_and_inputs: Any) -> Any:
-            return super(Trainer, self).stateless_call(
-                *variables_and_inputs, **options
-            )
-
-        is_one_cpu = [device.platform for device in jax.devices()] == ["cpu"]
-        return (fold_products(call) if is_one_cpu else call)(
-            *variables_and_inputs
+    def stateless_call(self, *arguments: Any, **options: Any) -> Any:
+        """Keras' own; when it trains on one CPU, with folded products."""
+        call: Callable[..., Any] = functools.partial(
+            super().stateless_call, **options
         )
+        is_one_cpu = [device.platform for device in jax.devices()] == ["cpu"]
+        is_compiled = self.jit_compile and not self.run_eagerly
+        if options.get("training") and is_compiled and is_one_cpu:
+            call = fold_products(call)
+        return call(*arguments)
 
     def train_step(self, state: Tree, data: Tree) -> tuple[Tree, Tree]:
         """One optimizer step, with the exact gradient of the whole batch."""

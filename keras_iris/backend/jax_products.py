@@ -4,7 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import keras
 from jax.extend.core import ClosedJaxpr, Literal
+from jax.extend.core.primitives import dot_general_p, remat_p
 
 
 def fold_products(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -12,16 +14,19 @@ def fold_products(function: Callable[..., Any]) -> Callable[..., Any]:
 
     The gradient of a layer's kernel sums over all axes of the inputs but the
     last. Where these are two, rows and time, XLA for CPUs (jaxlib 0.10) copies
-    the transpose of one factor first; where they are one, it doesn't. Products
-    inside of other transformations, as in rematerialised layers, stay.
+    the transpose of one factor first; where they are one, it doesn't.
 
     Args:
         function: Of pytrees of arrays, without side effects.
     """
 
     def folded(*arguments: Any) -> Any:
-        closed, result = jax.make_jaxpr(function, return_shape=True)(*arguments)
-        outputs = _run(closed, *jax.tree.leaves(arguments))
+        leaves, structure = jax.tree.flatten(arguments)
+        leaves = [keras.ops.convert_to_tensor(leaf) for leaf in leaves]
+        closed, result = jax.make_jaxpr(function, return_shape=True)(
+            *jax.tree.unflatten(structure, leaves)
+        )
+        outputs = _run(closed, *leaves)
         return jax.tree.unflatten(jax.tree.structure(result), outputs)
 
     return folded
@@ -37,10 +42,15 @@ def _run(closed: ClosedJaxpr, *arguments: Any) -> list[Any]:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for equation in jaxpr.eqns:
-        if equation.primitive is jax.lax.dot_general_p:
+        if equation.primitive is remat_p:
+            outputs = _rematerialised(**equation.params)(
+                *map(read, equation.invars)
+            )
+        elif equation.primitive is dot_general_p:
             factors = map(read, equation.invars)
             outputs = [_product(*factors, **equation.params)]
         else:
+            # JAX knows how to call what isn't a plain operation.
             inputs = [a for a in equation.invars if not isinstance(a, Literal)]
             alone = jaxpr.replace(
                 constvars=[],
@@ -51,6 +61,17 @@ def _run(closed: ClosedJaxpr, *arguments: Any) -> list[Any]:
             outputs = jax.core.eval_jaxpr(alone, [], *map(read, inputs))
         values |= zip(equation.outvars, outputs, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def _rematerialised(
+    *, jaxpr: Any, prevent_cse: Any, policy: Any, **_: Any
+) -> Callable[..., list[Any]]:
+    """The function of a `jax.checkpoint`, with products folded."""
+
+    def run(*arguments: Any) -> list[Any]:
+        return _run(ClosedJaxpr(jaxpr, []), *arguments)
+
+    return jax.checkpoint(run, prevent_cse=prevent_cse, policy=policy)
 
 
 def _product(

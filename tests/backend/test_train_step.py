@@ -204,6 +204,28 @@ def test_steps_per_execution():
             np.testing.assert_allclose(value, other, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="others have no graph"
+)
+def test_terms_run_one_after_another():
+    # Else the activations of two micro-batches are held.
+    import tensorflow as tf
+
+    model, _ = _compiled("iris", 2)
+    data = keras.tree.map_structure(tf.constant, (PAIRS, OPPONENT))
+    step = tf.function(model.train_step).get_concrete_function(data)
+    loops = [op for op in step.graph.get_operations() if "While" in op.type]
+    assert len(loops) == 2
+    needed, seen = [loops[1]], set()
+    while needed:
+        operation = needed.pop()
+        if operation.name not in seen:
+            seen.add(operation.name)
+            needed += [tensor.op for tensor in operation.inputs]
+            needed += operation.control_inputs
+    assert loops[0].name in seen
+
+
 def test_dropout_is_new_in_every_micro_batch_and_step():
     model = make_model(architecture="mistral", dropout=0.5)
     model.compile(
