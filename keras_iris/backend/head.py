@@ -30,8 +30,16 @@ class HeadOptions:
         size = -(-num_outputs // number)
         return size, num_outputs // size, num_outputs % size
 
+    def slope(self, logits: Any) -> Any:
+        """The derivative of capped logits by the products; `None` if it is 1.
+
+        Args:
+            logits: Tensor of any backend, capped.
+        """
+        cap = self.soft_cap
+        return None if cap is None else 1 - (logits / cap) ** 2
+
     def before_cap(self, gradient: Any, logits: Any) -> Any:
         """A gradient by capped logits as one by the products."""
-        if self.soft_cap is None:
-            return gradient
-        return gradient * (1 - (logits / self.soft_cap) ** 2)
+        slope = self.slope(logits)
+        return gradient if slope is None else gradient * slope

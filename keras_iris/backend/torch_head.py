@@ -89,7 +89,7 @@ class _Head:
             chosen = torch.where(is_own, own, chosen)
             new = torch.maximum(largest, logits.amax(dim=1))
             shrink, largest = torch.exp(largest - new), new
-            slope = self._slope(logits) if with_gradient else None
+            slope = self.options.slope(logits) if with_gradient else None
             weights = logits.sub_(largest[:, None]).exp_()
             total = shrink * total + weights.sum(dim=1)
             if with_gradient:
@@ -99,8 +99,7 @@ class _Head:
         if not with_gradient:
             return chosen - normalizer, normalizer, None
         by_hidden = self.table[self.token_ids].float()
-        slope = self._slope(chosen[:, None])
-        by_hidden = by_hidden if slope is None else by_hidden * slope
+        by_hidden = self.options.before_cap(by_hidden, chosen[:, None])
         by_hidden -= mean / total[:, None]
         by_hidden = by_hidden.to(self.hidden.dtype)
         return chosen - normalizer, normalizer, by_hidden
@@ -113,7 +112,7 @@ class _Head:
         by_table = torch.empty_like(self.table)
         for start, block in self._blocks():
             logits = self._logits(block)
-            slope = self._slope(logits)
+            slope = self.options.slope(logits)
             by_logits = logits.sub_(normalizer[:, None]).exp_()
             by_logits *= -upstream[:, None]
             index, is_own = self._own(start, len(block))
@@ -136,11 +135,6 @@ class _Head:
         logits = (self.hidden @ block.T).float()
         cap = self.options.soft_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def _slope(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """The derivative of capped logits by what they were before."""
-        cap = self.options.soft_cap
-        return None if cap is None else 1 - (logits / cap) ** 2
 
     def _own(self, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each token is in a block, and whether it is in there."""

@@ -44,11 +44,8 @@ def make_arguments():
     return kernels, {"hidden": hidden}
 
 
-def gradient(function):
-    def loss(*arguments):
-        return function(*arguments)["loss"]
-
-    return jax.grad(loss)
+def loss_of(function):
+    return lambda *arguments: function(*arguments)["loss"]
 
 
 def assert_close(actual, expected):
@@ -61,7 +58,10 @@ def test_same_values_and_gradients():
     folded = fold_products(layer)
     for expected, actual in (
         (layer(*arguments), jax.jit(folded)(*arguments)),
-        (gradient(layer)(*arguments), gradient(folded)(*arguments)),
+        (
+            jax.grad(loss_of(layer))(*arguments),
+            jax.grad(loss_of(folded))(*arguments),
+        ),
     ):
         jax.tree.map(assert_close, actual, expected)
 
@@ -88,12 +88,8 @@ def count_sums_over_two_axes(function, *arguments):
 
 def test_gradients_of_kernels_sum_over_one_axis():
     arguments = make_arguments()
-
-    def loss(function):
-        return lambda *arguments: function(*arguments)["loss"]
-
-    own = count_sums_over_two_axes(loss(layer), *arguments)
-    folded = count_sums_over_two_axes(loss(fold_products(layer)), *arguments)
+    own = count_sums_over_two_axes(loss_of(layer), *arguments)
+    folded = count_sums_over_two_axes(loss_of(fold_products(layer)), *arguments)
     # Those over heads and their widths stay.
     assert own - folded == len(arguments[0])
 
