@@ -108,22 +108,25 @@ class Worker:
         return json.loads(line)
 
 
-def take_turns(workers, method, rounds, **arguments):
-    """Calls a method of each worker in turn, `rounds` times.
+def take_turns(calls, rounds):
+    """Makes calls in turn, `rounds` times.
+
+    Each is made twice, and the second counts. Before the first a contestant
+    paused: what it had given back to the system takes time to get again,
+    seconds on a virtual machine.
 
     Args:
-        workers: Workers by name.
-        method: The method to call.
+        calls: Functions without arguments, by name.
         rounds: How often. Every second round goes backwards.
-        **arguments: Its arguments.
 
     Returns:
         The answers by name, one a round.
     """
-    answers = {name: [] for name in workers}
+    answers = {name: [] for name in calls}
     for number in range(rounds):
-        for name in list(workers)[:: -1 if number % 2 else 1]:
-            answers[name].append(workers[name].call(method, **arguments))
+        for name in list(calls)[:: -1 if number % 2 else 1]:
+            calls[name]()
+            answers[name].append(calls[name]())
     return answers
 
 

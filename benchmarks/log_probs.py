@@ -6,13 +6,13 @@ Loss and gradient, by hidden states and head, of 8 responses that fill their
 rows; with a frozen head, as LoRA has it, by hidden states alone. Memory is
 XLA's temporary memory on JAX; elsewhere it is the peak of the resident memory
 above what it was before the call, so with the head's gradient (float32, as
-large as the head) on both sides. At the large size one runs after the other,
-once each, in a process of its own; else they take turns. Errors are those of
-single tokens against float64, at a width of 512 and logits of standard
-deviation 1.
+large as the head) on both sides. Each has a process of its own; they take
+turns, at the large size once. Errors are those of single tokens against
+float64, at a width of 512 and logits of standard deviation 1.
 """
 
 import contextlib
+import functools
 import statistics
 
 import harness
@@ -21,12 +21,12 @@ import records
 
 WAYS = ("naive", "keras_iris")
 SIZES = {
-    "medium": {
+    "frozen head": {
         "tokens": 2_048,
         "width": 512,
         "vocabulary": 32_000,
         "dtype": "float32",
-        "is_trained": True,
+        "is_trained": False,
     },
     "large": {
         "tokens": 2_048,
@@ -36,7 +36,6 @@ SIZES = {
         "is_trained": True,
     },
 }
-SIZES["medium, frozen head"] = SIZES["medium"] | {"is_trained": False}
 QUICK = {
     name: size | {"width": 16, "vocabulary": size["vocabulary"] // 32}
     for name, size in SIZES.items()
@@ -48,23 +47,31 @@ ERROR_WIDTH = 512
 ERROR_LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # nats
 
 
-def _measure(backend, size, rounds):
-    """Answers by way: of a first time and `rounds` more, both loaded.
-
-    Without more, one is gone before the other comes.
-    """
-    if rounds:
-        with contextlib.ExitStack() as stack:
-            workers = {
+def _compare(backend, sizes, rounds):
+    """The table's rows of a backend, and its bars."""
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: {
                 way: stack.enter_context(_worker(backend, way, size))
                 for way in WAYS
             }
-            return harness.take_turns(workers, "run", rounds + 1)
-    answers = {}
-    for way in WAYS:
-        with _worker(backend, way, size) as worker:
-            answers[way] = [worker.call("run")]
-    return answers
+            for name, size in sizes.items()
+        }
+        rows = [
+            {"size": name, "backend": backend, "dtype": size["dtype"]}
+            | _measure(workers[name], 0 if name == "large" else rounds)
+            for name, size in sizes.items()
+        ]
+        last = workers["large"]["keras_iris"]
+        bars = [
+            records.bar(
+                f"error in {dtype}, {backend}",
+                last.call("error", dtype=dtype, width=ERROR_WIDTH),
+                at_most=limit,
+            )
+            for dtype, limit in ERROR_LIMITS.items()
+        ]
+    return rows, bars + _bars(rows[-1])
 
 
 def _worker(backend, way, size):
@@ -73,24 +80,29 @@ def _worker(backend, way, size):
     )
 
 
-def _compare(backend, name, size, rounds):
-    """The table's row of a backend and a size."""
-    answers = _measure(backend, size, rounds)
-    row = {"size": name, "backend": backend, "dtype": size["dtype"]}
-    seconds, memory = {}, {}
-    for way in WAYS:
-        # Libraries keep memory, so the first time counts; it compiles.
-        timed = answers[way][1:] or answers[way]
-        seconds[way] = [answer["seconds"] for answer in timed]
-        memory[way] = answers[way][0]["memory_mb"]
-        row[f"{way} s"] = statistics.median(seconds[way])
-    row["time ratio"] = harness.median_ratio(
-        seconds["keras_iris"], seconds["naive"]
-    )
-    for way in WAYS:
-        row[f"{way} MB"] = memory[way]
-    row["memory ratio"] = memory["keras_iris"] / memory["naive"]
-    return row
+def _measure(workers, rounds):
+    """Seconds and memory by way, and their ratios.
+
+    Libraries keep memory, so that of the first call counts.
+    """
+    calls = {
+        way: functools.partial(worker.call, "run")
+        for way, worker in workers.items()
+    }
+    memory, seconds = {}, {}
+    for way, call in calls.items():
+        memory[way] = call()["memory_mb"]
+        seconds[way] = [call()["seconds"]]
+    for way, answers in harness.take_turns(calls, rounds).items():
+        seconds[way] += [answer["seconds"] for answer in answers]
+    return {
+        **{f"{way} s": statistics.median(seconds[way]) for way in WAYS},
+        "time ratio": harness.median_ratio(
+            seconds["keras_iris"], seconds["naive"]
+        ),
+        **{f"{way} MB": memory[way] for way in WAYS},
+        "memory ratio": memory["keras_iris"] / memory["naive"],
+    }
 
 
 def _bars(row):
@@ -104,15 +116,6 @@ def _bars(row):
     ]
 
 
-def _error_bars(backend, size):
-    size = size | {"width": ERROR_WIDTH}
-    with _worker(backend, "keras_iris", size) as worker:
-        for dtype, limit in ERROR_LIMITS.items():
-            error = worker.call("error", dtype=dtype)
-            name = f"error in {dtype}, {backend}"
-            yield records.bar(name, error, at_most=limit)
-
-
 def main():
     """Compares both ways at all sizes."""
     arguments = records.parse_arguments(
@@ -120,24 +123,22 @@ def main():
         backend={"choices": harness.BACKENDS, "help": "this one only"},
     )
     sizes = QUICK if arguments.quick else SIZES
-    rounds = 1 if arguments.quick else 3
+    rounds = 0 if arguments.quick else 2
     rows, bars = [], []
     one = arguments.backend
     for backend in [one] if one else harness.BACKENDS:
-        bars += _error_bars(backend, sizes["large"])
-        for name in ("medium", "medium, frozen head"):
-            rows.append(_compare(backend, name, sizes[name], rounds))
         dtype = LARGE_DTYPES.get(backend, sizes["large"]["dtype"])
-        size = sizes["large"] | {"dtype": dtype}
-        rows.append(_compare(backend, "large", size, 0))
-        bars += _bars(rows[-1])
+        large = sizes["large"] | {"dtype": dtype}
+        found = _compare(backend, sizes | {"large": large}, rounds)
+        rows += found[0]
+        bars += found[1]
     records.finish(
         __file__,
         arguments,
         settings={
             **sizes,
             "rows": contestants.NUM_ROWS,
-            "rounds": {"medium": rounds, "large": 1},
+            "rounds": {"frozen head": rounds + 1, "large": 1},
             "error_tokens": contestants.ERROR_TOKENS,
             "error_width": ERROR_WIDTH,
         },

@@ -23,12 +23,7 @@ class LogProbs:
         import keras_iris  # noqa: F401 (its memory isn't the step's)
 
         self.way, self.size = way, size
-        # Random rows, again and again: so many new ones take long.
-        rows = np.random.default_rng(0).standard_normal(
-            (RANDOM_ROWS, size["width"]), "float32"
-        )
-        rows /= np.sqrt(size["width"])
-        self.table = np.resize(rows, (size["vocabulary"], size["width"]))
+        self.table = self._make_table(size["width"])
         self.head = self.step = None
 
     def run(self):
@@ -44,10 +39,11 @@ class LogProbs:
         memory_mb, seconds = harness.memory_above(self._time_step)
         return {"seconds": seconds, "memory_mb": self.temp_mb or memory_mb}
 
-    def error(self, dtype):
+    def error(self, dtype, width):
         """The largest error of a token's log-prob, in nats."""
         from keras import ops
 
+        self.table = self._make_table(width)
         self._make_head(dtype)
         hidden, ids, mask = self._data(ERROR_TOKENS, 2)
         hidden = ops.cast(hidden, self.head.compute_dtype)
@@ -55,6 +51,17 @@ class LogProbs:
         exact = ops.convert_to_numpy(ops.cast(hidden[:, 0], "float32"))
         expected = _reference(exact, self.table, ids[:, 1])
         return float(np.abs(found - expected).max())
+
+    def _make_table(self, width):
+        """Embeddings of shape `(vocabulary, width)`."""
+        # Random rows, again and again: so many new ones take long.
+        rows = np.random.default_rng(0).standard_normal(
+            (RANDOM_ROWS, width), "float32"
+        )
+        return np.resize(
+            rows / np.sqrt(width).astype("float32"),
+            (self.size["vocabulary"], width),
+        )
 
     def _make_head(self, dtype):
         import keras
@@ -75,7 +82,7 @@ class LogProbs:
     def _data(self, rows, length):
         rng = np.random.default_rng(1)
         hidden = rng.standard_normal(
-            (rows, length, self.size["width"]), "float32"
+            (rows, length, self.head.output_dim), "float32"
         )
         ids = rng.integers(0, self.size["vocabulary"], (rows, length))
         mask = np.ones((rows, length), bool)

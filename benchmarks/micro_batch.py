@@ -27,7 +27,7 @@ EXACT, NAIVE, SMALL = "exact", "naive accumulation", "batch of m"
 NUM_SUMS = {EXACT: 2, SMALL: 0}
 MODEL = {
     "vocabulary": 4_096,
-    "layers": 6,
+    "layers": 4,
     "width": 256,
     "heads": 4,
     "key_value_heads": 2,
@@ -39,15 +39,43 @@ TIME_LIMIT = 1.1
 
 
 class Steps:
-    """Train steps of one way.
+    """Train steps of all ways.
 
     Args:
-        way: `EXACT`, `NAIVE` or `SMALL`.
         sizes: Of the model.
         batch: `pairs`, `length` and `prompt_length`.
     """
 
-    def __init__(self, way, sizes, batch):
+    def __init__(self, sizes, batch):
+        import keras_iris  # noqa: F401 (before the first call)
+
+        self.sizes, self.batch = sizes, batch
+        self.made = {}
+
+    def run(self, way):
+        """Seconds of a step."""
+        model, data = self._model(way)
+        start = time.perf_counter()
+        model.train_on_batch(*data)
+        return time.perf_counter() - start
+
+    def memory_mb(self, way):
+        """The memory of a step, and the size of its gradients, in MB."""
+        self.run(way)  # compiles
+        model, data = self._model(way)
+        sizes = [np.prod(v.shape) for v in model.trainable_variables]
+        return {
+            "step": models.step_memory_mb(model, data),
+            "gradients": 4 * sum(sizes) / 1e6,
+        }
+
+    def _model(self, way):
+        """The compiled model and its batch."""
+        if way not in self.made:
+            self.made[way] = self._make(way)
+        return self.made[way]
+
+    def _make(self, way):
         import keras
 
         import keras_iris
@@ -66,62 +94,46 @@ class Steps:
                 return [Alone((0, 1), self.risks)]
 
         iris = keras_iris.losses.IRIS()
-        is_naive = way == NAIVE
+        batch = self.batch
         size = batch["pairs"] // NUM_MICRO_BATCHES
         num_pairs = size if way == SMALL else batch["pairs"]
-        loss = NaiveIRIS() if is_naive else keras_iris.losses.IRIS()
-        self.model = keras_iris.SelfPlayModel(models.keras_model(sizes))
-        self.model.compile(
+        loss = NaiveIRIS() if way == NAIVE else iris
+        model = keras_iris.SelfPlayModel(models.keras_model(self.sizes))
+        model.compile(
             optimizer=keras.optimizers.AdamW(1e-5),
             loss=loss,
             micro_batch_size=size,
         )
         token_ids = models.random_rows(
-            num_pairs, batch["length"], sizes["vocabulary"]
+            num_pairs, batch["length"], self.sizes["vocabulary"]
         )
         dataset = models.pair_dataset(
             token_ids, batch["prompt_length"], num_pairs
         )
-        self.data = dataset[0]
-
-    def run(self, steps):
-        """Seconds of a step."""
-        start = time.perf_counter()
-        for _ in range(steps):
-            self.model.train_on_batch(*self.data)
-        return (time.perf_counter() - start) / steps
-
-    def memory_mb(self):
-        """The memory of a step, and the size of its gradients, in MB."""
-        self.run(steps=1)  # compiles
-        variables = self.model.trainable_variables
-        return {
-            "step": models.step_memory_mb(self.model, self.data),
-            "gradients": sum(4 * np.prod(v.shape) for v in variables) / 1e6,
-        }
+        return model, dataset[0]
 
 
-def _measure(backend, sizes, batch, rounds):
+def _measure(backend, rounds, **settings):
     """Seconds by way, a list, and MB by way."""
-    start = functools.partial(
-        harness.Worker,
-        __file__,
-        "Steps",
-        backend=backend,
-        sizes=sizes,
-        batch=batch,
-    )
-    memory = {}
-    for way in NUM_SUMS:
-        with start(way=way, returns_memory=True) as worker:
-            memory[way] = worker.call("memory_mb")
     with contextlib.ExitStack() as stack:
-        workers = {
-            way: stack.enter_context(start(way=way)) for way in (EXACT, NAIVE)
+        timed, lean = (
+            stack.enter_context(
+                harness.Worker(
+                    __file__,
+                    "Steps",
+                    backend=backend,
+                    returns_memory=returns_memory,
+                    **settings,
+                )
+            )
+            for returns_memory in (False, True)
+        )
+        memory = {way: lean.call("memory_mb", way=way) for way in NUM_SUMS}
+        calls = {
+            way: functools.partial(timed.call, "run", way=way)
+            for way in (EXACT, NAIVE)
         }
-        harness.take_turns(workers, "run", 1, steps=1)  # compiles
-        seconds = harness.take_turns(workers, "run", rounds, steps=1)
-    return seconds, memory
+        return harness.take_turns(calls, rounds), memory
 
 
 def main():
@@ -133,7 +145,7 @@ def main():
         batch = {"pairs": 16, "length": 32, "prompt_length": 8}
     rows, bars = [], []
     for backend in harness.BACKENDS:
-        seconds, memory = _measure(backend, sizes, batch, rounds)
+        seconds, memory = _measure(backend, rounds, sizes=sizes, batch=batch)
         activations = {
             way: memory[way]["step"] - sums * memory[way]["gradients"]
             for way, sums in NUM_SUMS.items()

@@ -23,7 +23,7 @@ import numpy as np
 import records
 from scipy.optimize import nnls
 
-BASE = {"batch": 2, "length": 128, "vocabulary": 8_192, "layers": 2}
+BASE = {"batch": 2, "length": 128, "vocabulary": 8_192, "layers": 1}
 QUICK_BASE = {"batch": 2, "length": 16, "vocabulary": 256, "layers": 1}
 FACTORS = (1, 2, 4)
 WIDTH, INNER_WIDTH = 256, 768

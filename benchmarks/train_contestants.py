@@ -1,4 +1,7 @@
-"""Who trains in `train_step.py`: keras_iris, a plain loop, TRL."""
+"""Who trains in `train_step.py`: keras_iris, a plain loop, TRL.
+
+And who only multiplies matrices, which all of them have to.
+"""
 
 import contextlib
 import tempfile
@@ -22,12 +25,11 @@ class Contestant:
         self.sizes, self.batch = sizes, batch
         self.imported_mb = 0.0
 
-    def run(self, steps):
-        """Seconds of one step, and the peak of memory in MB."""
+    def run(self):
+        """Seconds of a step, and the peak of memory in MB."""
         harness.reset_peak()
-        seconds = self.time_steps(steps)
         return {
-            "seconds": seconds / steps,
+            "seconds": self.time_step(),
             "peak_mb": harness.peak_mb(),
             "imported_mb": self.imported_mb,
         }
@@ -57,20 +59,17 @@ class KerasIris(Contestant):
             jit_compile=jit_compile,
         )
 
-    def time_steps(self, steps):
-        """Seconds of `steps` steps."""
-        start = time.perf_counter()
-        self._fit(steps)
-        return time.perf_counter() - start
-
-    def _fit(self, steps):
+    def time_step(self):
+        """Seconds of a step, its data set and `fit`'s own work included."""
         from keras_iris import backend
 
+        start = time.perf_counter()
         pairs = self.batch["pairs"]
         dataset = models.pair_dataset(
-            self.rows(steps * pairs), self.batch["prompt_length"], pairs
+            self.rows(pairs), self.batch["prompt_length"], pairs
         )
         self.model.fit(backend.dataset(dataset), shuffle=False, verbose=0)
+        return time.perf_counter() - start
 
 
 class PlainLoop(Contestant):
@@ -91,11 +90,10 @@ class PlainLoop(Contestant):
             self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY
         )
 
-    def time_steps(self, steps):
-        """Seconds of `steps` steps."""
+    def time_step(self):
+        """Seconds of a step."""
         start = time.perf_counter()
-        for _ in range(steps):
-            self._step()
+        self._step()
         return time.perf_counter() - start
 
     def _step(self):
@@ -168,10 +166,9 @@ class Trl(Contestant):
             callbacks=[Stamps()],
         )
 
-    def time_steps(self, steps):
-        """Seconds of `steps` steps, what `train` does before them apart."""
+    def time_step(self):
+        """Seconds of a step, what `train` does before it apart."""
         self.stamps.clear()
-        self.trainer.args.max_steps = steps
         with contextlib.redirect_stdout(None):
             self.trainer.train()
         return self.stamps[-1] - self.stamps[0]
@@ -188,6 +185,53 @@ class Trl(Contestant):
                 }
             )
         return texts
+
+
+class Products(Contestant):
+    """The products of a step's kernels, and nothing else, on PyTorch.
+
+    A forward and two backward products of each, the head's for the tokens of
+    responses. Attention's own are left out.
+    """
+
+    def __init__(self, sizes, batch):
+        super().__init__(sizes, batch)
+        import torch
+
+        self.imported_mb = harness.resident_mb()
+        self.factors = [
+            (torch.randn(m, k), torch.randn(k, n), torch.randn(m, n))
+            for m, k, n in self._shapes()
+        ]
+
+    def time_step(self):
+        """Seconds of all products."""
+        start = time.perf_counter()
+        for inputs, kernel, gradient in self.factors:
+            for left, right in (
+                (inputs, kernel),
+                (gradient, kernel.T),
+                (inputs.T, gradient),
+            ):
+                left @ right
+        return time.perf_counter() - start
+
+    def _shapes(self):
+        """Tokens, inputs and outputs of each kernel."""
+        sizes, batch = self.sizes, self.batch
+        rows = 2 * batch["pairs"]
+        width, inner = sizes["width"], sizes["inner_width"]
+        shared = width * sizes["key_value_heads"] // sizes["heads"]
+        layer = [(width, width)] * 2 + [(width, shared)] * 2
+        layer += [(width, inner)] * 2 + [(inner, width)]
+        tokens, answers = (
+            batch["length"],
+            batch["length"] - batch["prompt_length"],
+        )
+        return [
+            *((rows * tokens, k, n) for k, n in sizes["layers"] * layer),
+            (rows * answers, width, sizes["vocabulary"]),
+        ]
 
 
 def _text(token_ids):

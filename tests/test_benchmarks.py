@@ -161,8 +161,6 @@ def test_worker(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with harness.Worker("x/echo.py", "Echo", backend="jax", first=1) as worker:
         assert worker.call("add", number=2) == [3, "jax"]
-        answers = harness.take_turns({"a": worker}, "add", 2, number=3)
-        assert answers == {"a": [[4, "jax"]] * 2}
         with pytest.raises(RuntimeError, match="the reason"):
             worker.call("fail")
 
@@ -176,6 +174,17 @@ def test_memory_above():
     )
     assert total == 8_000_000
     assert 60 < memory_mb < 100
+
+
+def test_of_each_turn_the_second_call_counts():
+    import harness
+
+    made = []
+    calls = {name: lambda name=name: made.append(name) for name in "ab"}
+    assert harness.take_turns(calls, 2) == {"a": [None] * 2, "b": [None] * 2}
+    assert "".join(made) == "aabbbbaa"
+    counts = {"a": iter(range(4)).__next__}
+    assert harness.take_turns(counts, 2) == {"a": [1, 3]}
 
 
 def test_median_ratio_is_taken_round_by_round():
