@@ -19,8 +19,9 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("jax", "tensorflow", "torch")
-# Of glibc; with oneDNN, TensorFlow has an allocator that keeps everything.
-_RETURNS_MEMORY = {
+# For `memory_above`: libraries give back at once what they no longer use, which
+# takes time. Of glibc; with oneDNN, TensorFlow's allocator keeps everything.
+RETURNS_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": "65536",
     "MALLOC_TOP_PAD_": "0",
     "TF_ENABLE_ONEDNN_OPTS": "0",
@@ -34,8 +35,7 @@ class Worker:
         script: The `__file__` of the benchmark that defines the contestant.
         contestant: The name of its class.
         backend: The value of `KERAS_BACKEND`.
-        returns_memory: Whether libraries are to give back at once what they
-            no longer use, for `memory_above`. Takes time.
+        environment: More variables for the process.
         **settings: What the class is called with.
     """
 
@@ -45,7 +45,7 @@ class Worker:
         contestant,
         *,
         backend="torch",
-        returns_memory=False,
+        environment=None,
         **settings,
     ):
         self.name = f"{contestant} on {backend}"
@@ -68,7 +68,7 @@ class Worker:
                 "TOKENIZERS_PARALLELISM": "false",
                 **os.environ,
                 "KERAS_BACKEND": backend,
-                **(_RETURNS_MEMORY if returns_memory else {}),
+                **(environment or {}),
             },
         )
         self._is_ready = False

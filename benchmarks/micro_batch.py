@@ -122,11 +122,11 @@ def _measure(backend, rounds, **settings):
                     __file__,
                     "Steps",
                     backend=backend,
-                    returns_memory=returns_memory,
+                    environment=environment,
                     **settings,
                 )
             )
-            for returns_memory in (False, True)
+            for environment in (None, harness.RETURNS_MEMORY)
         )
         memory = {way: lean.call("memory_mb", way=way) for way in NUM_SUMS}
         calls = {

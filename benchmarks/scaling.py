@@ -148,7 +148,7 @@ def main():
 
         workers = {backend: start(backend) for backend in harness.BACKENDS}
         lean = {
-            backend: start(backend, returns_memory=True)
+            backend: start(backend, environment=harness.RETURNS_MEMORY)
             for backend in workers
             if backend != "jax"
         }

@@ -3,6 +3,7 @@
 And who only multiplies matrices, which all of them have to.
 """
 
+import collections
 import contextlib
 import tempfile
 import time
@@ -200,38 +201,33 @@ class Products(Contestant):
 
         self.imported_mb = harness.resident_mb()
         self.factors = [
-            (torch.randn(m, k), torch.randn(k, n), torch.randn(m, n))
-            for m, k, n in self._shapes()
+            (torch.randn(m, k), torch.randn(k, n), torch.randn(m, n), number)
+            for (m, k, n), number in self._shapes().items()
         ]
 
     def time_step(self):
         """Seconds of all products."""
         start = time.perf_counter()
-        for inputs, kernel, gradient in self.factors:
-            for left, right in (
-                (inputs, kernel),
-                (gradient, kernel.T),
-                (inputs.T, gradient),
-            ):
-                left @ right
+        for inputs, kernel, gradient, number in self.factors:
+            for _ in range(number):
+                inputs @ kernel
+                gradient @ kernel.T
+                inputs.T @ gradient
         return time.perf_counter() - start
 
     def _shapes(self):
-        """Tokens, inputs and outputs of each kernel."""
+        """Tokens, inputs and outputs of the kernels, and how many there are."""
         sizes, batch = self.sizes, self.batch
-        rows = 2 * batch["pairs"]
         width, inner = sizes["width"], sizes["inner_width"]
         shared = width * sizes["key_value_heads"] // sizes["heads"]
         layer = [(width, width)] * 2 + [(width, shared)] * 2
         layer += [(width, inner)] * 2 + [(inner, width)]
-        tokens, answers = (
-            batch["length"],
-            batch["length"] - batch["prompt_length"],
-        )
-        return [
-            *((rows * tokens, k, n) for k, n in sizes["layers"] * layer),
-            (rows * answers, width, sizes["vocabulary"]),
-        ]
+        rows, length = 2 * batch["pairs"], batch["length"]
+        shapes = [(rows * length, *kernel) for kernel in layer]
+        shapes *= sizes["layers"]
+        answers = rows * (length - batch["prompt_length"])
+        shapes.append((answers, width, sizes["vocabulary"]))
+        return collections.Counter(shapes)
 
 
 def _text(token_ids):
