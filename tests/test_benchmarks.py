@@ -142,6 +142,26 @@ def test_readme_without_marks():
         table.insert("# A README", "figures")
 
 
+def test_records_are_of_the_settings_of_the_scripts():
+    import generation
+    import log_probs
+    import micro_batch
+    import records
+    import remat
+    import scaling
+    import table
+    import train_step
+
+    found = table.read_records(records.RESULTS)
+    settings = {name: record["settings"] for name, record in found.items()}
+    assert settings["generation"]["model"] == generation.SETTINGS["model"]
+    assert settings["log_probs"].items() >= log_probs.SIZES.items()
+    assert settings["micro_batch"]["model"] == micro_batch.MODEL
+    assert settings["remat"]["model"] == remat.MODEL
+    assert settings["scaling"]["base"] == scaling.BASE
+    assert settings["train_step"]["races"] == [list(train_step.CONTESTANTS)]
+
+
 def test_worker(tmp_path, monkeypatch):
     import harness
 

@@ -67,17 +67,10 @@ with open(target, "w") as file:
 """
 
 
-@pytest.mark.multi_device
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
-@pytest.mark.parametrize(
-    ("architecture", "options"),
-    [("mistral", {}), ("qwen2", {"lora_rank": 2})],
-)
-def test_sharded(architecture, options, checkpoint, tmp_path):
-    tests, target = Path(__file__).parent, tmp_path / "results.json"
-    arguments = [checkpoint(architecture), target, json.dumps(options)]
+def run_on_four_devices(program, *arguments):
+    tests = Path(__file__).parent
     subprocess.run(
-        [sys.executable, "-c", PROGRAM, *map(str, arguments)],
+        [sys.executable, "-c", program, *map(str, arguments)],
         env={
             **os.environ,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -86,6 +79,18 @@ def test_sharded(architecture, options, checkpoint, tmp_path):
         check=True,
         stdout=subprocess.DEVNULL,
     )
+
+
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+@pytest.mark.parametrize(
+    ("architecture", "options"),
+    [("mistral", {}), ("qwen2", {"lora_rank": 2})],
+)
+def test_sharded(architecture, options, checkpoint, tmp_path):
+    target = tmp_path / "results.json"
+    options = json.dumps(options)
+    run_on_four_devices(PROGRAM, checkpoint(architecture), target, options)
     one, four = json.loads(target.read_text())
     for expected, actual in zip(one[:2], four[:2], strict=True):
         np.testing.assert_allclose(
@@ -94,6 +99,62 @@ def test_sharded(architecture, options, checkpoint, tmp_path):
     assert four[2] == one[2]  # generated tokens
     assert one[3] == 1
     assert four[3] < LARGEST_SHARE
+
+
+DATA_PARALLEL = """
+import json, sys
+import jax, keras, numpy as np
+from keras_iris.models import log_probs
+
+# One tile, as XLA counts the body of a loop once.
+log_probs._TILE_TOKENS = log_probs._TILE_OUTPUTS = 4096
+rng = np.random.default_rng(0)
+hidden = rng.standard_normal((8, 33, 16), "float32")
+ids = rng.integers(0, 128, (8, 33))
+mask = rng.random((8, 33)) < 0.7
+
+def run():
+    keras.utils.set_random_seed(0)
+    head = keras.layers.ReversibleEmbedding(128, 16)
+    head.build()
+    table = head.embeddings
+
+    def loss(value, hidden, ids, mask):
+        with keras.StatelessScope(state_mapping=[(table, value)]):
+            found = log_probs.sequence_log_probs(hidden, ids, mask, head=head)
+        return found.sum()
+
+    batch = (hidden, ids, mask)
+    distribution = keras.distribution.distribution()
+    if distribution is not None:
+        layouts = [distribution.get_data_layout(a.shape) for a in batch]
+        batch = [
+            jax.device_put(array, layout.backend_layout)
+            for array, layout in zip(batch, layouts)
+        ]
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    compiled = step.lower(table.value, *batch).compile()
+    value, (by_table, by_hidden) = compiled(table.value, *batch)
+    numbers = np.concatenate([np.ravel(by_table), np.ravel(by_hidden)])
+    return [float(value), *numbers.tolist()], compiled.cost_analysis()["flops"]
+
+one = run()
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+with open(sys.argv[1], "w") as file:
+    json.dump([one, run()], file)
+"""
+
+
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_data_parallel_cuts_the_head_along_the_batch(tmp_path):
+    target = tmp_path / "results.json"
+    run_on_four_devices(DATA_PARALLEL, target)
+    (expected, flops), (actual, flops_of_a_device) = json.loads(
+        target.read_text()
+    )
+    np.testing.assert_allclose(actual, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    assert flops_of_a_device < 0.3 * flops
 
 
 def test_sharding_that_cannot_be():

@@ -10,7 +10,7 @@ import keras
 
 from keras_iris.backend.jax_products import fold_products
 from keras_iris.data import PairDataset
-from keras_iris.losses import Stream
+from keras_iris.losses.stream import Stream, shares
 
 # A pytree of arrays.
 Tree = Any
@@ -44,7 +44,8 @@ class Trainer(keras.Model):
     others of the batch. The loss is a sum of terms whose gradients are
     quotients of two sums over the batch (`keras_iris.losses.Stream`), which
     are added up one micro-batch at a time. So each response goes through the
-    model once; where there is more than one such term, a second set of
+    model once for each term that it is in, which for the objectives of this
+    package is once. Where there is more than one term, a second set of
     gradients is kept.
     """
 
@@ -85,8 +86,7 @@ class Trainer(keras.Model):
     ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
         """Loss, log-probs, gradients, new fixed and metric variables."""
         trainable, fixed, optimizer_state, metrics_state = state
-        total_weight = jnp.sum(sample_weight)
-        share = sample_weight / jnp.where(total_weight == 0, 1.0, total_weight)
+        share = shares(sample_weight, y.shape[0])
 
         def scale(loss: jax.Array) -> jax.Array:
             pairs = zip(self.optimizer.variables, optimizer_state, strict=True)

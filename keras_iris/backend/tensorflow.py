@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from keras_iris.data import PairDataset
-from keras_iris.losses import Stream
+from keras_iris.losses.stream import Stream, shares
 
 # This pass of Grappler (2.21) lets the optimizer write a variable before a
 # rematerialised layer has read it, in some traces: the gradient is wrong.
@@ -103,9 +103,7 @@ class Trainer(keras.Model):
         self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The log-probs and the (scaled) gradients of the whole batch."""
-        share = tf.math.divide_no_nan(
-            sample_weight, tf.reduce_sum(sample_weight)
-        )
+        share = shares(sample_weight, y.shape[0])
         sums: list[tf.Tensor] = []
         columns: dict[int, tf.Tensor] = {}
         for stream in self.loss.streams():

@@ -7,7 +7,7 @@ import keras
 import torch
 
 from keras_iris.data import PairDataset
-from keras_iris.losses import Stream
+from keras_iris.losses.stream import Stream, shares
 
 # None for a variable that the loss doesn't depend on.
 Gradients: TypeAlias = list[torch.Tensor | None]
@@ -72,8 +72,7 @@ class Trainer(keras.Model):
         self, x: Any, y: torch.Tensor, sample_weight: torch.Tensor
     ) -> tuple[torch.Tensor, Gradients]:
         """The log-probs and the (scaled) gradients of the whole batch."""
-        total_weight = sample_weight.sum()
-        share = sample_weight / torch.where(total_weight == 0, 1, total_weight)
+        share = shares(sample_weight, y.shape[0])
         gradients: Gradients = [None] * len(self.trainable_weights)
         columns: dict[int, torch.Tensor] = {}
         for stream in self.loss.streams():

@@ -50,7 +50,8 @@ def load(  # noqa: PLR0913 (by keyword only)
             different model (SmolLM2-135M: 0.13 nats a token); int4 doesn't,
             and its export is the same model.
         remat: Whether the backward pass computes each layer's activations
-            again instead of keeping them.
+            again instead of keeping them. On JAX on a CPU that saves memory
+            only with `XLA_FLAGS` as in `keras_iris.models.remat`.
         default_template: Used where the checkpoint has no chat template: its
             end of turn becomes an end token, and `export` writes it.
 

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from keras_iris.losses.risk import Risk, tilted_risk
-from keras_iris.losses.stream import Stream
+from keras_iris.losses.stream import Stream, flat_weights
 
 Tensor = Any
 
@@ -121,10 +121,8 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         y_pred = ops.cast(ops.convert_to_tensor(y_pred), self.dtype)
         _check_shapes(y_true, y_pred)
         if sample_weight is not None:
-            sample_weight = ops.convert_to_tensor(sample_weight)
-            _check_sample_weight(sample_weight, y_pred)
+            sample_weight = flat_weights(sample_weight, y_pred.shape[0])
             sample_weight = ops.cast(sample_weight, self.dtype)
-            sample_weight = ops.reshape(sample_weight, (-1,))
             # A NaN in a row that doesn't count would get into the gradient.
             is_row = sample_weight[:, None] > 0
             y_true = ops.where(is_row, y_true, 0.0)
@@ -148,15 +146,4 @@ def _check_shapes(y_true: Tensor, y_pred: Tensor) -> None:
             "Log-probs have to be of one shape (batch, 2): annotated and "
             f"synthetic response. Received: y_true of shape {true}, y_pred of "
             f"shape {pred}. `model.predict(pairs)` gives them in that shape."
-        )
-
-
-def _check_sample_weight(sample_weight: Tensor, y_pred: Tensor) -> None:
-    shape, num_rows = tuple(sample_weight.shape), y_pred.shape[0]
-    is_flat = len(shape) in (1, 2) and shape[1:] in ((), (1,), (None,))
-    if not is_flat or len({shape[0], num_rows} - {None}) > 1:
-        raise ValueError(
-            "`sample_weight` has to be of shape (batch,), one weight per "
-            f"pair. Received: shape {shape} for {num_rows} pairs. Give both "
-            "responses of a pair the same weight."
         )

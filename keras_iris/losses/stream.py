@@ -82,3 +82,36 @@ class Stream:
         weights = p * ops.exp(ops.where(is_row, exponents - new_shift, 0.0))
         objective = risk.weight * ops.sum(weights * risk.values)
         return objective, ops.sum(weights), new_shift
+
+
+def flat_weights(sample_weight: Tensor, num_rows: int | None) -> Tensor:
+    """Weights of the pairs as a tensor of shape `(batch,)`.
+
+    Args:
+        sample_weight: Array of shape `(batch,)` or `(batch, 1)`.
+        num_rows: The batch size, where it is known.
+
+    Raises:
+        ValueError: The shape is another one.
+    """
+    sample_weight = ops.convert_to_tensor(sample_weight)
+    shape = tuple(sample_weight.shape)
+    is_flat = len(shape) in (1, 2) and shape[1:] in ((), (1,), (None,))
+    if not is_flat or len({shape[0], num_rows} - {None}) > 1:
+        raise ValueError(
+            "`sample_weight` has to be of shape (batch,), one weight per "
+            f"pair. Received: shape {shape} for {num_rows} pairs. Give both "
+            "responses of a pair the same weight."
+        )
+    return ops.reshape(sample_weight, (-1,))
+
+
+def shares(sample_weight: Tensor, num_rows: int | None) -> Tensor:
+    """Each pair's share in the sum of all weights: see `flat_weights`.
+
+    Returns:
+        Float32 tensor of shape `(batch,)`; zeros where all weights are zero.
+    """
+    weights = ops.cast(flat_weights(sample_weight, num_rows), "float32")
+    total = ops.sum(weights)
+    return weights / ops.where(total == 0, 1.0, total)

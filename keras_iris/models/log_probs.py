@@ -29,7 +29,8 @@ def sequence_log_probs(
     shape `(tokens, vocabulary)` never exist: they are made, and made again in
     the backward pass, for a block of the vocabulary and some of the tokens at
     a time. Positions that predict no response token are left out. Whatever
-    the compute dtype, the log-softmax and the sums are float32.
+    the compute dtype, the log-softmax and the sums are float32; in bfloat16
+    TensorFlow and PyTorch round the logits to it first, JAX doesn't.
 
     Args:
         hidden_states: Tensor of shape `(rows, time, width)`.
@@ -73,6 +74,8 @@ def token_log_probs(
     """
     rows, time = ops.shape(token_ids)  # tensors where TensorFlow traces
     num_tokens = rows * (time - 1)
+    if isinstance(num_tokens, int) and num_tokens == 0:
+        return ops.zeros((rows, time - 1), "float32")
     hidden_states = ops.reshape(
         hidden_states[:, :-1], (num_tokens, hidden_states.shape[-1])
     )
@@ -81,16 +84,23 @@ def token_log_probs(
     )
     token_ids = ops.reshape(token_ids[:, 1:], (num_tokens,))
     mask = ops.reshape(ops.cast(response_mask[:, 1:], "int32"), (num_tokens,))
-    # Response tokens first, so that the rest is a block.
-    order = ops.argsort(1 - mask)
-    log_probs = backend.head_log_probs(
-        ops.take(hidden_states, order, axis=0),
-        _table(head),
-        ops.take(token_ids, order, axis=0),
-        ops.sum(mask),
-        _options(head, num_tokens),
-    )
-    log_probs = ops.take(log_probs, ops.argsort(order), axis=0)
+    table, options = _table(head), _options(head, num_tokens)
+    if _is_data_parallel():
+        # Sorted, every device would get and compute the tokens of all.
+        log_probs = backend.head_log_probs(
+            hidden_states, table, token_ids, num_tokens, options
+        )
+    else:
+        # Response tokens first, so that the rest is a block.
+        order = ops.argsort(1 - mask)
+        log_probs = backend.head_log_probs(
+            ops.take(hidden_states, order, axis=0),
+            table,
+            ops.take(token_ids, order, axis=0),
+            ops.sum(mask),
+            options,
+        )
+        log_probs = ops.take(log_probs, ops.argsort(order), axis=0)
     # `where`, not a product: what isn't a response's may be anything.
     log_probs = ops.where(mask > 0, log_probs, 0.0)
     return ops.reshape(log_probs, (rows, time - 1))
@@ -111,7 +121,10 @@ def _options(
     if isinstance(num_tokens, int):
         tile_tokens = min(tile_tokens, num_tokens)
     distribution = keras.distribution.distribution()
-    if isinstance(distribution, keras.distribution.ModelParallel):
+    if _is_data_parallel():
+        # The tokens are cut over devices already.
+        tile_tokens = num_tokens
+    elif isinstance(distribution, keras.distribution.ModelParallel):
         # The vocabulary is cut over devices already, and each has its share
         # of every block.
         tile_outputs = head.input_dim
@@ -120,4 +133,13 @@ def _options(
         tile_outputs=tile_outputs,
         soft_cap=head.logit_soft_cap,
         is_trained=bool(head.trainable_variables),
+    )
+
+
+def _is_data_parallel() -> bool:
+    """Whether each device has the whole model and some rows of the batch."""
+    distribution = keras.distribution.distribution()
+    return (
+        isinstance(distribution, keras.distribution.DataParallel)
+        and distribution.device_mesh.devices.size > 1
     )

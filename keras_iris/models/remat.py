@@ -21,9 +21,34 @@ def remat_layers(backbone: keras.Model) -> None:
 
     Args:
         backbone: A built KerasHub backbone with `transformer_layers`.
+
+    Raises:
+        ValueError: It has no such layers, or one has dropout, whose mask
+            would be another one when it is computed again.
     """
-    for layer in backbone.transformer_layers:
-        layer.call = _RematCall(layer.call)
+    layers = getattr(backbone, "transformer_layers", None)
+    if layers is None:
+        raise ValueError(
+            "Rematerialisation needs a KerasHub backbone with "
+            f"`transformer_layers`. Received: {type(backbone).__name__}. Pass "
+            "`causal_lm.backbone`."
+        )
+    for layer in layers:
+        _check_dropout(layer)
+    for layer in layers:
+        if not isinstance(layer.call, _RematCall):
+            layer.call = _RematCall(layer.call)
+
+
+def _check_dropout(layer: keras.layers.Layer) -> None:
+    for part in layer._flatten_layers():
+        if isinstance(part, keras.layers.Dropout) and part.rate > 0:
+            raise ValueError(
+                "Rematerialisation computes a layer again and would draw "
+                f"another dropout mask. Received: dropout {part.rate} in "
+                f"{layer.name}. Load the model with `dropout=0.0`, or without "
+                "rematerialisation."
+            )
 
 
 class _RematCall:

@@ -162,7 +162,18 @@ def test_sample_weights_and_clipping(objective):
     weight = np.array([1, 2, 0, 1, 1, 0.5, 1, 3], "float32")
     options = {"alpha": 2.0, "weight": weight, "clipnorm": 0.5}
     expected, _ = _train(objective, None, **options)
-    changes, _ = _train(objective, 3, **options)
+    # As a column and in NumPy's own dtype, as Keras passes them on, too.
+    for received in (weight, weight[:, None].astype("float64")):
+        changes, _ = _train(objective, 3, **options | {"weight": received})
+        assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
+    with pytest.raises(ValueError, match="one weight per pair"):
+        _train(objective, 3, weight=np.ones((8, 2), "float32"))
+
+
+def test_integer_weights():
+    weight = np.array([1, 2, 0, 1, 1, 4, 1, 3])
+    expected, _ = _train("iris", None, weight=weight.astype("float32"))
+    changes, _ = _train("iris", 3, weight=weight)
     assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
 
 

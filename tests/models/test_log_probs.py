@@ -99,6 +99,18 @@ def test_tokens_agree_with_the_oracle(monkeypatch):
         np.testing.assert_allclose(found[row, t], expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 1), (0, 5)])
+def test_no_tokens(shape):
+    head = keras.layers.ReversibleEmbedding(16, 8)
+    head.build()
+    hidden = np.zeros((*shape, 8), "float32")
+    ids, mask = np.zeros(shape, "int32"), np.zeros(shape, bool)
+    log_probs = sequence_log_probs(hidden, ids, mask, head=head)
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(log_probs), np.zeros(shape[0])
+    )
+
+
 @every_head
 def test_gradient_of_the_hidden_states(options, monkeypatch):
     hidden, kernel, ids, mask = _data()

@@ -55,6 +55,23 @@ def test_same_step(architecture, lora):
         np.testing.assert_allclose(received, expected, atol=TOLERANCE)
 
 
+def test_twice_is_once():
+    causal_lm = make_causal_lm("qwen")
+    remat_layers(causal_lm.backbone)
+    calls = [layer.call for layer in causal_lm.backbone.transformer_layers]
+    remat_layers(causal_lm.backbone)
+    layers = causal_lm.backbone.transformer_layers
+    assert [layer.call for layer in layers] == calls
+
+
+def test_what_cannot_be_computed_again_is_refused():
+    causal_lm = make_causal_lm("qwen", dropout=0.1)
+    with pytest.raises(ValueError, match=r"dropout 0\.1 in .*dropout=0\.0"):
+        remat_layers(causal_lm.backbone)
+    with pytest.raises(ValueError, match="Pass `causal_lm.backbone`"):
+        remat_layers(causal_lm)
+
+
 def test_generation_is_untouched():
     prompt = make_batch()
     length = 2 * prompt["token_ids"].shape[1]
