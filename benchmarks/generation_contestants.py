@@ -9,8 +9,6 @@ import numpy as np
 BATCH_SIZE = 32
 LOG_DEVIATION, LONGEST = 0.6, 1_024
 IDS_PER_END = 64
-# Where steps are counted all answers of a batch end early.
-IDS_PER_END_OF_COUNTS = 4
 
 
 def random_prompts(number, mean_length, vocabulary, seed=0):
@@ -28,9 +26,9 @@ def prompt_lengths(number, mean_length, seed=0):
     return np.clip(lengths.round().astype(int), 4, LONGEST)
 
 
-def end_token_ids(vocabulary, ids_per_end=IDS_PER_END):
-    """Every 64th id, or as often as asked."""
-    return list(range(0, vocabulary, ids_per_end))
+def end_token_ids(vocabulary):
+    """Every 64th id."""
+    return list(range(0, vocabulary, IDS_PER_END))
 
 
 class Keras:
@@ -76,7 +74,7 @@ class Counter:
         self.vocabulary = models.TINY["vocabulary"]
         self.engine = keras_iris.generation.KerasEngine(
             models.keras_model(models.TINY),
-            end_token_ids=end_token_ids(self.vocabulary, IDS_PER_END_OF_COUNTS),
+            end_token_ids=end_token_ids(self.vocabulary),
             max_new_tokens=max_new_tokens,
             batch_size=BATCH_SIZE,
             sampler=self.sampler,

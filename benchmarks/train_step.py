@@ -47,11 +47,11 @@ def main():
     )
     batch = {"pairs": 4, "length": 256, "prompt_length": 64}
     sizes, name = models.SMALL, "train_step"
-    races, rounds = [list(CONTESTANTS)], 2
+    races, rounds = [list(CONTESTANTS)], 3
     if arguments.model == "smollm2":
         # Each has 8 to 10 GB, TRL for the small model already.
         sizes, name = models.SMOLLM2, "train_step_smollm2"
-        races = [[PLAIN, ours] for ours in OURS]
+        races, rounds = [[PLAIN, ours] for ours in OURS], 2
     if arguments.quick:
         batch |= {"length": 32, "prompt_length": 8}
         sizes, rounds = models.TINY, 1
