@@ -10,7 +10,8 @@ natural stops do. Useful tokens are those of the answers, the end token
 included; prompts and what is computed after an end don't count.
 `transformers` gets its prompts in the order given, and in a second run sorted
 by length into the very batches of `KerasEngine`. Decode steps don't depend on
-the size of a model: a tiny one counts them, over more prompts.
+the size of a model: a tiny one counts them, over more prompts and with an end
+token in 4, so that whole batches stop early.
 """
 
 import contextlib

@@ -9,6 +9,8 @@ import numpy as np
 BATCH_SIZE = 32
 LOG_DEVIATION, LONGEST = 0.6, 1_024
 IDS_PER_END = 64
+# Batches have to stop early for steps to be wasted.
+IDS_PER_END_OF_COUNTS = 4
 
 
 def random_prompts(number, mean_length, vocabulary, seed=0):
@@ -26,9 +28,9 @@ def prompt_lengths(number, mean_length, seed=0):
     return np.clip(lengths.round().astype(int), 4, LONGEST)
 
 
-def end_token_ids(vocabulary):
-    """Every 64th id."""
-    return list(range(0, vocabulary, IDS_PER_END))
+def end_token_ids(vocabulary, ids_per_end=IDS_PER_END):
+    """Every 64th id, or another share of all."""
+    return list(range(0, vocabulary, ids_per_end))
 
 
 class Keras:
@@ -74,7 +76,7 @@ class Counter:
         self.vocabulary = models.TINY["vocabulary"]
         self.engine = keras_iris.generation.KerasEngine(
             models.keras_model(models.TINY),
-            end_token_ids=end_token_ids(self.vocabulary),
+            end_token_ids=end_token_ids(self.vocabulary, IDS_PER_END_OF_COUNTS),
             max_new_tokens=max_new_tokens,
             batch_size=BATCH_SIZE,
             sampler=self.sampler,

@@ -26,6 +26,14 @@ RETURNS_MEMORY = {
     "MALLOC_TOP_PAD_": "0",
     "TF_ENABLE_ONEDNN_OPTS": "0",
 }
+# The other way round: what a step gave back, the next one gets without asking
+# the system for it, and in pages of 2 MB. Of glibc 2.35 or newer.
+KEEPS_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.mmap_max=0"
+    ":glibc.malloc.trim_threshold=1000000000000"
+    ":glibc.malloc.arena_max=1"
+    ":glibc.malloc.hugetlb=1"
+}
 
 
 class Worker:

@@ -72,7 +72,7 @@ def finish(script, arguments, *, settings, rows, bars, **more):
         script: Its `__file__`, or another name for the record.
         arguments: What `parse_arguments` gave.
         settings: What was measured, a dictionary.
-        rows: Dictionaries of one set of keys, the table's columns.
+        rows: Dictionaries; the keys of the first are the table's columns.
         bars: What `bar` gave.
         **more: Other entries of the record.
     """
@@ -121,7 +121,7 @@ def format_bar(entry):
 def format_table(rows):
     """Rows as text in columns, numbers to the right."""
     columns = list(rows[0])
-    cells = [columns] + [[str(row[c]) for c in columns] for row in rows]
+    cells = [columns] + [[str(row.get(c, "")) for c in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     is_text = [isinstance(rows[0][c], str) for c in columns]
     lines = [

@@ -42,34 +42,32 @@ _PACKAGES = ("keras", "jax", "tensorflow", "torch", "transformers", "trl")
 
 
 def read_records(folder):
-    """The records of a folder by name.
+    """The records of a folder by name, one dictionary a machine.
 
     Raises:
-        ValueError: There are none, or they are of several machines.
+        ValueError: There are none.
     """
     files = sorted(folder.glob("*.json"))
     found = [json.loads(file.read_text()) for file in files]
-    found = [record for record in found if not record["quick"]]
-    if not found:
+    machines = {}
+    for record in found:
+        if not record["quick"]:
+            machine = json.dumps(record["machine"])
+            machines.setdefault(machine, {})[record["benchmark"]] = record
+    if not machines:
         raise ValueError(
             f"{folder} has no record of a benchmark. Run `make bench`."
         )
-    machines = {json.dumps(record["machine"]) for record in found}
-    if len(machines) > 1:
-        raise ValueError(
-            f"The records of {folder} are of {len(machines)} machines, "
-            "expected one. Run `make bench` on one of them."
-        )
-    return {record["benchmark"]: record for record in found}
+    return list(machines.values())
 
 
 def make_block(found):
-    """The README's lines between the marks."""
+    """The README's lines about the records of a machine."""
     blocks = [_caption(found)]
     for name, columns in RACES.items():
         if name in found:
             rows = [
-                [_number(row[column]) for column in columns]
+                [_number(row.get(column, "")) for column in columns]
                 for row in found[name]["rows"]
             ]
             blocks.append(f"`{found[name]['command']}`:")
@@ -143,7 +141,8 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     before = options.readme.read_text()
-    after = insert(before, make_block(read_records(options.results)))
+    blocks = [make_block(found) for found in read_records(options.results)]
+    after = insert(before, "\n\n".join(blocks))
     if options.check:
         if before != after:
             print(

@@ -5,6 +5,7 @@ And who only multiplies matrices, which all of them have to.
 
 import collections
 import contextlib
+import sys
 import tempfile
 import time
 
@@ -42,10 +43,21 @@ class Contestant:
 
 
 class KerasIris(Contestant):
-    """`SelfPlayModel.fit` on `KERAS_BACKEND`."""
+    """`SelfPlayModel.fit` on `KERAS_BACKEND`.
 
-    def __init__(self, sizes, batch, jit_compile="auto"):
+    Args:
+        sizes: Of the model.
+        batch: As of `Contestant`.
+        jit_compile: As of `compile`.
+        hides_tensorflow: Does without, as where it isn't installed.
+    """
+
+    def __init__(
+        self, sizes, batch, jit_compile="auto", hides_tensorflow=False
+    ):
         super().__init__(sizes, batch)
+        if hides_tensorflow:
+            sys.modules["tensorflow"] = None
         import keras
 
         import keras_iris

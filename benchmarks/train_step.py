@@ -6,10 +6,11 @@
 Same architecture, batch, optimizer (AdamW) and float32 for all, on the CPU.
 The objective of keras_iris and of the plain loop is IRIS; that of TRL's
 `DPOTrainer` is DPO with precomputed reference log-probs. Full-length rows, so
-that nobody computes padding. Every contestant has a process of its own; they
-take turns, all of them or, with SmolLM2, each of ours and the plain loop. A
-token is one of a prompt or of a response. One row is what nobody can pass: the
-kernels' products alone, by the plain loop's library.
+that nobody computes padding. Every contestant has a process of its own; those
+of a race take turns. They race as installed and once more with an allocator
+that keeps memory between steps. With SmolLM2 a race is one of ours against the
+plain loop. A token is one of a prompt or of a response. One row is what nobody
+can pass: the kernels' products alone, by the plain loop's library.
 """
 
 import contextlib
@@ -22,21 +23,34 @@ import records
 import train_contestants
 
 PLAIN, TRL = "transformers, plain loop", "TRL DPOTrainer"
+PRODUCTS = "matrix products alone"
 JAX, XLA = "keras_iris, jax", "keras_iris, tensorflow XLA"
-HUGE, PRODUCTS = f"{JAX}, huge pages", "matrix products alone"
-# Of glibc 2.35 or newer: large blocks of memory come in pages of 2 MB.
-HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+TENSORFLOW, TORCH = "keras_iris, tensorflow", "keras_iris, torch"
+ALONE = f"{JAX} without TensorFlow"
+OURS = [JAX, XLA, TENSORFLOW, TORCH]
 CONTESTANTS = {
     PLAIN: ("PlainLoop", "torch", {}),
     TRL: ("Trl", "torch", {}),
     JAX: ("KerasIris", "jax", {}),
-    HUGE: ("KerasIris", "jax", {"environment": HUGE_PAGES}),
     XLA: ("KerasIris", "tensorflow", {"jit_compile": True}),
-    "keras_iris, tensorflow": ("KerasIris", "tensorflow", {}),
-    "keras_iris, torch": ("KerasIris", "torch", {}),
+    TENSORFLOW: ("KerasIris", "tensorflow", {}),
+    TORCH: ("KerasIris", "torch", {}),
+    ALONE: ("KerasIris", "jax", {"hides_tensorflow": True}),
     PRODUCTS: ("Products", "torch", {}),
 }
-OURS = [name for name in CONTESTANTS if name.startswith("keras_iris")]
+# After the name of a contestant whose process has `harness.KEEPS_MEMORY`.
+KEPT = ", kept memory"
+RACES = {
+    "train_step": [
+        list(CONTESTANTS),
+        [name + KEPT for name in (PLAIN, *OURS)],
+    ],
+    # Each has 8 to 10 GB, TRL for the small model already.
+    "train_step_smollm2": [
+        *([PLAIN, name] for name in (*OURS, ALONE)),
+        *([PLAIN + KEPT, name + KEPT] for name in (JAX, XLA)),
+    ],
+}
 
 
 def main():
@@ -46,18 +60,16 @@ def main():
         model={"choices": ("small", "smollm2"), "default": "small"},
     )
     batch = {"pairs": 4, "length": 256, "prompt_length": 64}
-    sizes, name = models.SMALL, "train_step"
-    races, rounds = [list(CONTESTANTS)], 3
-    if arguments.model == "smollm2":
-        # Each has 8 to 10 GB, TRL for the small model already.
-        sizes, name = models.SMOLLM2, "train_step_smollm2"
-        races, rounds = [[PLAIN, ours] for ours in OURS], 2
+    is_small = arguments.model == "small"
+    name = "train_step" if is_small else "train_step_smollm2"
+    sizes = models.SMALL if is_small else models.SMOLLM2
+    rounds = 2
     if arguments.quick:
         batch |= {"length": 32, "prompt_length": 8}
         sizes, rounds = models.TINY, 1
     tokens = batch["pairs"] * 2 * batch["length"]
     rows = {}
-    for contestants in races:
+    for contestants in RACES[name]:
         answers = _race(contestants, rounds, sizes=sizes, batch=batch)
         for contestant in contestants:
             row = _row(contestant, answers, tokens)
@@ -70,7 +82,7 @@ def main():
             "batch": batch,
             "dtype": "float32",
             "optimizer": "AdamW",
-            "races": races,
+            "races": RACES[name],
             "rounds": rounds,
         },
         rows=list(rows.values()),
@@ -83,12 +95,15 @@ def _race(contestants, rounds, **settings):
     with contextlib.ExitStack() as stack:
         workers = {}
         for name in contestants:
-            contestant, backend, options = CONTESTANTS[name]
+            contestant, backend, options = CONTESTANTS[name.removesuffix(KEPT)]
             workers[name] = stack.enter_context(
                 harness.Worker(
                     train_contestants.__file__,
                     contestant,
                     backend=backend,
+                    environment=(
+                        harness.KEEPS_MEMORY if name.endswith(KEPT) else None
+                    ),
                     **settings,
                     **options,
                 )
@@ -104,13 +119,14 @@ def _row(name, answers, tokens):
     def of(contestant, key):
         return [answer[key] for answer in answers[contestant]]
 
+    plain = next(iter(answers))
     seconds, peak = of(name, "seconds"), max(of(name, "peak_mb"))
     row = {
         "contestant": name,
         "tokens/s": tokens / statistics.median(seconds),
-        "x plain loop": harness.median_ratio(of(PLAIN, "seconds"), seconds),
+        "x plain loop": harness.median_ratio(of(plain, "seconds"), seconds),
         "peak MB": peak,
-        "peak, x plain loop": peak / max(of(PLAIN, "peak_mb")),
+        "peak, x plain loop": peak / max(of(plain, "peak_mb")),
         "peak MB above imports": peak - of(name, "imported_mb")[0],
     }
     if TRL in answers:
@@ -120,38 +136,40 @@ def _row(name, answers, tokens):
 
 
 def _bars(rows):
-    speed = {name: rows[name]["x plain loop"] for name in OURS}
-    name = max(speed, key=speed.get)
-    best = rows[name]
+    speed = {name: row["x plain loop"] for name, row in rows.items()}
+    best = max(OURS, key=speed.get)
     over_trl = []
     if TRL in rows:
         over_trl = [
             records.bar(
-                f"tokens/s over TRL, {name}", best["x TRL"], at_least=4
+                f"tokens/s over TRL, {best}", rows[best]["x TRL"], at_least=4
             ),
             records.bar(
-                f"peak memory over TRL, {name}", best["peak, x TRL"], at_most=1
+                f"peak memory over TRL, {best}",
+                rows[best]["peak, x TRL"],
+                at_most=1,
             ),
         ]
     return [
         *over_trl,
         records.bar(
-            f"tokens/s over the plain loop, {name}",
-            best["x plain loop"],
-            at_least=1.5,
-        ),
-        records.bar(
-            f"peak memory over the plain loop, {name}",
-            best["peak, x plain loop"],
-            at_most=1,
+            f"tokens/s over the plain loop, {best}", speed[best], at_least=1.5
         ),
         *(
             records.bar(
-                f"tokens/s over {XLA}, {name}",
-                speed[name] / speed[XLA],
+                f"peak memory over the plain loop, {name}",
+                rows[name]["peak, x plain loop"],
+                at_most=1,
+            )
+            for name in (best, ALONE)
+        ),
+        *(
+            records.bar(
+                f"tokens/s over {XLA}, {JAX}{kept}",
+                speed[JAX + kept] / speed[XLA + kept],
                 at_least=1,
             )
-            for name in (JAX, HUGE)
+            for kept in ("", KEPT)
         ),
         *(
             records.bar(

@@ -66,8 +66,6 @@ class Trainer(keras.Model):
         num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
         if (self.micro_batch_size or num_rows) >= num_rows:
             return super().train_step(state, data)
-        if sample_weight is None:
-            sample_weight = jnp.ones((num_rows,), "float32")
         trainable, _, optimizer_state, _ = state
         loss, y_pred, gradients, fixed, metrics_state = (
             self._micro_batched_gradients(state, x, y, sample_weight)
@@ -82,11 +80,15 @@ class Trainer(keras.Model):
         return logs, (trainable, fixed, optimizer_state, metrics_state)
 
     def _micro_batched_gradients(
-        self, state: Tree, x: Tree, y: jax.Array, sample_weight: jax.Array
+        self,
+        state: Tree,
+        x: Tree,
+        y: jax.Array,
+        sample_weight: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
         """Loss, log-probs, gradients, new fixed and metric variables."""
         trainable, fixed, optimizer_state, metrics_state = state
-        share = shares(sample_weight, y.shape[0])
+        share = shares(sample_weight, y)
 
         def scale(loss: jax.Array) -> jax.Array:
             pairs = zip(self.optimizer.variables, optimizer_state, strict=True)

@@ -75,8 +75,6 @@ class Trainer(keras.Model):
         num_rows = y.shape[0]  # None where the data has no fixed batch size
         if num_rows is not None and self.micro_batch_size >= num_rows:
             return super().train_step(data)
-        if sample_weight is None:
-            sample_weight = tf.ones(tf.shape(y)[:1])
         y_pred, gradients = self._micro_batched_gradients(x, y, sample_weight)
         variables = self.trainable_weights
         # What the loss depends on beside the log-probs: weight regularisers.
@@ -100,10 +98,10 @@ class Trainer(keras.Model):
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _micro_batched_gradients(
-        self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor
+        self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor | None
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The log-probs and the (scaled) gradients of the whole batch."""
-        share = shares(sample_weight, y.shape[0])
+        share = shares(sample_weight, y)
         sums: list[tf.Tensor] = []
         columns: dict[int, tf.Tensor] = {}
         for stream in self.loss.streams():

@@ -46,9 +46,6 @@ class Trainer(keras.Model):
         if (self.micro_batch_size or num_rows) >= num_rows:
             return super().train_step(data)
         y = keras.ops.convert_to_tensor(y)
-        if sample_weight is None:
-            sample_weight = torch.ones(num_rows, device=y.device)
-        sample_weight = keras.ops.convert_to_tensor(sample_weight)
         y_pred, gradients = self._micro_batched_gradients(x, y, sample_weight)
         # `_compute_loss` is the hook of Keras' own step (3.15).
         loss = self._compute_loss(
@@ -69,10 +66,10 @@ class Trainer(keras.Model):
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _micro_batched_gradients(
-        self, x: Any, y: torch.Tensor, sample_weight: torch.Tensor
+        self, x: Any, y: torch.Tensor, sample_weight: torch.Tensor | None
     ) -> tuple[torch.Tensor, Gradients]:
         """The log-probs and the (scaled) gradients of the whole batch."""
-        share = shares(sample_weight, y.shape[0])
+        share = shares(sample_weight, y)
         gradients: Gradients = [None] * len(self.trainable_weights)
         columns: dict[int, torch.Tensor] = {}
         for stream in self.loss.streams():

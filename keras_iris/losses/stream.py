@@ -106,12 +106,18 @@ def flat_weights(sample_weight: Tensor, num_rows: int | None) -> Tensor:
     return ops.reshape(sample_weight, (-1,))
 
 
-def shares(sample_weight: Tensor, num_rows: int | None) -> Tensor:
+def shares(sample_weight: Tensor | None, y: Tensor) -> Tensor:
     """Each pair's share in the sum of all weights: see `flat_weights`.
+
+    Args:
+        sample_weight: `None` where all pairs weigh the same.
+        y: The opponent's log-probs, of shape `(batch, 2)`.
 
     Returns:
         Float32 tensor of shape `(batch,)`; zeros where all weights are zero.
     """
-    weights = ops.cast(flat_weights(sample_weight, num_rows), "float32")
+    if sample_weight is None:
+        sample_weight = ops.ones(ops.shape(y)[:1])
+    weights = ops.cast(flat_weights(sample_weight, y.shape[0]), "float32")
     total = ops.sum(weights)
     return weights / ops.where(total == 0, 1.0, total)
