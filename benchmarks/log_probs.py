@@ -106,13 +106,11 @@ def _measure(workers, rounds):
 
 
 def _bars(row):
-    backend, ratio = row["backend"], row["memory ratio"]
-    limit = 1 / 8 if backend == "jax" else round(1 / 3, 4)
+    name = f"over naive, {row['backend']} in {row['dtype']}"
+    limit = 1 / 8 if row["backend"] == "jax" else round(1 / 3, 4)
     return [
-        records.bar(f"memory over naive, {backend}", ratio, at_most=limit),
-        records.bar(
-            f"time over naive, {backend}", row["time ratio"], at_most=1.1
-        ),
+        records.bar(f"memory {name}", row["memory ratio"], at_most=limit),
+        records.bar(f"time {name}", row["time ratio"], at_most=1.1),
     ]
 
 

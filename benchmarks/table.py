@@ -30,6 +30,7 @@ RACES = {
         "x plain loop",
         "peak MB",
     ),
+    "log_probs": ("size", "backend", "dtype", "time ratio", "memory ratio"),
     "generation": (
         "contestant",
         "useful tokens/s",
