@@ -57,6 +57,9 @@ def _compare(backend, sizes, rounds):
             }
             for name, size in sizes.items()
         }
+        for pair in workers.values():
+            for worker in pair.values():
+                worker.wait()
         rows = [
             {"size": name, "backend": backend, "dtype": size["dtype"]}
             | _measure(workers[name], 0 if name == "large" else rounds)

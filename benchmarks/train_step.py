@@ -43,7 +43,7 @@ KEPT = ", kept memory"
 RACES = {
     "train_step": [
         list(CONTESTANTS),
-        [name + KEPT for name in (PLAIN, *OURS)],
+        [name + KEPT for name in (PLAIN, JAX, XLA)],
     ],
     # Each has 8 to 10 GB, TRL for the small model already.
     "train_step_smollm2": [
@@ -108,10 +108,11 @@ def _race(contestants, rounds, **settings):
                     **options,
                 )
             )
-        calls = {
-            name: functools.partial(worker.call, "run")
-            for name, worker in workers.items()
-        }
+        calls = {}
+        for name, worker in workers.items():
+            # Not to run while others start.
+            worker.wait()
+            calls[name] = functools.partial(worker.call, "run")
         return harness.take_turns(calls, rounds)
 
 
