@@ -139,7 +139,7 @@ def _measure(backend, rounds, **settings):
 def main():
     """Measures all backends."""
     arguments = records.parse_arguments(__doc__)
-    sizes, batch, rounds = MODEL, BATCH, 3
+    sizes, batch, rounds = MODEL, BATCH, 2
     if arguments.quick:
         sizes, rounds = models.TINY, 1
         batch = {"pairs": 16, "length": 32, "prompt_length": 8}

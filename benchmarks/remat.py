@@ -97,10 +97,11 @@ def main():
             )
             for way in WAYS
         }
-        calls = {
-            way: functools.partial(worker.call, "run")
-            for way, worker in workers.items()
-        }
+        calls = {}
+        for way, worker in workers.items():
+            # Not to run while the other starts.
+            worker.wait()
+            calls[way] = functools.partial(worker.call, "run")
         seconds = harness.take_turns(calls, rounds)
         memory = {way: workers[way].call("memory_mb") for way in WAYS}
     rows = [
