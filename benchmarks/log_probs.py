@@ -12,7 +12,6 @@ float64, at a width of 512 and logits of standard deviation 1.
 """
 
 import contextlib
-import functools
 import statistics
 
 import harness
@@ -57,13 +56,11 @@ def _compare(backend, sizes, rounds):
             }
             for name, size in sizes.items()
         }
-        for pair in workers.values():
-            for worker in pair.values():
-                worker.wait()
+        calls = {name: harness.runs(pair) for name, pair in workers.items()}
         rows = [
             {"size": name, "backend": backend, "dtype": size["dtype"]}
             | _measure(
-                workers[name],
+                calls[name],
                 0 if name == "large" else rounds,
                 # Half a minute of PyTorch's products needs no call before.
                 is_first_timed=(name, backend) == ("large", "torch"),
@@ -88,15 +85,11 @@ def _worker(backend, way, size):
     )
 
 
-def _measure(workers, rounds, is_first_timed):
+def _measure(calls, rounds, is_first_timed):
     """Seconds and memory by way, and their ratios.
 
     Libraries keep memory, so that of the first call counts.
     """
-    calls = {
-        way: functools.partial(worker.call, "run")
-        for way, worker in workers.items()
-    }
     memory, seconds = {}, {}
     for way, call in calls.items():
         first = call()

@@ -10,7 +10,6 @@ allocator keeps what earlier steps took (TensorFlow). Gradients are in it.
 """
 
 import contextlib
-import functools
 import os
 import statistics
 import time
@@ -97,12 +96,7 @@ def main():
             )
             for way in WAYS
         }
-        calls = {}
-        for way, worker in workers.items():
-            # Not to run while the other starts.
-            worker.wait()
-            calls[way] = functools.partial(worker.call, "run")
-        seconds = harness.take_turns(calls, rounds)
+        seconds = harness.take_turns(harness.runs(workers), rounds)
         memory = {way: workers[way].call("memory_mb") for way in WAYS}
     rows = [
         {

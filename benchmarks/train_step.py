@@ -14,7 +14,6 @@ can pass: the kernels' products alone, by the plain loop's library.
 """
 
 import contextlib
-import functools
 import statistics
 
 import harness
@@ -108,12 +107,7 @@ def _race(contestants, rounds, **settings):
                     **options,
                 )
             )
-        calls = {}
-        for name, worker in workers.items():
-            # Not to run while others start.
-            worker.wait()
-            calls[name] = functools.partial(worker.call, "run")
-        return harness.take_turns(calls, rounds)
+        return harness.take_turns(harness.runs(workers), rounds)
 
 
 def _row(name, answers, tokens):
