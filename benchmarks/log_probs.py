@@ -7,8 +7,9 @@ rows; with a frozen head, as LoRA has it, by hidden states alone. Memory is
 XLA's temporary memory on JAX; elsewhere it is the peak of the resident memory
 above what it was before the call, so with the head's gradient (float32, as
 large as the head) on both sides. Each has a process of its own; they take
-turns, at the large size once. Errors are those of single tokens against
-float64, at a width of 512 and logits of standard deviation 1.
+turns, at the large size once: in the second call, on PyTorch in the first.
+Errors are those of single tokens against float64, at a width of 512 and logits
+of standard deviation 1.
 """
 
 import contextlib

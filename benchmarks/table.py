@@ -16,7 +16,7 @@ import records
 README = Path(__file__).parents[1] / "README.md"
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 # A benchmark whose rows are shown, and the columns to show.
-RACES = {
+COLUMNS = {
     "train_step": (
         "contestant",
         "tokens/s",
@@ -65,7 +65,7 @@ def read_records(folder):
 def make_block(found):
     """The README's lines about the records of a machine."""
     blocks = [_caption(found)]
-    for name, columns in RACES.items():
+    for name, columns in COLUMNS.items():
         if name in found:
             rows = [
                 [_number(row.get(column, "")) for column in columns]

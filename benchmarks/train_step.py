@@ -9,8 +9,9 @@ The objective of keras_iris and of the plain loop is IRIS; that of TRL's
 that nobody computes padding. Every contestant has a process of its own; those
 of a race take turns. They race as installed and once more with an allocator
 that keeps memory between steps. With SmolLM2 a race is one of ours against the
-plain loop. A token is one of a prompt or of a response. One row is what nobody
-can pass: the kernels' products alone, by the plain loop's library.
+plain loop. Ratios are those within a race. A token is one of a prompt or of a
+response. One row bounds those that race as installed: the kernels' products
+alone, by the plain loop's library.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ PLAIN, TRL = "transformers, plain loop", "TRL DPOTrainer"
 PRODUCTS = "matrix products alone"
 JAX, XLA = "keras_iris, jax", "keras_iris, tensorflow XLA"
 TENSORFLOW, TORCH = "keras_iris, tensorflow", "keras_iris, torch"
-ALONE = f"{JAX} without TensorFlow"
+WITHOUT_TENSORFLOW = f"{JAX} without TensorFlow"
 OURS = [JAX, XLA, TENSORFLOW, TORCH]
 CONTESTANTS = {
     PLAIN: ("PlainLoop", "torch", {}),
@@ -34,7 +35,7 @@ CONTESTANTS = {
     XLA: ("KerasIris", "tensorflow", {"jit_compile": True}),
     TENSORFLOW: ("KerasIris", "tensorflow", {}),
     TORCH: ("KerasIris", "torch", {}),
-    ALONE: ("KerasIris", "jax", {"hides_tensorflow": True}),
+    WITHOUT_TENSORFLOW: ("KerasIris", "jax", {"hides_tensorflow": True}),
     PRODUCTS: ("Products", "torch", {}),
 }
 # After the name of a contestant whose process has `harness.KEEPS_MEMORY`.
@@ -46,7 +47,7 @@ RACES = {
     ],
     # Each has 8 to 10 GB, TRL for the small model already.
     "train_step_smollm2": [
-        *([PLAIN, name] for name in (*OURS, ALONE)),
+        *([PLAIN, name] for name in (*OURS, WITHOUT_TENSORFLOW)),
         *([PLAIN + KEPT, name + KEPT] for name in (JAX, XLA)),
     ],
 }
@@ -156,7 +157,7 @@ def _bars(rows):
                 rows[name]["peak, x plain loop"],
                 at_most=1,
             )
-            for name in (best, ALONE)
+            for name in (best, WITHOUT_TENSORFLOW)
         ),
         *(
             records.bar(
