@@ -67,10 +67,7 @@ def make_block(found):
     blocks = [_caption(found)]
     for name, columns in COLUMNS.items():
         if name in found:
-            rows = [
-                [_number(row.get(column, "")) for column in columns]
-                for row in found[name]["rows"]
-            ]
+            rows = _rows(found[name], columns)
             blocks.append(f"`{found[name]['command']}`:")
             blocks.append(_markdown(columns, rows))
     bars = [
@@ -87,6 +84,20 @@ def make_block(found):
     columns = ("benchmark", "figure", "bar", "measured", "")
     blocks.append(_markdown(columns, bars))
     return "\n\n".join(blocks)
+
+
+def _rows(record, columns):
+    """The cells of some columns; a row after the first may lack some."""
+    rows = record["rows"]
+    unknown = set(columns) - set(rows[0])
+    if unknown:
+        raise ValueError(
+            f"The record of {record['benchmark']} has no {sorted(unknown)}, "
+            f"expected columns among {list(rows[0])}. Change `COLUMNS`."
+        )
+    return [
+        [_number(row.get(column, "")) for column in columns] for row in rows
+    ]
 
 
 def insert(readme, block):

@@ -115,7 +115,7 @@ def _row(name, answers, tokens):
     def of(contestant, key):
         return [answer[key] for answer in answers[contestant]]
 
-    plain = next(iter(answers))
+    plain = PLAIN + KEPT if name.endswith(KEPT) else PLAIN
     seconds, peak = of(name, "seconds"), max(of(name, "peak_mb"))
     row = {
         "contestant": name,

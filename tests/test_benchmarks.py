@@ -138,6 +138,16 @@ def test_table_of_two_machines(tmp_path, record):
     assert "3 cores" in table.make_block(found[0])
 
 
+def test_table_of_an_unknown_column(monkeypatch, tmp_path, record):
+    import table
+
+    record()
+    (found,) = table.read_records(tmp_path)
+    monkeypatch.setitem(table.COLUMNS, "train_step", ("contestant", "x TLR"))
+    with pytest.raises(ValueError, match=r"has no \['x TLR'\], expected"):
+        table.make_block(found)
+
+
 def test_readme_without_marks():
     import table
 
@@ -201,6 +211,23 @@ def test_memory_above():
     )
     assert total == 8_000_000
     assert 60 < memory_mb < 100
+
+
+def test_nobody_runs_while_others_start():
+    import harness
+
+    made = []
+
+    class Worker:
+        def wait(self):
+            made.append("wait")
+
+        def call(self, method):
+            made.append(method)
+
+    for run in harness.runs({"a": Worker(), "b": Worker()}).values():
+        run()
+    assert made == ["wait", "wait", "run", "run"]
 
 
 def test_of_each_turn_the_second_call_counts():
