@@ -20,6 +20,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 BACKENDS = ("jax", "tensorflow", "torch")
+GPU_BACKENDS = ("jax", "torch")
 # For `memory_above`: libraries give back at once what they no longer use, which
 # takes time. Of glibc; with oneDNN, TensorFlow's allocator keeps everything.
 RETURNS_MEMORY = {
@@ -35,6 +36,12 @@ KEEPS_MEMORY = {
     ":glibc.malloc.arena_max=1"
     ":glibc.malloc.hugetlb=1"
 }
+# A worker's device. JAX takes as much of a GPU's memory as it needs.
+_ON_GPU = "KERAS_IRIS_BENCHMARK_ON_GPU"
+_ENVIRONMENTS = {
+    "cpu": {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
+    "gpu": {_ON_GPU: "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+}
 
 
 class Worker:
@@ -44,6 +51,7 @@ class Worker:
         script: The `__file__` of the benchmark that defines the contestant.
         contestant: The name of its class.
         backend: The value of `KERAS_BACKEND`.
+        device: "cpu" or "gpu".
         environment: More variables for the process.
         **settings: What the class is called with.
     """
@@ -54,6 +62,7 @@ class Worker:
         contestant,
         *,
         backend="torch",
+        device="cpu",
         environment=None,
         **settings,
     ):
@@ -77,6 +86,7 @@ class Worker:
                 "TOKENIZERS_PARALLELISM": "false",
                 **os.environ,
                 "KERAS_BACKEND": backend,
+                **_ENVIRONMENTS[device],
                 **(environment or {}),
             },
         )
@@ -158,19 +168,41 @@ def median_ratio(values, others):
     return statistics.median(value / other for value, other in pairs)
 
 
+def is_on_gpu():
+    """Whether this worker is to compute on a GPU."""
+    return _ON_GPU in os.environ
+
+
 def resident_mb():
-    """Resident memory of this process in MB."""
+    """Resident memory of this process in MB; on a GPU, that of its arrays."""
+    if is_on_gpu():
+        return _gpu_mb("in_use")
     return _status("VmRSS")
 
 
 def reset_peak():
     """Starts a new measurement of `peak_mb`."""
-    Path("/proc/self/clear_refs").write_text("5")
+    if not is_on_gpu():
+        Path("/proc/self/clear_refs").write_text("5")
+    elif not _is_jax():  # which measures from its start on
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_mb():
-    """The largest resident memory since `reset_peak`, in MB."""
+    """The largest `resident_mb` since `reset_peak`."""
+    if is_on_gpu():
+        return _gpu_mb("peak")
     return _status("VmHWM")
+
+
+def synchronize():
+    """Waits for the work that PyTorch has given to a GPU."""
+    if is_on_gpu() and not _is_jax():
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def memory_above(function):
@@ -188,6 +220,26 @@ def memory_above(function):
     before = resident_mb()
     result = function()
     return peak_mb() - before, result
+
+
+def _is_jax():
+    return os.environ["KERAS_BACKEND"] == "jax"
+
+
+def _gpu_mb(kind):
+    if _is_jax():
+        import jax
+
+        statistics = jax.local_devices()[0].memory_stats()
+        names = {"in_use": "bytes_in_use", "peak": "peak_bytes_in_use"}
+        return statistics[names[kind]] / 1e6
+    import torch
+
+    functions = {
+        "in_use": torch.cuda.memory_allocated,
+        "peak": torch.cuda.max_memory_allocated,
+    }
+    return functions[kind]() / 1e6
 
 
 def _status(name):

@@ -1,6 +1,7 @@
 """Sequence log-probs: `sequence_log_probs` against logits of all tokens.
 
     python benchmarks/log_probs.py [--backend jax]
+    python benchmarks/log_probs.py --device gpu  # JAX and PyTorch
 
 Loss and gradient, by hidden states and head, of 8 responses that fill their
 rows; with a frozen head, as LoRA has it, by hidden states alone. Memory is
@@ -9,7 +10,8 @@ above what it was before the call, so with the head's gradient (float32, as
 large as the head) on both sides. Each has a process of its own; they take
 turns, at the large size once: in the second call, on PyTorch in the first.
 Errors are those of single tokens against float64, at a width of 512 and logits
-of standard deviation 1.
+of standard deviation 1. On a GPU memory is what the library allocates there,
+and all calls are repeated.
 """
 
 import contextlib
@@ -47,12 +49,12 @@ ERROR_WIDTH = 512
 ERROR_LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}  # nats
 
 
-def _compare(backend, sizes, rounds):
+def _compare(backend, device, sizes, rounds):
     """The table's rows of a backend, and its bars."""
     with contextlib.ExitStack() as stack:
         workers = {
             name: {
-                way: stack.enter_context(_worker(backend, way, size))
+                way: stack.enter_context(_worker(backend, device, way, size))
                 for way in WAYS
             }
             for name, size in sizes.items()
@@ -62,9 +64,10 @@ def _compare(backend, sizes, rounds):
             {"size": name, "backend": backend, "dtype": size["dtype"]}
             | _measure(
                 calls[name],
-                0 if name == "large" else rounds,
+                0 if (name, device) == ("large", "cpu") else rounds,
                 # Half a minute of PyTorch's products needs no call before.
-                is_first_timed=(name, backend) == ("large", "torch"),
+                is_first_timed=(name, backend, device)
+                == ("large", "torch", "cpu"),
             )
             for name, size in sizes.items()
         ]
@@ -80,9 +83,14 @@ def _compare(backend, sizes, rounds):
     return rows, bars + _bars(rows[-1])
 
 
-def _worker(backend, way, size):
+def _worker(backend, device, way, size):
     return harness.Worker(
-        contestants.__file__, "LogProbs", backend=backend, way=way, size=size
+        contestants.__file__,
+        "LogProbs",
+        backend=backend,
+        device=device,
+        way=way,
+        size=size,
     )
 
 
@@ -122,24 +130,31 @@ def main():
     arguments = records.parse_arguments(
         __doc__,
         backend={"choices": harness.BACKENDS, "help": "this one only"},
+        device={"choices": ("cpu", "gpu"), "default": "cpu"},
     )
+    device = arguments.device
+    backends = harness.BACKENDS if device == "cpu" else harness.GPU_BACKENDS
     sizes = QUICK if arguments.quick else SIZES
     rounds = 0 if arguments.quick else 2
     rows, bars = [], []
     one = arguments.backend
-    for backend in [one] if one else harness.BACKENDS:
-        dtype = LARGE_DTYPES.get(backend, sizes["large"]["dtype"])
-        large = sizes["large"] | {"dtype": dtype}
-        found = _compare(backend, sizes | {"large": large}, rounds)
+    for backend in [one] if one else backends:
+        large = sizes["large"]
+        if device == "cpu" and backend in LARGE_DTYPES:
+            large = large | {"dtype": LARGE_DTYPES[backend]}
+        found = _compare(backend, device, sizes | {"large": large}, rounds)
         rows += found[0]
         bars += found[1]
     records.finish(
-        __file__,
+        "log_probs" if device == "cpu" else "log_probs_gpu",
         arguments,
         settings={
             **sizes,
             "rows": contestants.NUM_ROWS,
-            "rounds": {"frozen head": rounds + 1, "large": 1},
+            "rounds": {
+                "frozen head": rounds + 1,
+                "large": 1 if device == "cpu" else rounds + 1,
+            },
             "error_tokens": contestants.ERROR_TOKENS,
             "error_width": ERROR_WIDTH,
         },

@@ -77,6 +77,7 @@ class LogProbs:
     def _time_step(self):
         start = time.perf_counter()
         self.step()
+        harness.synchronize()
         return time.perf_counter() - start
 
     def _data(self, rows, length):

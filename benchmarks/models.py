@@ -25,6 +25,15 @@ SMOLLM2 = {
     "key_value_heads": 3,
     "inner_width": 1_536,
 }
+# 494 million parameters, of which 136 million are the embeddings.
+QWEN = {
+    "vocabulary": 151_936,
+    "layers": 24,
+    "width": 896,
+    "heads": 14,
+    "key_value_heads": 2,
+    "inner_width": 4_864,
+}
 TINY = {
     "vocabulary": 512,
     "layers": 2,
@@ -35,7 +44,7 @@ TINY = {
 }
 
 
-def keras_model(sizes):
+def keras_model(sizes, dtype="float32"):
     """A KerasHub causal LM with random weights."""
     import keras_hub
 
@@ -49,6 +58,7 @@ def keras_model(sizes):
         rope_max_wavelength=10_000,
         layer_norm_epsilon=1e-6,
         tie_word_embeddings=True,
+        dtype=dtype,
     )
     return keras_hub.models.QwenCausalLM(backbone=backbone, preprocessor=None)
 
@@ -68,6 +78,27 @@ def transformers_config(sizes):
         rms_norm_eps=1e-6,
         tie_word_embeddings=True,
     )
+
+
+def step_flops(sizes, batch):
+    """Operations of a step's matrix products, forward and backward.
+
+    Those that the result needs: logits of responses only, causal attention's
+    half, nothing computed twice.
+
+    Args:
+        sizes: Of the model.
+        batch: `pairs`, `length` and `prompt_length`.
+    """
+    width, inner = sizes["width"], sizes["inner_width"]
+    shared = width * sizes["key_value_heads"] // sizes["heads"]
+    layer = 2 * width * width + 2 * width * shared + 3 * width * inner
+    layer += width * batch["length"]  # scores and averages, half of each
+    rows = 2 * batch["pairs"]
+    tokens = rows * batch["length"]
+    answers = rows * (batch["length"] - batch["prompt_length"])
+    head = width * sizes["vocabulary"]
+    return 6 * (tokens * sizes["layers"] * layer + answers * head)
 
 
 def random_rows(num_pairs, length, vocabulary):

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -136,15 +138,17 @@ def format_table(rows):
 
 
 def machine():
-    """Processor, cores, memory and system of this machine."""
+    """Processor, cores, memory, system and GPU of this machine."""
     information = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", information)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    gpu = _gpu()
     return {
         "processor": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
         "system": platform.system(),
+        **({"gpu": gpu} if gpu else {}),
     }
 
 
@@ -157,6 +161,15 @@ def versions():
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _gpu():
+    """The name of the first NVIDIA GPU, if there is one."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.split("\n")[0]
 
 
 def _command():

@@ -30,7 +30,16 @@ COLUMNS = {
         "x plain loop",
         "peak MB",
     ),
+    "train_step_gpu": (
+        "contestant",
+        "tokens/s",
+        "x plain loop",
+        "x TRL",
+        "peak MB",
+        "MFU",
+    ),
     "log_probs": ("size", "backend", "dtype", "time ratio", "memory ratio"),
+    "log_probs_gpu": ("size", "backend", "dtype", "time ratio", "memory ratio"),
     "generation": (
         "contestant",
         "useful tokens/s",
@@ -125,8 +134,9 @@ def _caption(found):
         for package in _PACKAGES
         if package in versions
     )
+    gpu = f"{machine['gpu']},\n" if "gpu" in machine else ""
     return (
-        f"Measured on {machine['processor']}, {machine['cores']} cores, "
+        f"Measured on {gpu}{machine['processor']}, {machine['cores']} cores, "
         f"{machine['memory_gib']} GiB,\n"
         f"{' to '.join(sorted({dates[0], dates[-1]}))}, with {packages}."
     )

@@ -16,46 +16,47 @@ LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.004
 
 
 class Contestant:
-    """Times steps.
+    """Times steps, in float32 on CPUs and in mixed bfloat16 on GPUs.
 
     Args:
         sizes: Of the model.
         batch: `pairs`, `length` and `prompt_length`.
+        steps: Made in one go, each with pairs of its own.
     """
 
-    def __init__(self, sizes, batch):
-        self.sizes, self.batch = sizes, batch
+    def __init__(self, sizes, batch, steps=1):
+        self.sizes, self.batch, self.steps = sizes, batch, steps
         self.imported_mb = 0.0
 
     def run(self):
         """Seconds of a step, and the peak of memory in MB."""
         harness.reset_peak()
         return {
-            "seconds": self.time_step(),
+            "seconds": self.time_steps() / self.steps,
             "peak_mb": harness.peak_mb(),
             "imported_mb": self.imported_mb,
         }
 
-    def rows(self, num_pairs):
-        """Random pairs."""
-        length, vocabulary = self.batch["length"], self.sizes["vocabulary"]
-        return models.random_rows(num_pairs, length, vocabulary)
+    def rows(self):
+        """Random pairs, for all steps."""
+        return models.random_rows(
+            self.steps * self.batch["pairs"],
+            self.batch["length"],
+            self.sizes["vocabulary"],
+        )
 
 
 class KerasIris(Contestant):
     """`SelfPlayModel.fit` on `KERAS_BACKEND`.
 
     Args:
-        sizes: Of the model.
-        batch: As of `Contestant`.
         jit_compile: As of `compile`.
         hides_tensorflow: Does without, as where it isn't installed.
+        **settings: As of `Contestant`.
     """
 
-    def __init__(
-        self, sizes, batch, jit_compile="auto", hides_tensorflow=False
-    ):
-        super().__init__(sizes, batch)
+    def __init__(self, jit_compile="auto", hides_tensorflow=False, **settings):
+        super().__init__(**settings)
         if hides_tensorflow:
             sys.modules["tensorflow"] = None
         import keras
@@ -63,7 +64,10 @@ class KerasIris(Contestant):
         import keras_iris
 
         self.imported_mb = harness.resident_mb()
-        self.model = keras_iris.SelfPlayModel(models.keras_model(sizes))
+        dtype = "mixed_bfloat16" if harness.is_on_gpu() else "float32"
+        self.model = keras_iris.SelfPlayModel(
+            models.keras_model(self.sizes, dtype)
+        )
         self.model.compile(
             optimizer=keras.optimizers.AdamW(
                 LEARNING_RATE, weight_decay=WEIGHT_DECAY
@@ -72,14 +76,13 @@ class KerasIris(Contestant):
             jit_compile=jit_compile,
         )
 
-    def time_step(self):
-        """Seconds of a step, its data set and `fit`'s own work included."""
+    def time_steps(self):
+        """Seconds of all, with their data set and `fit`'s own work."""
         from keras_iris import backend
 
         start = time.perf_counter()
-        pairs = self.batch["pairs"]
         dataset = models.pair_dataset(
-            self.rows(pairs), self.batch["prompt_length"], pairs
+            self.rows(), self.batch["prompt_length"], self.batch["pairs"]
         )
         self.model.fit(backend.dataset(dataset), shuffle=False, verbose=0)
         return time.perf_counter() - start
@@ -88,14 +91,15 @@ class KerasIris(Contestant):
 class PlainLoop(Contestant):
     """The loop that one would write: full logits, IRIS, `torch.optim`."""
 
-    def __init__(self, sizes, batch):
-        super().__init__(sizes, batch)
+    def __init__(self, **settings):
+        super().__init__(**settings)
         import torch
         import transformers
 
         self.torch = torch
-        config = models.transformers_config(sizes)
-        self.model = transformers.Qwen2ForCausalLM(config)
+        self.device = "cuda" if harness.is_on_gpu() else "cpu"
+        config = models.transformers_config(self.sizes)
+        self.model = transformers.Qwen2ForCausalLM(config).to(self.device)
         self.imported_mb = harness.resident_mb() - (
             sum(p.nbytes for p in self.model.parameters()) / 1e6
         )
@@ -103,45 +107,58 @@ class PlainLoop(Contestant):
             self.model.parameters(), LEARNING_RATE, weight_decay=WEIGHT_DECAY
         )
 
-    def time_step(self):
-        """Seconds of a step."""
+    def time_steps(self):
+        """Seconds of all."""
         start = time.perf_counter()
-        self._step()
+        pairs = self.batch["pairs"]
+        rows = self.torch.as_tensor(self.rows())
+        for first in range(0, len(rows), pairs):
+            self._step(rows[first : first + pairs].to(self.device))
         return time.perf_counter() - start
 
-    def _step(self):
+    def _step(self, token_ids):
+        with self.torch.autocast(
+            self.device, self.torch.bfloat16, enabled=harness.is_on_gpu()
+        ):
+            loss = self._loss(token_ids)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def _loss(self, token_ids):
         torch, batch = self.torch, self.batch
-        token_ids = torch.as_tensor(self.rows(batch["pairs"]))
-        opponent = torch.as_tensor(models.opponent(**_without_width(batch)))
+        opponent = torch.as_tensor(
+            models.opponent(**_without_width(batch)), device=self.device
+        )
         rows = token_ids.flatten(0, 1)  # (2 * pairs, length)
         logits = self.model(rows, use_cache=False).logits[:, :-1]
         token_log_probs = -torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none"
         ).view(len(rows), -1)
-        is_response = torch.arange(1, batch["length"]) >= batch["prompt_length"]
+        position = torch.arange(1, batch["length"], device=self.device)
+        is_response = position >= batch["prompt_length"]
         log_probs = (token_log_probs * is_response).sum(1).view(-1, 2)
         ratio = log_probs - opponent
         # IRIS at alpha = 1.
         mean_exp = torch.logsumexp(ratio[:, 1], 0) - torch.log(
             torch.tensor(float(len(ratio)))
         )
-        loss = mean_exp - ratio[:, 0].mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        return loss.item()
+        return mean_exp - ratio[:, 0].mean()
 
 
 class Trl(Contestant):
     """TRL's `DPOTrainer`."""
 
-    def __init__(self, sizes, batch):
-        super().__init__(sizes, batch)
+    def __init__(self, **settings):
+        super().__init__(**settings)
         import datasets
         import transformers
         import trl
 
-        model = transformers.Qwen2ForCausalLM(models.transformers_config(sizes))
+        model = transformers.Qwen2ForCausalLM(
+            models.transformers_config(self.sizes)
+        )
         self.imported_mb = harness.resident_mb() - (
             sum(p.nbytes for p in model.parameters()) / 1e6
         )
@@ -153,34 +170,35 @@ class Trl(Contestant):
                 stamps.append(time.perf_counter())
 
             def on_step_end(self, *arguments, **keywords):
+                harness.synchronize()
                 stamps.append(time.perf_counter())
 
         self.trainer = trl.DPOTrainer(
             model=model,
             args=trl.DPOConfig(
                 output_dir=self.folder.name,
-                per_device_train_batch_size=batch["pairs"],
+                per_device_train_batch_size=self.batch["pairs"],
                 precompute_ref_log_probs=True,
                 learning_rate=LEARNING_RATE,
                 weight_decay=WEIGHT_DECAY,
                 lr_scheduler_type="constant",
                 max_grad_norm=0.0,
                 gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                max_steps=1,
+                bf16=harness.is_on_gpu(),
+                use_cpu=not harness.is_on_gpu(),
+                max_steps=self.steps,
                 report_to="none",
                 save_strategy="no",
                 logging_strategy="no",
                 disable_tqdm=True,
             ),
             train_dataset=datasets.Dataset.from_list(self._texts()),
-            processing_class=models.number_tokenizer(sizes["vocabulary"]),
+            processing_class=models.number_tokenizer(self.sizes["vocabulary"]),
             callbacks=[Stamps()],
         )
 
-    def time_step(self):
-        """Seconds of a step, what `train` does before it apart."""
+    def time_steps(self):
+        """Seconds of all, what `train` does before the first apart."""
         self.stamps.clear()
         with contextlib.redirect_stdout(None):
             self.trainer.train()
@@ -189,7 +207,7 @@ class Trl(Contestant):
     def _texts(self):
         """Pairs as texts of numbers, one a token; TRL adds the end token."""
         texts, prompt_length = [], self.batch["prompt_length"]
-        for real, synthetic in self.rows(4 * self.batch["pairs"])[:, :, :-1]:
+        for real, synthetic in self.rows()[:, :, :-1]:
             texts.append(
                 {
                     "prompt": _text(real[:prompt_length]),
@@ -207,8 +225,8 @@ class Products(Contestant):
     responses. Attention's own are left out.
     """
 
-    def __init__(self, sizes, batch):
-        super().__init__(sizes, batch)
+    def __init__(self, **settings):
+        super().__init__(**settings)
         import torch
 
         self.imported_mb = harness.resident_mb()
@@ -217,8 +235,8 @@ class Products(Contestant):
             for (m, k, n), number in self._shapes().items()
         ]
 
-    def time_step(self):
-        """Seconds of all products."""
+    def time_steps(self):
+        """Seconds of all products of a step."""
         start = time.perf_counter()
         for inputs, kernel, gradient, number in self.factors:
             for _ in range(number):

@@ -2,16 +2,21 @@
 
     python benchmarks/train_step.py
     python benchmarks/train_step.py --model smollm2  # 135M parameters, no TRL
+    python benchmarks/train_step.py --model qwen2.5-0.5b  # on a GPU
 
-Same architecture, batch, optimizer (AdamW) and float32 for all, on the CPU.
+Same architecture, batch, optimizer (AdamW) and precision for all: float32 on
+the CPU; on a GPU mixed bfloat16, weights and moments in float32.
 The objective of keras_iris and of the plain loop is IRIS; that of TRL's
 `DPOTrainer` is DPO with precomputed reference log-probs. Full-length rows, so
 that nobody computes padding. Every contestant has a process of its own; those
 of a race take turns. They race as installed and once more with an allocator
 that keeps memory between steps. With SmolLM2 a race is one of ours against the
-plain loop. Ratios are those within a race. A token is one of a prompt or of a
+plain loop; on a GPU, whose memory has no room for all, one comes after another.
+Ratios are those within a race. A token is one of a prompt or of a
 response. One row bounds those that race as installed: the kernels' products
-alone, by the plain loop's library.
+alone, by the plain loop's library. On a GPU memory is what the libraries
+allocated there, and the model FLOP utilisation (MFU) is the operations that the
+result needs over what the chip's data sheet promises.
 """
 
 import contextlib
@@ -50,43 +55,61 @@ RACES = {
         *([PLAIN, name] for name in (*OURS, WITHOUT_TENSORFLOW)),
         *([PLAIN + KEPT, name + KEPT] for name in (JAX, XLA)),
     ],
+    "train_step_gpu": [[PLAIN, TRL, JAX, TORCH]],
 }
+CPU = {
+    "device": "cpu",
+    "batch": {"pairs": 4, "length": 256, "prompt_length": 64},
+    "steps": 1,
+}
+GPU = {
+    "device": "gpu",
+    "batch": {"pairs": 4, "length": 1_024, "prompt_length": 256},
+    "steps": 10,
+}
+MODELS = {
+    "small": ("train_step", CPU | {"sizes": models.SMALL}),
+    "smollm2": ("train_step_smollm2", CPU | {"sizes": models.SMOLLM2}),
+    "qwen2.5-0.5b": ("train_step_gpu", GPU | {"sizes": models.QWEN}),
+}
+# FLOP/s of dense bfloat16 products on NVIDIA's H100 SXM and H200.
+PEAK_FLOPS = 989e12
 
 
 def main():
     """Races all contestants."""
     arguments = records.parse_arguments(
-        __doc__,
-        model={"choices": ("small", "smollm2"), "default": "small"},
+        __doc__, model={"choices": list(MODELS), "default": "small"}
     )
-    batch = {"pairs": 4, "length": 256, "prompt_length": 64}
-    is_small = arguments.model == "small"
-    name = "train_step" if is_small else "train_step_smollm2"
-    sizes = models.SMALL if is_small else models.SMOLLM2
+    name, settings = MODELS[arguments.model]
     rounds = 2
     if arguments.quick:
-        batch |= {"length": 32, "prompt_length": 8}
-        sizes, rounds = models.TINY, 1
-    tokens = batch["pairs"] * 2 * batch["length"]
+        settings = settings | {
+            "device": "cpu",
+            "batch": {"pairs": 4, "length": 32, "prompt_length": 8},
+            "sizes": models.TINY,
+        }
+        rounds = 1
+    on_gpu = name == "train_step_gpu"
     rows = {}
     for contestants in RACES[name]:
-        answers = _race(contestants, rounds, sizes=sizes, batch=batch)
+        race = _one_by_one if on_gpu else _race
+        answers = race(contestants, rounds, **settings)
         for contestant in contestants:
-            row = _row(contestant, answers, tokens)
+            row = _row(contestant, answers, **settings)
             rows.setdefault(contestant, row)
     records.finish(
         name,
         arguments,
         settings={
-            "model": sizes,
-            "batch": batch,
-            "dtype": "float32",
+            **settings,
+            "dtype": "mixed_bfloat16" if on_gpu else "float32",
             "optimizer": "AdamW",
             "races": RACES[name],
             "rounds": rounds,
         },
         rows=list(rows.values()),
-        bars=_bars(rows),
+        bars=_gpu_bars(rows) if on_gpu else _bars(rows),
     )
 
 
@@ -111,12 +134,21 @@ def _race(contestants, rounds, **settings):
         return harness.take_turns(harness.runs(workers), rounds)
 
 
-def _row(name, answers, tokens):
+def _one_by_one(contestants, rounds, **settings):
+    """Answers by contestant; each is in memory alone."""
+    answers = {}
+    for name in contestants:
+        answers |= _race([name], rounds, **settings)
+    return answers
+
+
+def _row(name, answers, *, sizes, batch, device, **_):
     def of(contestant, key):
         return [answer[key] for answer in answers[contestant]]
 
     plain = PLAIN + KEPT if name.endswith(KEPT) else PLAIN
     seconds, peak = of(name, "seconds"), max(of(name, "peak_mb"))
+    tokens = batch["pairs"] * 2 * batch["length"]
     row = {
         "contestant": name,
         "tokens/s": tokens / statistics.median(seconds),
@@ -128,7 +160,21 @@ def _row(name, answers, tokens):
     if TRL in answers:
         row["x TRL"] = harness.median_ratio(of(TRL, "seconds"), seconds)
         row["peak, x TRL"] = peak / max(of(TRL, "peak_mb"))
+    if device == "gpu":
+        flops = models.step_flops(sizes, batch) / statistics.median(seconds)
+        row["MFU"] = flops / PEAK_FLOPS
     return row
+
+
+def _gpu_bars(rows):
+    best = max((JAX, TORCH), key=lambda name: rows[name]["x TRL"])
+    return [
+        records.bar(
+            f"tokens/s over TRL on a GPU, {best}",
+            rows[best]["x TRL"],
+            at_least=1.2,
+        )
+    ]
 
 
 def _bars(rows):

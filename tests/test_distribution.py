@@ -107,7 +107,7 @@ import jax, keras, numpy as np
 from keras_iris.models import log_probs
 
 # One tile, as XLA counts the body of a loop once.
-log_probs._TILE_TOKENS = log_probs._TILE_OUTPUTS = 4096
+log_probs._CPU_TILE = (4096, 4096)
 rng = np.random.default_rng(0)
 hidden = rng.standard_normal((8, 33, 16), "float32")
 ids = rng.integers(0, 128, (8, 33))

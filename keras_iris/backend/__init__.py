@@ -1,10 +1,10 @@
 """The only folder that knows which backend Keras runs on.
 
-Each backend offers the same five names: `Trainer`, the base of
+Each backend offers the same six names: `Trainer`, the base of
 `SelfPlayModel` with its train step, `head_log_probs`, log-probs from hidden
 states, `write`, which puts keys and values into a cache, `dataset`, what `fit`
-takes for batches, and `seed_step`, which seeds a step's random numbers where no
-variable of the model does.
+takes for batches, `seed_step`, which seeds a step's random numbers where no
+variable of the model does, and `is_on_cpu`, which tells where tensors are.
 """
 
 # mypy: disable-error-code="assignment"
@@ -18,18 +18,31 @@ from keras_iris.backend.head import HeadOptions
 
 match keras.backend.backend():
     case "jax":
-        from keras_iris.backend.jax import Trainer, dataset, seed_step, write
+        from keras_iris.backend.jax import (
+            Trainer,
+            dataset,
+            is_on_cpu,
+            seed_step,
+            write,
+        )
         from keras_iris.backend.jax_head import head_log_probs
     case "tensorflow":
         from keras_iris.backend.tensorflow import (
             Trainer,
             dataset,
+            is_on_cpu,
             seed_step,
             write,
         )
         from keras_iris.backend.tensorflow_head import head_log_probs
     case "torch":
-        from keras_iris.backend.torch import Trainer, dataset, seed_step, write
+        from keras_iris.backend.torch import (
+            Trainer,
+            dataset,
+            is_on_cpu,
+            seed_step,
+            write,
+        )
         from keras_iris.backend.torch_head import head_log_probs
     case name:
         raise ImportError(
@@ -43,6 +56,7 @@ __all__ = [
     "Trainer",
     "dataset",
     "head_log_probs",
+    "is_on_cpu",
     "seed_step",
     "write",
 ]

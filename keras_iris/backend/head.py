@@ -24,22 +24,23 @@ class HeadOptions:
     def blocks(self, num_outputs: int) -> tuple[int, int, int]:
         """Size and number of equal blocks, and of outputs left behind them."""
         fewest = -(-num_outputs // self.tile_outputs)
-        # Rather some more blocks than a rest.
-        candidates = range(fewest, 2 * fewest)
-        number = next((n for n in candidates if num_outputs % n == 0), fewest)
-        size = -(-num_outputs // number)
+        # Rather some more blocks than a rest, and best rows of a GPU's width.
+        sizes = [
+            num_outputs // number
+            for number in range(fewest, 2 * fewest)
+            if num_outputs % number == 0
+        ]
+        wide = [size for size in sizes if size % 8 == 0]
+        rounded = 8 * -(-num_outputs // (8 * fewest))
+        size = (wide or sizes or [min(rounded, num_outputs)])[0]
         return size, num_outputs // size, num_outputs % size
 
-    def slope(self, logits: Any) -> Any:
-        """The derivative of capped logits by the products; `None` if it is 1.
+    def before_cap(self, gradient: Any, logits: Any) -> Any:
+        """A gradient by capped logits as one by the products.
 
         Args:
-            logits: Tensor of any backend, capped.
+            gradient: Tensor of any backend.
+            logits: Likewise, capped.
         """
         cap = self.soft_cap
-        return None if cap is None else 1 - (logits / cap) ** 2
-
-    def before_cap(self, gradient: Any, logits: Any) -> Any:
-        """A gradient by capped logits as one by the products."""
-        slope = self.slope(logits)
-        return gradient if slope is None else gradient * slope
+        return gradient if cap is None else gradient * (1 - (logits / cap) ** 2)

@@ -21,6 +21,15 @@ def dataset(batches: PairDataset) -> PairDataset:
     return batches
 
 
+def is_on_cpu(tensor: jax.Array) -> bool:
+    """Whether a tensor's products are made by the processor.
+
+    Args:
+        tensor: Any, a traced one as well.
+    """
+    return jax.default_backend() == "cpu"
+
+
 def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 

@@ -52,6 +52,15 @@ def dataset(batches: PairDataset) -> tf.data.Dataset:
     return result.with_options(options)
 
 
+def is_on_cpu(tensor: tf.Tensor) -> bool:
+    """Whether a tensor's products are made by the processor.
+
+    Args:
+        tensor: Any, a traced one as well.
+    """
+    return not tf.config.list_logical_devices("GPU")
+
+
 def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 

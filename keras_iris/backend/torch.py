@@ -18,6 +18,11 @@ def dataset(batches: PairDataset) -> PairDataset:
     return batches
 
 
+def is_on_cpu(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's products are made by the processor."""
+    return tensor.is_cpu
+
+
 def seed_step(seed: int) -> None:
     """Seeds PyTorch's own random numbers, which dropout is drawn from.
 

@@ -39,15 +39,15 @@ class _LogProbs(torch.autograd.Function):
     ) -> torch.Tensor:
         head = _Head(hidden, table, token_ids, options)
         needs_hidden, needs_table = ctx.needs_input_grad[:2]
-        log_probs, normalizer, by_hidden = head.forward(
+        chosen, normalizers, by_hidden = head.forward(
             with_gradient=needs_hidden and not needs_table
         )
         ctx.options = options
         if needs_table:
-            ctx.save_for_backward(hidden, table, token_ids, normalizer)
+            ctx.save_for_backward(hidden, table, token_ids, chosen, normalizers)
         elif needs_hidden:
             ctx.save_for_backward(by_hidden)
-        return log_probs
+        return chosen - normalizers.logsumexp(dim=0)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
@@ -55,13 +55,17 @@ class _LogProbs(torch.autograd.Function):
             (by_hidden,) = ctx.saved_tensors
             scaled = upstream[0][:, None] * by_hidden
             return scaled.to(by_hidden.dtype), None, None, None
-        hidden, table, token_ids, normalizer = ctx.saved_tensors
+        hidden, table, token_ids, chosen, normalizers = ctx.saved_tensors
         head = _Head(hidden, table, token_ids, ctx.options)
-        return *head.backward(normalizer, upstream[0]), None, None
+        return *head.backward(chosen, normalizers, upstream[0]), None, None
 
 
 class _Head:
-    """The loops over blocks of outputs."""
+    """The loops over blocks of outputs.
+
+    A block has a softmax of its own: PyTorch makes one in a single pass. What
+    scales it to that of all outputs multiplies the smaller factor of a product.
+    """
 
     def __init__(
         self,
@@ -78,51 +82,82 @@ class _Head:
     def forward(
         self, *, with_gradient: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Log-probs, log-normalizers, and gradients by hidden states."""
-        zeros = self.hidden.new_zeros(len(self.hidden), dtype=torch.float32)
-        largest, total, chosen = zeros - torch.inf, zeros, zeros
-        mean = zeros[:, None]  # of the outputs, in the end (tokens, width)
+        """Chosen logits, log-normalizers, and gradients by hidden states.
+
+        The log-normalizers are of shape `(blocks, tokens)`.
+        """
+        chosen = self.hidden.new_zeros(len(self.hidden), dtype=torch.float32)
+        total = chosen - torch.inf
+        mean = chosen[:, None]  # of the outputs, in the end (tokens, width)
+        normalizers = []
         for start, block in self._blocks():
-            logits = self._logits(block)
-            index, is_own = self._own(start, len(block))
-            own = logits.gather(1, index[:, None])[:, 0]
+            index = self.token_ids - start
+            own, normalizer, block_mean = self._softmax(
+                block, index.clamp(0, len(block) - 1), with_gradient
+            )
+            is_own = (index >= 0) & (index < len(block))
             chosen = torch.where(is_own, own, chosen)
-            new = torch.maximum(largest, logits.amax(dim=1))
-            shrink, largest = torch.exp(largest - new), new
-            slope = self.options.slope(logits) if with_gradient else None
-            weights = logits.sub_(largest[:, None]).exp_()
-            total = shrink * total + weights.sum(dim=1)
-            if with_gradient:
-                weights = weights if slope is None else weights * slope
-                mean = shrink[:, None] * mean + weights.to(block.dtype) @ block
-        normalizer = largest + total.log()
-        if not with_gradient:
-            return chosen - normalizer, normalizer, None
-        by_hidden = self.table[self.token_ids].float()
-        by_hidden = self.options.before_cap(by_hidden, chosen[:, None])
-        by_hidden -= mean / total[:, None]
-        by_hidden = by_hidden.to(self.hidden.dtype)
-        return chosen - normalizer, normalizer, by_hidden
+            normalizers.append(normalizer)
+            if block_mean is not None:
+                old, total = total, torch.logaddexp(total, normalizer)
+                mean = torch.exp(old - total)[:, None] * mean
+                share = torch.exp(normalizer - total)[:, None]
+                mean = mean + share * block_mean
+        by_hidden = None
+        if with_gradient:
+            by_hidden = self.table[self.token_ids].float()
+            by_hidden = self.options.before_cap(by_hidden, chosen[:, None])
+            by_hidden = (by_hidden - mean).to(self.hidden.dtype)
+        return chosen, torch.stack(normalizers), by_hidden
 
     def backward(
-        self, normalizer: torch.Tensor, upstream: torch.Tensor
+        self,
+        chosen: torch.Tensor,
+        normalizers: torch.Tensor,
+        upstream: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradients by the hidden states and by the table."""
         by_hidden = torch.zeros_like(self.hidden, dtype=torch.float32)
         by_table = torch.empty_like(self.table)
-        for start, block in self._blocks():
-            logits = self._logits(block)
-            slope = self.options.slope(logits)
-            by_logits = logits.sub_(normalizer[:, None]).exp_()
-            by_logits *= -upstream[:, None]
-            index, is_own = self._own(start, len(block))
-            own = torch.where(is_own, upstream, 0)
-            by_logits.scatter_add_(1, index[:, None], own[:, None])
-            by_logits = by_logits if slope is None else by_logits * slope
-            by_logits = by_logits.to(block.dtype)
-            by_hidden += by_logits @ block
-            by_table[start : start + len(block)] = by_logits.T @ self.hidden
+        shares = normalizers.softmax(dim=0)  # of the blocks
+        for share, (start, block) in zip(shares, self._blocks(), strict=True):
+            scale = (-upstream * share)[:, None]
+            by_states, by_block = self._block_gradients(block, scale)
+            by_hidden += by_states
+            by_table[start : start + len(block)] = by_block
+        # Those by the logits of the tokens themselves.
+        own = self.options.before_cap(upstream, chosen)[:, None]
+        by_hidden += own * self.table[self.token_ids]
+        outputs, place = self.token_ids.unique(return_inverse=True)
+        by_outputs = by_hidden.new_zeros(len(outputs), self.hidden.shape[1])
+        by_outputs.index_add_(0, place, own * self.hidden)
+        by_table[outputs] += by_outputs.to(by_table.dtype)
         return by_hidden.to(self.hidden.dtype), by_table
+
+    # Tiles are gone before the next block: in functions of their own.
+
+    def _softmax(
+        self, block: torch.Tensor, index: torch.Tensor, with_mean: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Logits at `index`, log-normalizers, and the mean of the outputs."""
+        logits = self._logits(block)
+        own = logits.gather(1, index[:, None])[:, 0].float()
+        log_softmax = logits.log_softmax(dim=1, dtype=torch.float32)
+        normalizer = logits[:, 0] - log_softmax[:, 0]
+        if not with_mean:
+            return own, normalizer, None
+        weights = self.options.before_cap(log_softmax.exp_(), logits)
+        return own, normalizer, weights.to(block.dtype) @ block
+
+    def _block_gradients(
+        self, block: torch.Tensor, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the log-normalizer times `scale`, by hidden states and block."""
+        logits = self._logits(block)
+        weights = self.options.before_cap(logits.softmax(dim=1), logits)
+        weights = weights.to(block.dtype)
+        scaled = (scale * self.hidden).to(block.dtype)
+        return scale * (weights @ block), weights.T @ scaled
 
     def _blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Blocks of outputs, and the first output of each."""
@@ -132,11 +167,6 @@ class _Head:
             yield start, block.to(self.hidden.dtype)
 
     def _logits(self, block: torch.Tensor) -> torch.Tensor:
-        logits = (self.hidden @ block.T).float()
+        logits = self.hidden @ block.T
         cap = self.options.soft_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-    def _own(self, start: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where each token is in a block, and whether it is in there."""
-        index = self.token_ids - start
-        return index.clamp(0, size - 1), (index >= 0) & (index < size)
+        return logits if cap is None else cap * torch.tanh(logits.float() / cap)

@@ -9,11 +9,11 @@ from keras_iris import backend
 
 Tensor = Any
 
-# The logits that are held at a time: (512, 8192) are 16 MiB of float32, which
-# fits into a processor's cache. Tokens that no response has are left out in
-# chunks of this size.
-_TILE_TOKENS = 512
-_TILE_OUTPUTS = 8192
+# Tokens and outputs whose logits are held at a time: 16 MiB of float32, which
+# fits into a processor's cache, and 256 MiB, which keeps a GPU busy. Tokens
+# that no response has are left out in chunks of this size.
+_CPU_TILE = (512, 8192)
+_GPU_TILE = (2048, 32768)
 
 
 def sequence_log_probs(
@@ -84,7 +84,8 @@ def token_log_probs(
     )
     token_ids = ops.reshape(token_ids[:, 1:], (num_tokens,))
     mask = ops.reshape(ops.cast(response_mask[:, 1:], "int32"), (num_tokens,))
-    table, options = _table(head), _options(head, num_tokens)
+    tile = _CPU_TILE if backend.is_on_cpu(hidden_states) else _GPU_TILE
+    table, options = _table(head), _options(head, num_tokens, tile)
     if _is_data_parallel():
         # Sorted, every device would get and compute the tokens of all.
         log_probs = backend.head_log_probs(
@@ -115,9 +116,11 @@ def _table(head: keras.layers.ReversibleEmbedding) -> Tensor:
 
 
 def _options(
-    head: keras.layers.ReversibleEmbedding, num_tokens: Any
+    head: keras.layers.ReversibleEmbedding,
+    num_tokens: Any,
+    tile: tuple[int, int],
 ) -> backend.HeadOptions:
-    tile_tokens, tile_outputs = _TILE_TOKENS, _TILE_OUTPUTS
+    tile_tokens, tile_outputs = tile
     if isinstance(num_tokens, int):
         tile_tokens = min(tile_tokens, num_tokens)
     distribution = keras.distribution.distribution()

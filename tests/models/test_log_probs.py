@@ -38,8 +38,8 @@ def _head(kernel, **options):
 def _in_tiles(monkeypatch):
     # Chunks of 6 tokens, the last of 4 without a response token, and blocks
     # of 4 outputs, the last of 3.
-    monkeypatch.setattr(log_probs, "_TILE_TOKENS", 6)
-    monkeypatch.setattr(log_probs, "_TILE_OUTPUTS", 5)
+    monkeypatch.setattr(log_probs, "_CPU_TILE", (6, 5))
+    monkeypatch.setattr(log_probs, "_GPU_TILE", (6, 5))
 
 
 def _log_probs(hidden, head, ids, mask):
