@@ -4,6 +4,11 @@ import dataclasses
 from typing import Any
 
 
+# Of a tile with all tokens: 1 GiB of float32, or 8192 outputs if that is more.
+_MOST_LOGITS = 2**28
+_FEWEST_OUTPUTS = 8192
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadOptions:
     """How log-probs are made of hidden states and a table of outputs.
@@ -21,18 +26,31 @@ class HeadOptions:
     soft_cap: float | None
     is_trained: bool
 
+    def with_all_tokens(self, num_tokens: int) -> "HeadOptions":
+        """The same options for tiles of all tokens.
+
+        Of many tokens a tile has fewer outputs.
+        """
+        most = max(_FEWEST_OUTPUTS, _MOST_LOGITS // max(1, num_tokens))
+        return dataclasses.replace(
+            self,
+            tile_tokens=num_tokens,
+            tile_outputs=min(self.tile_outputs, most),
+        )
+
     def blocks(self, num_outputs: int) -> tuple[int, int, int]:
         """Size and number of equal blocks, and of outputs left behind them."""
         fewest = -(-num_outputs // self.tile_outputs)
-        # Rather some more blocks than a rest, and best rows of a GPU's width.
+        # Rather some more blocks than a rest. GPUs are slow where the size isn't
+        # a multiple of 8.
         sizes = [
             num_outputs // number
             for number in range(fewest, 2 * fewest)
             if num_outputs % number == 0
         ]
-        wide = [size for size in sizes if size % 8 == 0]
+        even = [size for size in sizes if size % 8 == 0]
         rounded = 8 * -(-num_outputs // (8 * fewest))
-        size = (wide or sizes or [min(rounded, num_outputs)])[0]
+        size = (even or sizes or [min(rounded, num_outputs)])[0]
         return size, num_outputs // size, num_outputs % size
 
     def before_cap(self, gradient: Any, logits: Any) -> Any:

@@ -77,7 +77,7 @@ class _Head:
         self.hidden = hidden
         self.table = table
         self.token_ids = token_ids.long()
-        self.options = options
+        self.options = options.with_all_tokens(len(hidden))
 
     def forward(
         self, *, with_gradient: bool

@@ -124,19 +124,20 @@ def _options(
     if isinstance(num_tokens, int):
         tile_tokens = min(tile_tokens, num_tokens)
     distribution = keras.distribution.distribution()
-    if _is_data_parallel():
-        # The tokens are cut over devices already.
-        tile_tokens = num_tokens
-    elif isinstance(distribution, keras.distribution.ModelParallel):
+    if isinstance(distribution, keras.distribution.ModelParallel):
         # The vocabulary is cut over devices already, and each has its share
         # of every block.
         tile_outputs = head.input_dim
-    return backend.HeadOptions(
+    options = backend.HeadOptions(
         tile_tokens=tile_tokens,
         tile_outputs=tile_outputs,
         soft_cap=head.logit_soft_cap,
         is_trained=bool(head.trainable_variables),
     )
+    if _is_data_parallel():
+        # The tokens are cut over devices already.
+        options = options.with_all_tokens(num_tokens)
+    return options
 
 
 def _is_data_parallel() -> bool:

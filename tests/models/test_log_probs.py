@@ -99,7 +99,35 @@ def test_tokens_agree_with_the_oracle(monkeypatch):
         np.testing.assert_allclose(found[row, t], expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (0, 5)])
+@pytest.mark.parametrize(
+    "num_outputs, tile_outputs, expected",
+    [
+        (32_000, 32_768, (32_000, 1, 0)),
+        # As few equal blocks as a size that is a multiple of 8 allows, ...
+        (151_936, 32_768, (18_992, 8, 0)),
+        # ... or any size, ...
+        (151_936, 8_192, (4_748, 32, 0)),
+        # ... or blocks and a rest.
+        (50_257, 8_192, (7_184, 6, 7_153)),
+        (7, 5, (7, 1, 0)),
+    ],
+)
+def test_blocks_of_outputs(num_outputs, tile_outputs, expected):
+    options = backend.HeadOptions(512, tile_outputs, None, True)
+    assert options.blocks(num_outputs) == expected
+
+
+@pytest.mark.parametrize(
+    "num_tokens, expected",
+    [(0, 32_768), (8_192, 32_768), (16_384, 16_384), (10**6, 8_192)],
+)
+def test_tiles_of_many_tokens_have_fewer_outputs(num_tokens, expected):
+    options = backend.HeadOptions(2_048, 32_768, None, True)
+    options = options.with_all_tokens(num_tokens)
+    assert (options.tile_tokens, options.tile_outputs) == (num_tokens, expected)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (0, 5), (2, 5)])
 def test_no_tokens(shape):
     head = keras.layers.ReversibleEmbedding(16, 8)
     head.build()

@@ -13,15 +13,17 @@ def _oracle(causal_lm, pairs):
     """From the causal LM's own logits, in float64."""
     length = pairs["token_ids"].shape[-1]
     flat = {k: v.reshape(-1, length) for k, v in pairs.items()}
-    logits = causal_lm.predict(
+    # Not `predict`, for which KerasHub needs TensorFlow.
+    logits = causal_lm(
         {
             "token_ids": flat["token_ids"],
             "padding_mask": flat["padding_mask"].astype("int32"),
-        },
-        verbose=0,
+        }
     )
     return sequence_log_probs(
-        logits, flat["token_ids"], flat["response_mask"]
+        keras.ops.convert_to_numpy(logits),
+        flat["token_ids"],
+        flat["response_mask"],
     ).reshape(-1, 2)
 
 
