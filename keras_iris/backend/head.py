@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-
 # Of a tile with all tokens: 1 GiB of float32, or 8192 outputs if that is more.
 _MOST_LOGITS = 2**28
 _FEWEST_OUTPUTS = 8192
@@ -41,8 +40,8 @@ class HeadOptions:
     def blocks(self, num_outputs: int) -> tuple[int, int, int]:
         """Size and number of equal blocks, and of outputs left behind them."""
         fewest = -(-num_outputs // self.tile_outputs)
-        # Rather some more blocks than a rest. GPUs are slow where the size isn't
-        # a multiple of 8.
+        # Rather some more blocks than a rest; GPUs are slow at sizes that are no
+        # multiples of 8.
         sizes = [
             num_outputs // number
             for number in range(fewest, 2 * fewest)
