@@ -40,8 +40,8 @@ class HeadOptions:
     def blocks(self, num_outputs: int) -> tuple[int, int, int]:
         """Size and number of equal blocks, and of outputs left behind them."""
         fewest = -(-num_outputs // self.tile_outputs)
-        # Rather some more blocks than a rest; GPUs are slow at sizes that are no
-        # multiples of 8.
+        # Rather some more blocks than a rest; and best of a multiple of 8, as
+        # GPUs are slow at other sizes.
         sizes = [
             num_outputs // number
             for number in range(fewest, 2 * fewest)
