@@ -47,9 +47,9 @@ class HeadOptions:
             for number in range(fewest, 2 * fewest)
             if num_outputs % number == 0
         ]
-        even = [size for size in sizes if size % 8 == 0]
+        aligned = [size for size in sizes if size % 8 == 0]
         rounded = 8 * -(-num_outputs // (8 * fewest))
-        size = (even or sizes or [min(rounded, num_outputs)])[0]
+        size = (aligned or sizes or [min(rounded, num_outputs)])[0]
         return size, num_outputs // size, num_outputs % size
 
     def before_cap(self, gradient: Any, logits: Any) -> Any:

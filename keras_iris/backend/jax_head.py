@@ -113,9 +113,12 @@ class _Head:
                 "chosen": old["chosen"] + chosen,
             }
             if with_gradient:
-                weights = self.options.before_cap(weights, logits)
+                # Beside a probability near 1 the rounding of products would be
+                # all that is left.
+                others = jnp.where(is_chosen, 0.0, weights)
+                others = self.options.before_cap(others, logits)
                 new["mean"] = shrink[:, None] * old["mean"]
-                new["mean"] += _matmul(weights.astype(block.dtype), block)
+                new["mean"] += _matmul(others.astype(block.dtype), block)
             return new
 
         def add_block(start: Any, block: jax.Array, state: Tree) -> Tree:
@@ -133,9 +136,12 @@ class _Head:
         normalizer = state["largest"] + jnp.log(total)
         by_hidden = None
         if with_gradient:
-            own = jnp.take(self.table, self.token_ids, axis=0)
-            own = self.options.before_cap(own, state["chosen"][:, None])
-            by_hidden = own - state["mean"] / total[:, None]
+            # Infinite where a chunk was skipped.
+            log_probs = jnp.minimum(state["chosen"] - normalizer, 0.0)
+            own = -jnp.expm1(log_probs)
+            own = self.options.before_cap(own, state["chosen"])[:, None]
+            by_hidden = own * jnp.take(self.table, self.token_ids, axis=0)
+            by_hidden -= state["mean"] / total[:, None]
             by_hidden = by_hidden.astype(self.hidden.dtype)
         return state["chosen"] - normalizer, normalizer, by_hidden
 

@@ -58,7 +58,8 @@ def is_on_cpu(tensor: tf.Tensor) -> bool:
     Args:
         tensor: Any, a traced one as well.
     """
-    return not tf.config.list_logical_devices("GPU")
+    devices = tf.config.list_logical_devices()
+    return not any(d.device_type in ("GPU", "TPU") for d in devices)
 
 
 def seed_step(seed: int) -> None:

@@ -91,8 +91,18 @@ class _Head:
             weights = tf.exp(logits - new[:, None])
             total = shrink * total + tf.reduce_sum(weights, axis=1)
             if with_gradient:
-                weights = self.options.before_cap(weights, logits)
-                product = _matmul(tf.cast(weights, block.dtype), block)
+                # Beside a probability near 1 the rounding of products would be
+                # all that is left.
+                rows = tf.range(self.options.tile_tokens)
+                others = tf.tensor_scatter_nd_update(
+                    weights,
+                    tf.stack([rows, index], axis=1),
+                    tf.where(
+                        is_own, 0.0, tf.gather(weights, index, batch_dims=1)
+                    ),
+                )
+                others = self.options.before_cap(others, logits)
+                product = _matmul(tf.cast(others, block.dtype), block)
                 mean = [shrink[:, None] * mean[0] + product]
             return [new, total, chosen, *mean]
 
@@ -112,9 +122,11 @@ class _Head:
         normalizer = largest + tf.math.log(total)
         by_hidden = None
         if with_gradient:
-            own = tf.cast(tf.gather(self.table, self.token_ids), "float32")
-            own = self.options.before_cap(own, chosen[..., None])
-            by_hidden = own - mean[0] / total[..., None]
+            # Infinite where a chunk was skipped.
+            own = -tf.math.expm1(tf.minimum(chosen - normalizer, 0.0))
+            own = self.options.before_cap(own, chosen)[..., None]
+            rows = tf.cast(tf.gather(self.table, self.token_ids), "float32")
+            by_hidden = own * rows - mean[0] / total[..., None]
             by_hidden = tf.cast(by_hidden, self.hidden.dtype)
         return chosen - normalizer, normalizer, by_hidden
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from keras_iris.backend.head import HeadOptions
 
@@ -50,6 +51,7 @@ class _LogProbs(torch.autograd.Function):
         return chosen - normalizers.logsumexp(dim=0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         if not ctx.needs_input_grad[1]:
             (by_hidden,) = ctx.saved_tensors
@@ -65,6 +67,8 @@ class _Head:
 
     A block has a softmax of its own: PyTorch makes one in a single pass. What
     scales it to that of all outputs multiplies the smaller factor of a product.
+    A token's own output takes no part in the products: beside it, at a
+    probability near 1, their rounding would be all that is left.
     """
 
     def __init__(
@@ -88,26 +92,24 @@ class _Head:
         """
         chosen = self.hidden.new_zeros(len(self.hidden), dtype=torch.float32)
         total = chosen - torch.inf
-        mean = chosen[:, None]  # of the outputs, in the end (tokens, width)
+        mean = chosen[:, None]  # of other outputs, in the end (tokens, width)
         normalizers = []
         for start, block in self._blocks():
-            index = self.token_ids - start
             own, normalizer, block_mean = self._softmax(
-                block, index.clamp(0, len(block) - 1), with_gradient
+                start, block, with_gradient
             )
-            is_own = (index >= 0) & (index < len(block))
-            chosen = torch.where(is_own, own, chosen)
+            chosen = torch.where(self._is_in(start, block), own, chosen)
             normalizers.append(normalizer)
+            old, total = total, torch.logaddexp(total, normalizer)
             if block_mean is not None:
-                old, total = total, torch.logaddexp(total, normalizer)
                 mean = torch.exp(old - total)[:, None] * mean
                 share = torch.exp(normalizer - total)[:, None]
                 mean = mean + share * block_mean
         by_hidden = None
         if with_gradient:
-            by_hidden = self.table[self.token_ids].float()
-            by_hidden = self.options.before_cap(by_hidden, chosen[:, None])
-            by_hidden = (by_hidden - mean).to(self.hidden.dtype)
+            own = self._by_own_logit(chosen, chosen - total)
+            by_hidden = own[:, None] * self.table[self.token_ids] - mean
+            by_hidden = by_hidden.to(self.hidden.dtype)
         return chosen, torch.stack(normalizers), by_hidden
 
     def backward(
@@ -122,11 +124,11 @@ class _Head:
         shares = normalizers.softmax(dim=0)  # of the blocks
         for share, (start, block) in zip(shares, self._blocks(), strict=True):
             scale = (-upstream * share)[:, None]
-            by_states, by_block = self._block_gradients(block, scale)
+            by_states, by_block = self._block_gradients(start, block, scale)
             by_hidden += by_states
             by_table[start : start + len(block)] = by_block
-        # Those by the logits of the tokens themselves.
-        own = self.options.before_cap(upstream, chosen)[:, None]
+        log_probs = chosen - normalizers.logsumexp(dim=0)
+        own = (upstream * self._by_own_logit(chosen, log_probs))[:, None]
         by_hidden += own * self.table[self.token_ids]
         outputs, place = self.token_ids.unique(return_inverse=True)
         by_outputs = by_hidden.new_zeros(len(outputs), self.hidden.shape[1])
@@ -137,27 +139,57 @@ class _Head:
     # Tiles are gone before the next block: in functions of their own.
 
     def _softmax(
-        self, block: torch.Tensor, index: torch.Tensor, with_mean: bool
+        self, start: int, block: torch.Tensor, with_mean: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Logits at `index`, log-normalizers, and the mean of the outputs."""
+        """Own logits, log-normalizers, and the mean of the other outputs."""
         logits = self._logits(block)
-        own = logits.gather(1, index[:, None])[:, 0].float()
+        own = logits.gather(1, self._index(start, block))[:, 0].float()
         log_softmax = logits.log_softmax(dim=1, dtype=torch.float32)
-        normalizer = logits[:, 0] - log_softmax[:, 0]
+        best = logits.argmax(dim=1, keepdim=True)
+        normalizer = (logits.gather(1, best) - log_softmax.gather(1, best))[
+            :, 0
+        ]
         if not with_mean:
             return own, normalizer, None
-        weights = self.options.before_cap(log_softmax.exp_(), logits)
-        return own, normalizer, weights.to(block.dtype) @ block
+        weights = self._others(log_softmax.exp_(), logits, start, block)
+        return own, normalizer, weights @ block
 
     def _block_gradients(
-        self, block: torch.Tensor, scale: torch.Tensor
+        self, start: int, block: torch.Tensor, scale: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the log-normalizer times `scale`, by hidden states and block."""
+        """Of the log-normalizer times `scale`, but for the own outputs'."""
         logits = self._logits(block)
-        weights = self.options.before_cap(logits.softmax(dim=1), logits)
-        weights = weights.to(block.dtype)
+        weights = self._others(logits.softmax(dim=1), logits, start, block)
         scaled = (scale * self.hidden).to(block.dtype)
         return scale * (weights @ block), weights.T @ scaled
+
+    def _others(
+        self,
+        softmax: torch.Tensor,
+        logits: torch.Tensor,
+        start: int,
+        block: torch.Tensor,
+    ) -> torch.Tensor:
+        """What products take of a softmax, which is overwritten."""
+        index, is_own = self._index(start, block), self._is_in(start, block)
+        own = softmax.gather(1, index).masked_fill(is_own[:, None], 0)
+        softmax.scatter_(1, index, own)
+        return self.options.before_cap(softmax, logits).to(block.dtype)
+
+    def _by_own_logit(
+        self, chosen: torch.Tensor, log_probs: torch.Tensor
+    ) -> torch.Tensor:
+        """Derivatives of log-probs by the logits of the tokens themselves."""
+        return self.options.before_cap(-torch.expm1(log_probs), chosen)
+
+    def _index(self, start: int, block: torch.Tensor) -> torch.Tensor:
+        """Where in a block tokens are, of shape `(tokens, 1)`; or anything."""
+        return (self.token_ids - start).clamp(0, len(block) - 1)[:, None]
+
+    def _is_in(self, start: int, block: torch.Tensor) -> torch.Tensor:
+        """Which tokens are in a block."""
+        index = self.token_ids - start
+        return (index >= 0) & (index < len(block))
 
     def _blocks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Blocks of outputs, and the first output of each."""
