@@ -40,7 +40,11 @@ KEEPS_MEMORY = {
 _ON_GPU = "KERAS_IRIS_BENCHMARK_ON_GPU"
 _ENVIRONMENTS = {
     "cpu": {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"},
-    "gpu": {_ON_GPU: "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    "gpu": {
+        _ON_GPU: "1",
+        "JAX_PLATFORMS": "cuda,cpu",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    },
 }
 
 

@@ -133,6 +133,7 @@ def main():
         device={"choices": ("cpu", "gpu"), "default": "cpu"},
     )
     device = arguments.device
+    records.check_device(device)
     backends = harness.BACKENDS if device == "cpu" else harness.GPU_BACKENDS
     sizes = QUICK if arguments.quick else SIZES
     rounds = 0 if arguments.quick else 2
@@ -149,6 +150,7 @@ def main():
         "log_probs" if device == "cpu" else "log_probs_gpu",
         arguments,
         settings={
+            "device": device,
             **sizes,
             "rows": contestants.NUM_ROWS,
             "rounds": {

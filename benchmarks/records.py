@@ -85,7 +85,7 @@ def finish(script, arguments, *, settings, rows, bars, **more):
         "quick": arguments.quick,
         "date": datetime.now(UTC).date().isoformat(),
         "seconds": round(time.perf_counter() - _START),
-        "machine": machine(),
+        "machine": machine(with_gpu=settings.get("device") == "gpu"),
         "versions": versions(),
         "settings": settings,
         "rows": [{k: _short(v) for k, v in row.items()} for row in rows],
@@ -137,18 +137,30 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-def machine():
-    """Processor, cores, memory, system and GPU of this machine."""
+def check_device(device):
+    """Ends the program where a benchmark can't run.
+
+    Args:
+        device: "cpu" or "gpu".
+    """
+    if device == "gpu" and not _gpu():
+        sys.exit(
+            "This benchmark needs an NVIDIA GPU, and `nvidia-smi` shows none. "
+            "Run it on a machine that has one; others run on the CPU."
+        )
+
+
+def machine(with_gpu=False):
+    """Processor, cores, memory and system of this machine, and its GPU."""
     information = Path("/proc/cpuinfo").read_text()
     model = re.search(r"model name\s*: (.*)", information)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    gpu = _gpu()
     return {
         "processor": model[1] if model else platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
         "system": platform.system(),
-        **({"gpu": gpu} if gpu else {}),
+        **({"gpu": _gpu()} if with_gpu else {}),
     }
 
 

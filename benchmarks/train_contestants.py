@@ -113,7 +113,9 @@ class PlainLoop(Contestant):
         pairs = self.batch["pairs"]
         rows = self.torch.as_tensor(self.rows())
         for first in range(0, len(rows), pairs):
-            self._step(rows[first : first + pairs].to(self.device))
+            loss = self._step(rows[first : first + pairs].to(self.device))
+        loss.item()
+        harness.synchronize()
         return time.perf_counter() - start
 
     def _step(self, token_ids):
@@ -124,7 +126,7 @@ class PlainLoop(Contestant):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return loss.item()
+        return loss
 
     def _loss(self, token_ids):
         torch, batch = self.torch, self.batch
@@ -169,8 +171,9 @@ class Trl(Contestant):
             def on_step_begin(self, *arguments, **keywords):
                 stamps.append(time.perf_counter())
 
-            def on_step_end(self, *arguments, **keywords):
-                harness.synchronize()
+            def on_step_end(self, args, state, control, **keywords):
+                if state.global_step == args.max_steps:
+                    harness.synchronize()
                 stamps.append(time.perf_counter())
 
         self.trainer = trl.DPOTrainer(

@@ -72,6 +72,8 @@ MODELS = {
     "smollm2": ("train_step_smollm2", CPU | {"sizes": models.SMOLLM2}),
     "qwen2.5-0.5b": ("train_step_gpu", GPU | {"sizes": models.QWEN}),
 }
+# Those that contestants compute in.
+DTYPES = {"cpu": "float32", "gpu": "mixed_bfloat16"}
 # FLOP/s of dense bfloat16 products on NVIDIA's H100 SXM and H200.
 PEAK_FLOPS = 989e12
 
@@ -91,6 +93,7 @@ def main():
         }
         rounds = 1
     on_gpu = name == "train_step_gpu"
+    records.check_device(settings["device"])
     rows = {}
     for contestants in RACES[name]:
         race = _one_by_one if on_gpu else _race
@@ -103,7 +106,7 @@ def main():
         arguments,
         settings={
             **settings,
-            "dtype": "mixed_bfloat16" if on_gpu else "float32",
+            "dtype": DTYPES[settings["device"]],
             "optimizer": "AdamW",
             "races": RACES[name],
             "rounds": rounds,

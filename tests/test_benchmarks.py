@@ -175,8 +175,41 @@ def test_records_are_of_the_settings_of_the_scripts():
     assert settings["micro_batch"]["model"] == micro_batch.MODEL
     assert settings["remat"]["model"] == remat.MODEL
     assert settings["scaling"]["base"] == scaling.BASE
-    for name, races in train_step.RACES.items():
-        assert settings[name]["races"] == races
+    for name, expected in train_step.MODELS.values():
+        races = {"races": train_step.RACES[name]}
+        assert settings[name].items() >= (expected | races).items()
+    assert settings["log_probs_gpu"].items() >= log_probs.SIZES.items()
+
+
+def test_step_flops():
+    import models
+
+    sizes = {
+        "vocabulary": 11,
+        "layers": 3,
+        "width": 8,
+        "heads": 4,
+        "key_value_heads": 2,
+        "inner_width": 5,
+    }
+    batch = {"pairs": 2, "length": 7, "prompt_length": 4}
+    # Multiplications of the forward pass for a token of a layer: queries and
+    # outputs, keys and values, the feedforward's three; scores and averages
+    # over the positions before it, half of them.
+    layer = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 5 + 2 * 8 * 7 / 2
+    head = 8 * 11
+    expected = 4 * 7 * 3 * layer + 4 * 3 * head
+    # An addition for each, and twice as much backward.
+    assert models.step_flops(sizes, batch) == 6 * expected
+
+
+def test_a_gpu_that_is_missing(monkeypatch):
+    import records
+
+    monkeypatch.setenv("PATH", "")
+    records.check_device("cpu")
+    with pytest.raises(SystemExit, match="needs an NVIDIA GPU"):
+        records.check_device("gpu")
 
 
 def test_worker(tmp_path, monkeypatch):
