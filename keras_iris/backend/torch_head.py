@@ -51,7 +51,7 @@ class _LogProbs(torch.autograd.Function):
         return chosen - normalizers.logsumexp(dim=0)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         if not ctx.needs_input_grad[1]:
             (by_hidden,) = ctx.saved_tensors
@@ -145,10 +145,8 @@ class _Head:
         logits = self._logits(block)
         own = logits.gather(1, self._index(start, block))[:, 0].float()
         log_softmax = logits.log_softmax(dim=1, dtype=torch.float32)
-        best = logits.argmax(dim=1, keepdim=True)
-        normalizer = (logits.gather(1, best) - log_softmax.gather(1, best))[
-            :, 0
-        ]
+        # Of the largest logit, where the difference loses nothing.
+        normalizer = logits.amax(dim=1) - log_softmax.amax(dim=1)
         if not with_mean:
             return own, normalizer, None
         weights = self._others(log_softmax.exp_(), logits, start, block)

@@ -92,6 +92,20 @@ def test_tiles_agree_with_the_oracle(options, monkeypatch):
         )
 
 
+def test_logits_far_below_the_rest(monkeypatch):
+    """They neither take digits nor the normalizer with them."""
+    hidden, kernel, ids, mask = _data()
+    hidden[..., 0], kernel[0] = 1.0, 0.0
+    kernel[0, ::4] = -1e6
+    ids += ids % 4 == 0
+    expected = oracle(hidden @ kernel, ids, mask)
+    head = _head(kernel)
+    _in_tiles(monkeypatch)
+    found = _log_probs(hidden, head, ids, mask)
+    found = keras.ops.convert_to_numpy(found)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
 def test_tokens_agree_with_the_oracle(monkeypatch):
     hidden, kernel, ids, mask = _data()
     _in_tiles(monkeypatch)
