@@ -100,8 +100,8 @@ class _Head:
             )
             chosen = torch.where(self._is_in(start, block), own, chosen)
             normalizers.append(normalizer)
-            old, total = total, torch.logaddexp(total, normalizer)
             if block_mean is not None:
+                old, total = total, torch.logaddexp(total, normalizer)
                 mean = torch.exp(old - total)[:, None] * mean
                 share = torch.exp(normalizer - total)[:, None]
                 mean = mean + share * block_mean

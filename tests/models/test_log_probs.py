@@ -12,7 +12,7 @@ from keras_iris import backend
 from keras_iris.data import Example, PairDataset
 from keras_iris.models import log_probs
 
-VOCABULARY_SIZE = 23
+VOCABULARY_SIZE = 11
 WEIGHTS = [1.0, -2.0, 0.5]  # of the rows, in a scalar to differentiate
 
 
@@ -42,9 +42,9 @@ def _in_bfloat16(array):
 
 def _in_tiles(monkeypatch):
     # Chunks of 6 tokens, the last of 4 without a response token, and blocks
-    # of 8 outputs, the last of 7.
-    monkeypatch.setattr(log_probs, "_CPU_TILE", (6, 8))
-    monkeypatch.setattr(log_probs, "_GPU_TILE", (6, 8))
+    # of 8 outputs, the last of 3.
+    monkeypatch.setattr(log_probs, "_CPU_TILE", (6, 5))
+    monkeypatch.setattr(log_probs, "_GPU_TILE", (6, 5))
 
 
 def _log_probs(hidden, head, ids, mask):
@@ -260,7 +260,7 @@ def test_gradient_of_the_head(kind, dtype, monkeypatch):
     whole = train(_log_probs)
     _in_tiles(monkeypatch)
     tiles = train(_log_probs)
-    tolerance = {"float32": 1e-5, "mixed_bfloat16": 3e-2}[dtype]
+    tolerance = {"float32": 1e-5, "mixed_bfloat16": 2e-2}[dtype]
     for actual in (whole, tiles):
         for matrix, naive in zip(actual, expected, strict=True):
             np.testing.assert_allclose(matrix, naive, atol=tolerance)
