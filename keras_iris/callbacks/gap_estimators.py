@@ -4,7 +4,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from keras_iris.metrics import PairBatch, divergence, token_gap
+from keras_iris.metrics import PairBatch, step_values
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class TokenGap:
 
     def __call__(self, batch: PairBatch, alpha: float) -> float:
         """The gap of a batch."""
-        return token_gap(batch)
+        return step_values(batch, 1.0, 0.0)["nll_gap"]
 
 
 class MarginGap:
@@ -59,4 +59,4 @@ class DivergenceGap:
 
     def __call__(self, batch: PairBatch, alpha: float) -> float:
         """The gap of a batch."""
-        return divergence(batch, alpha)
+        return step_values(batch, alpha, 0.0)["divergence"]

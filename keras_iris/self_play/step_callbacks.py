@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_iris import backend
-from keras_iris.metrics import summary
+from keras_iris.metrics import step_values
 
 
 def combine_seeds(*seeds: int) -> int:
@@ -72,7 +72,7 @@ class StepLogger(keras.callbacks.Callback):
                 )
             ),
             "alpha": alpha,
-            **summary(latest, alpha),
+            **step_values(latest, alpha, 0.0),
         }
         self._steps.append(values)
         self.log(
