@@ -56,5 +56,6 @@ def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     digest = xxhash.xxh3_128()
     for _, array in sorted(arrays.items()):
         # As bytes, which bfloat16 has no other view of.
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        flat = np.ascontiguousarray(array).reshape(-1)
+        digest.update(memoryview(flat.view(np.uint8)))
     return digest.hexdigest()

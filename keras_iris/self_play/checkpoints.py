@@ -91,9 +91,9 @@ class Checkpoints:
                 errors.append(str(error))
                 continue
             position: Position = json.loads(metadata["position"])
-            for error in errors:
+            for damage in errors:
                 warnings.warn(
-                    f"{error}. The run goes back to iteration "
+                    f"{damage}. The run goes back to iteration "
                     f"{position['iteration']}, epoch {position['epoch'] + 1}.",
                     stacklevel=2,
                 )

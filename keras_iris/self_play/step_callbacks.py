@@ -125,10 +125,6 @@ class StepLogger(keras.callbacks.Callback):
     ) -> None:
         """Logs the step, or the steps that Keras executed at once."""
         model = self.model
-        alpha, gap = (
-            float(keras.ops.convert_to_numpy(variable.value))
-            for variable in (model.alpha, model.gap)
-        )
         first = self._last_batch + 1
         batches = model.recent.latest(batch - self._last_batch)
         self._last_batch = batch
@@ -148,7 +144,7 @@ class StepLogger(keras.callbacks.Callback):
             # Of the step: Keras' own logs are means over the epoch.
             arguments = (pairs.opponent, pairs.policy, pairs.sample_weight)
             loss = model.loss(*(a.astype("float32") for a in arguments))
-            values = {"loss": float(loss), **step_values(pairs, alpha, gap)}
+            values = {"loss": float(loss), **step_values(pairs)}
             self._steps.append(values)
             self.log(
                 "step",
