@@ -75,5 +75,7 @@ def compare_with_start(run: RunRecord) -> list[Outcome]:
 
 
 def score_mode(name, modes=None):
-    d = (modes or {}).get(name) or {"higher": "max", "lower": "min", "": None}[direction(name)]
+    d = (modes or {}).get(name) or {"higher": "max", "lower": "min", "": None}[
+        direction(name)
+    ]
     return d
