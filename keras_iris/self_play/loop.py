@@ -34,9 +34,9 @@ from keras_iris.self_play.checkpoints import (
     write_variables,
 )
 from keras_iris.self_play.examples import prepare_examples
-from keras_iris.self_play.opponent import LostShard, Opponent, check_engine
+from keras_iris.self_play.opponent import Opponent, check_engine
 from keras_iris.self_play.rest import Rest
-from keras_iris.self_play.run_dir import RunDir
+from keras_iris.self_play.run_dir import LostShard, RunDir
 from keras_iris.self_play.settings import (
     WeightsHash,
     execution_settings,
