@@ -1,10 +1,11 @@
 """The only folder that knows which backend Keras runs on.
 
-Each backend offers the same six names: `Trainer`, the base of
-`SelfPlayModel` with its train step, `head_log_probs`, log-probs from hidden
-states, `write`, which puts keys and values into a cache, `dataset`, what `fit`
-takes for batches, `seed_step`, which seeds a step's random numbers where no
-variable of the model does, and `is_on_cpu`, which tells where tensors are.
+Each backend offers the same seven names: `Trainer`, the base of
+`SelfPlayModel` with its train step, `map_parts`, a function of a batch's parts,
+`head_log_probs`, log-probs from hidden states, `write`, which puts keys and
+values into a cache, `dataset`, what `fit` takes for batches, `seed_step`, which
+seeds a step's random numbers where no variable of the model does, and
+`is_on_cpu`, which tells where tensors are.
 """
 
 # mypy: disable-error-code="assignment"
@@ -15,6 +16,7 @@ import keras
 from keras.src.backend import AutocastScope
 
 from keras_iris.backend.head import HeadOptions
+from keras_iris.backend.layer_losses import refuse_layer_losses
 
 match keras.backend.backend():
     case "jax":
@@ -22,6 +24,7 @@ match keras.backend.backend():
             Trainer,
             dataset,
             is_on_cpu,
+            map_parts,
             seed_step,
             write,
         )
@@ -31,6 +34,7 @@ match keras.backend.backend():
             Trainer,
             dataset,
             is_on_cpu,
+            map_parts,
             seed_step,
             write,
         )
@@ -40,6 +44,7 @@ match keras.backend.backend():
             Trainer,
             dataset,
             is_on_cpu,
+            map_parts,
             seed_step,
             write,
         )
@@ -57,6 +62,8 @@ __all__ = [
     "dataset",
     "head_log_probs",
     "is_on_cpu",
+    "map_parts",
+    "refuse_layer_losses",
     "seed_step",
     "write",
 ]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_iris.backend.jax_products import fold_products
+from keras_iris.backend.layer_losses import refuse_layer_losses
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -44,6 +45,24 @@ def write(cache: jax.Array, index: Any, new: jax.Array) -> jax.Array:
         new: Tensor of shape `(batch, heads, time, width)`.
     """
     return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
+
+
+def map_parts(
+    function: Callable[[Tree], jax.Array], x: Tree, size: int
+) -> jax.Array:
+    """A function of a batch's parts, one after another.
+
+    Args:
+        function: Maps a part of `x` to a tensor with as many rows.
+        x: Tensors with the batch as their first axis.
+        size: Rows of a part.
+
+    Returns:
+        The tensor for the whole batch.
+    """
+    num_rows = jax.tree.leaves(x)[0].shape[0]
+    parts = jax.tree.map(lambda a: _split(jnp.asarray(a), size, "edge"), x)
+    return _join(jax.lax.map(function, parts), num_rows)
 
 
 def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +134,8 @@ class Trainer(keras.Model):
 
     def _check_values(self) -> None:
         """Refuses a model whose weights an interrupted step has taken."""
-        variables = [*self.variables, *getattr(self.optimizer, "variables", [])]
+        optimizer = self.optimizer if self.compiled else None
+        variables = self.variables + (optimizer.variables if optimizer else [])
         values = [variable._value for variable in variables]
         if any(value is None for value in values) or _is_gone(values):
             raise RuntimeError(
@@ -221,11 +241,15 @@ class Trainer(keras.Model):
 
         def step(carry: Tree, part: Tree) -> tuple[Tree, jax.Array]:
             (fixed, gradients, total, shift), ((x, y), share) = carry, part
-            y_pred, pullback, new_fixed = jax.vjp(
-                lambda t: self.stateless_call(t, fixed, x, training=True),
-                trainable,
-                has_aux=True,
-            )
+
+            def call(trainable: Tree) -> tuple[jax.Array, Tree]:
+                y_pred, new_fixed, losses = self.stateless_call(
+                    trainable, fixed, x, training=True, return_losses=True
+                )
+                refuse_layer_losses(self, losses)
+                return y_pred, new_fixed
+
+            y_pred, pullback, new_fixed = jax.vjp(call, trainable, has_aux=True)
 
             def objective(y_pred: jax.Array) -> Tree:
                 with self._fixed_scope(fixed):

@@ -1,11 +1,12 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_iris.backend.layer_losses import refuse_layer_losses
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -69,6 +70,27 @@ def seed_step(seed: int) -> None:
 def write(cache: tf.Tensor, index: Any, new: tf.Tensor) -> tf.Tensor:
     """A cache with new positions: see `keras_iris.backend.jax.write`."""
     return keras.ops.slice_update(cache, (0, 0, index, 0), new)
+
+
+def map_parts(
+    function: Callable[[Any], tf.Tensor], x: Any, size: int
+) -> tf.Tensor:
+    """A function of a batch's parts: see `keras_iris.backend.jax.map_parts`."""
+    num_rows = tf.shape(keras.tree.flatten(x)[0])[0]
+
+    def part(start: tf.Tensor) -> tf.Tensor:
+        rows = tf.minimum(start + tf.range(size), num_rows - 1)
+        return function(
+            keras.tree.map_structure(lambda a: tf.gather(a, rows), x)
+        )
+
+    parts = tf.map_fn(
+        part,
+        tf.range(0, num_rows, size),
+        parallel_iterations=1,
+        fn_output_signature=tf.float32,
+    )
+    return tf.reshape(parts, (-1, *parts.shape[2:]))[:num_rows]
 
 
 class Trainer(keras.Model):
@@ -157,6 +179,7 @@ class Trainer(keras.Model):
             )
             with tf.GradientTape() as tape:
                 y_pred = self(x_rows, training=True)
+                refuse_layer_losses(self, self.losses)
                 objective, part, new_shift = stream.objective(
                     y_rows, y_pred, tf.gather(share, rows) * is_row, shift
                 )

@@ -104,15 +104,16 @@ class SelfPlayModel(backend.Trainer):
             micro_batch_size: Pairs per forward and backward pass, or twice
                 as many single responses. Loss, gradient and metrics are those
                 of the whole batch for every value; `None` takes the batch at
-                once.
+                once. `evaluate` and `predict` go by it, too. Layers that add
+                losses of their own, such as routers of experts, are refused
+                with it by the first step.
             loss_weights: Not taken: there is one loss.
             **kwargs: Other arguments of `keras.Model.compile`.
 
         Raises:
             ValueError: For a loss of another type, a `micro_batch_size`
-                below 1 or beside an `activity_regularizer`, metrics by output
-                name, `loss_weights`, or an optimizer that can't train the
-                dtype.
+                below 1, metrics by output name, `loss_weights`, or an
+                optimizer that can't train the dtype.
         """
         if loss is not None and not isinstance(loss, SelfPlayLoss):
             raise ValueError(
@@ -125,15 +126,6 @@ class SelfPlayModel(backend.Trainer):
                 f"learning rate. Received: loss_weights={loss_weights!r}"
             )
         micro_batch_size = _check_micro_batch_size(micro_batch_size)
-        if micro_batch_size is not None and any(
-            getattr(layer, "activity_regularizer", None)
-            for layer in self._flatten_layers()
-        ):
-            raise ValueError(
-                "`micro_batch_size` doesn't go with layers that have an "
-                "`activity_regularizer`: it counts activations of the whole "
-                "batch. Take the regularizer away, or micro_batch_size=None."
-            )
         optimizer = keras.optimizers.get(optimizer)
         _check_optimizer(optimizer, self.causal_lm.backbone)
         self.start_config = {"optimizer": optimizer.get_config()}
@@ -281,7 +273,18 @@ class SelfPlayModel(backend.Trainer):
         Raises:
             ValueError: The inputs aren't such tensors.
         """
-        return self._log_probs(sequence_log_probs, inputs, training)
+        token_ids, _, _ = _check_inputs(inputs)
+        size, num_rows = self.micro_batch_size, token_ids.shape[0]
+        is_small = size and num_rows is not None and num_rows <= size
+        if training is not False or size is None or is_small:
+            return self._log_probs(sequence_log_probs, inputs, training)
+
+        def part(inputs: dict[str, Tensor]) -> Tensor:
+            log_probs = self._log_probs(sequence_log_probs, inputs, training)
+            backend.refuse_layer_losses(self, self.losses)
+            return log_probs
+
+        return backend.map_parts(part, dict(inputs), size)
 
     def token_log_probs(self, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probs of the responses' tokens, for a look at few pairs.
@@ -341,6 +344,17 @@ class SelfPlayModel(backend.Trainer):
             elif metric is not self.recent:
                 names.append(metric.name)
         return names
+
+    def _symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        # Keras (3.15) would find out the shape of log-probs by a forward pass
+        # of the whole batch, on PyTorch with real numbers.
+        log_probs = keras.KerasTensor((None, 2))
+        for part in (self._compile_loss, self._compile_metrics):
+            if part is not None and not part.built:
+                part.build(log_probs, log_probs)
+        super()._symbolic_build(iterator, data_batch)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch, as in `keras.Model`."""
