@@ -1,6 +1,7 @@
 """The train step of `SelfPlayModel` on JAX."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_iris.backend.jax_products import fold_products
-from keras_iris.backend.layer_losses import refuse_layer_losses
+from keras_iris.backend.refusals import refuse_layer_losses
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -33,6 +34,10 @@ def is_on_cpu(tensor: jax.Array) -> bool:
 
 def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
+
+
+def prepare_remat() -> None:
+    """Does nothing: rematerialised layers are right as they are."""
 
 
 def write(cache: jax.Array, index: Any, new: jax.Array) -> jax.Array:
@@ -74,6 +79,9 @@ def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_values()
+        options = inspect.signature(method).bind(self, *args, **kwargs)
+        options.apply_defaults()
+        _check_rows(**options.arguments)
         try:
             return method(self, *args, **kwargs)
         finally:
@@ -131,6 +139,9 @@ class Trainer(keras.Model):
         if _is_gone(getattr(self, "_jax_state", None)):
             self._jax_state = None
         super().jax_state_sync()
+
+    def check_devices(self) -> None:
+        """Does nothing: batches may be cut over devices."""
 
     def _check_values(self) -> None:
         """Refuses a model whose weights an interrupted step has taken."""
@@ -284,6 +295,35 @@ class Trainer(keras.Model):
         """Where variables have these values; losses read alpha."""
         pairs = zip(self.non_trainable_variables, fixed, strict=True)
         return keras.StatelessScope(state_mapping=list(pairs))
+
+
+def _check_rows(x: Tree, batch_size: int | None = 0, **others: Any) -> None:
+    """Refuses batches that the devices of a distribution don't divide.
+
+    Args:
+        x: The inputs.
+        batch_size: Its size, None for Keras' own, 0 where `x` is a batch.
+        **others: Other arguments of `fit` and the like.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return
+    if isinstance(x, PairDataset):
+        sizes = {x.batch_size}
+    else:
+        arrays = [a for a in jax.tree.leaves(x) if hasattr(a, "shape")]
+        num_rows = arrays[0].shape[0] if arrays else 0
+        size = num_rows if batch_size == 0 else batch_size or 32
+        sizes = {min(size, num_rows), num_rows % size if size else 0}
+    mesh = distribution.device_mesh
+    axis = mesh.axis_names.index(distribution.batch_dim_name)
+    num_devices = max(1, mesh.shape[axis] // jax.process_count())
+    if any(size % num_devices for size in sizes):
+        raise ValueError(
+            f"{num_devices} devices have to divide every batch, the last one "
+            f"too. Received: batches of {sorted(sizes - {0})} rows. Choose "
+            "`batch_size` and the number of rows as multiples."
+        )
 
 
 def _is_gone(values: Tree) -> bool:

@@ -6,13 +6,22 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_iris.backend.layer_losses import refuse_layer_losses
+from keras_iris.backend.refusals import (
+    refuse_distribution,
+    refuse_layer_losses,
+)
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
-# This pass of Grappler (2.21) lets the optimizer write a variable before a
-# rematerialised layer has read it, in some traces: the gradient is wrong.
-tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
+
+def prepare_remat() -> None:
+    """Switches a pass of Grappler off, in the whole process.
+
+    In some traces it (2.21) lets the optimizer write a variable before a
+    rematerialised layer has read it: the gradient is wrong.
+    """
+    options = {"dependency_optimization": False}
+    tf.config.optimizer.set_experimental_options(options)
 
 
 def dataset(batches: PairDataset) -> tf.data.Dataset:
@@ -98,6 +107,18 @@ class Trainer(keras.Model):
 
     See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
+
+    def check_devices(self) -> None:
+        """Refuses strategies whose replicas would normalise on their own."""
+        if self.distribute_strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "The loss is that of the whole batch, which the replicas of a "
+                "`tf.distribute` strategy don't see. Received: "
+                f"{type(self.distribute_strategy).__name__} with "
+                f"{self.distribute_strategy.num_replicas_in_sync} replicas. "
+                "Use one device, or JAX with keras.distribution."
+            )
+        refuse_distribution()
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch."""

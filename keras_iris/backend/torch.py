@@ -6,7 +6,10 @@ from typing import Any, TypeAlias
 import keras
 import torch
 
-from keras_iris.backend.layer_losses import refuse_layer_losses
+from keras_iris.backend.refusals import (
+    refuse_distribution,
+    refuse_layer_losses,
+)
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -31,6 +34,10 @@ def seed_step(seed: int) -> None:
         seed: Of the step.
     """
     torch.manual_seed(seed)
+
+
+def prepare_remat() -> None:
+    """Does nothing: rematerialised layers are right as they are."""
 
 
 def write(cache: torch.Tensor, index: Any, new: torch.Tensor) -> torch.Tensor:
@@ -59,6 +66,10 @@ class Trainer(keras.Model):
 
     See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
+
+    def check_devices(self) -> None:
+        """Refuses distributions, which train on one device."""
+        refuse_distribution()
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch."""

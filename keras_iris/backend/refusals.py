@@ -1,4 +1,4 @@
-"""Losses that layers add, which parts of a batch don't add up to."""
+"""What the train steps of several backends refuse."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -29,3 +29,19 @@ def refuse_layer_losses(model: keras.Model, losses: Sequence[Any]) -> None:
             f"micro_batch_size={model.micro_batch_size}. Compile with "
             "micro_batch_size=None and a smaller batch."
         )
+
+
+def refuse_distribution() -> None:
+    """Refuses a current `keras.distribution` over several devices.
+
+    Raises:
+        ValueError: There is one, which Keras heeds on JAX only.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None or distribution.device_mesh.devices.size == 1:
+        return
+    raise ValueError(
+        f"{type(distribution).__name__} needs JAX: on "
+        f"{keras.backend.backend()!r} one device would train on all. Set "
+        "KERAS_BACKEND=jax, or call keras.distribution.set_distribution(None)."
+    )
