@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from keras_iris import backend
+
 
 def remat_layers(backbone: keras.Model) -> None:
     """Makes the backward pass recompute each decoder layer's activations.
@@ -35,6 +37,7 @@ def remat_layers(backbone: keras.Model) -> None:
         )
     for layer in layers:
         _check_dropout(layer)
+    backend.prepare_remat()
     for layer in layers:
         if not isinstance(layer.call, _RematCall):
             layer.call = _RematCall(layer.call)
