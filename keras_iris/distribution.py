@@ -181,8 +181,9 @@ class RunEstimate:
         length = self.prompt_length + self.response_length
         synthetic = self.iterations * self.new_tokens
         return {
-            # The old and the new one, while one replaces the other.
-            "checkpoint": 2 * trained * (1 + self.optimizer_slots),
+            # The latest, those of two iterations' starts, and a new one while
+            # it replaces another.
+            "checkpoints": 4 * trained * (1 + self.optimizer_slots),
             "engine's model": 2 * export * needs_folder,
             "trained model": export,
             "tokens": _ID_BYTES * self.num_prompts * (length + synthetic),

@@ -1,11 +1,16 @@
 """Files and folders that are there whole or not at all."""
 
+import json
 import os
+import platform
 import shutil
-import tempfile
+import uuid
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import filelock
 
 _NEW = ".keras_iris-new"  # the end of temporary names
 
@@ -43,37 +48,76 @@ def replaced(path: Path) -> Iterator[Path]:
     """A temporary path that becomes the file `path` if nothing goes wrong.
 
     What is written is on disk before the rename: a crash at any instant
-    leaves the old file or the new one.
+    leaves the old file or the new one. Its permissions are those of any new
+    file of the user.
 
     Args:
         path: The file's final place; its folder is made if it isn't there.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(
-        prefix=f".{path.name}-", suffix=_NEW, dir=path.parent
-    )
-    os.close(descriptor)
-    new = Path(name)
+    new = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}{_NEW}")
     try:
         yield new
-        new.chmod(0o644)
-        _sync(new)
+        _sync_file(new)
         new.replace(path)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    _sync_folder(path.parent)
 
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what killed processes left in `replaced`.
 
     Args:
-        folder: Where no other process writes; its sub-folders, too.
+        folder: Where no other process writes; sub-folders stay as they are.
     """
-    for file in folder.rglob(f".*{_NEW}"):
+    for file in folder.glob(f".*{_NEW}"):
         if file.is_file():
             file.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder for this process; a dead process holds nothing.
+
+    Args:
+        folder: The folder, in which `run.lock` and `run.lock.json` are made.
+
+    Raises:
+        ValueError: Another process holds it; the message names host and
+            process.
+    """
+    lock = filelock.FileLock(folder / "run.lock")
+    owner = folder / "run.lock.json"
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"{folder} is in use by {_read_owner(owner)}. Wait until that has "
+            "ended, or choose another folder."
+        ) from error
+    except (NotImplementedError, OSError) as error:
+        warnings.warn(
+            f"{folder} can't be locked ({error}): take care that no other "
+            "process uses it.",
+            stacklevel=3,
+        )
+    try:
+        me = {"host": platform.node(), "process": os.getpid()}
+        owner.write_text(json.dumps(me))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _read_owner(file: Path) -> str:
+    try:
+        owner = json.loads(file.read_text())
+        return f"process {owner['process']} on {owner['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
 
 
 @contextmanager
@@ -97,10 +141,11 @@ def written_beside(folder: Path) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        for file in [*new.iterdir(), new]:
-            _sync(file)
+        for file in new.iterdir():
+            _sync_file(file)
+        _sync_folder(new)
         _replace(folder, new, old)
-        _sync(folder.parent)
+        _sync_folder(folder.parent)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -120,10 +165,23 @@ def _replace(folder: Path, new: Path, old: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    """Waits until a file or a folder's entries are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _sync_file(path: Path) -> None:
+    """Waits until a file is on disk."""
+    # Windows syncs what is open for writing only.
+    mode = "r+b" if os.access(path, os.W_OK) else "rb"
+    with open(path, mode) as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Waits until a folder's entries are on disk, where a system can."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # Windows opens no folders
+        return
     try:
         os.fsync(descriptor)
+    except OSError:  # nor do some network file systems sync them
+        pass
     finally:
         os.close(descriptor)

@@ -91,7 +91,7 @@ def print_estimate(estimate, options):
     print_table(f"memory a device, of {estimate.num_devices}", memory)
     disk = estimate.disk(needs_folder=options.engine != "keras")
     needed = sum(disk.values())
-    folder = Path(options.run_dir).absolute()
+    folder = Path(options.run_dir).expanduser().absolute()
     free = shutil.disk_usage(
         next(p for p in [folder, *folder.parents] if p.exists())
     ).free

@@ -34,7 +34,7 @@ def read_options(description, preset, arguments=None):
     )
     add("--split", default="train_sft", help="of a dataset with an id")
     add("--max-prompts", type=positive(int), default=50_000)
-    add("--run-dir", default="runs/" + Path(preset).name)
+    add("--run-dir", help="default: runs/ and the preset's name")
     add("--objective", choices=LOSSES, default="iris")
     add("--iterations", type=positive(int), default=5)
     add("--epochs", type=positive(int), default=2, help="of an iteration")
@@ -97,6 +97,8 @@ def read_options(description, preset, arguments=None):
         help="that a device reads from its memory, for the same",
     )
     options = parser.parse_args(arguments)
+    if options.run_dir is None:
+        options.run_dir = "runs/" + Path(options.preset).name
     check_options(parser, options)
     return options
 

@@ -108,7 +108,7 @@ def make_evaluate(held_out, options):
 
 def train(options, template_name):
     """Runs self-play, exports the model and writes the report."""
-    run_dir = Path(options.run_dir)
+    run_dir = Path(options.run_dir).expanduser()
     keras.utils.set_random_seed(0)
     if options.shard:
         keras.distribution.set_distribution(ShardedParallel(options.shard))

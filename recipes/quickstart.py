@@ -7,12 +7,13 @@ A 0.3M-parameter decoder learns the CMU Pronouncing Dictionary from 13% of a
 pool of words (SFT, learning rate annealed to zero). Then three iterations of
 IRIS with the adaptive order go on from there on the same words, next to a
 control that goes on with SFT for the same number of steps. Results come as a
-table, and as `report.html` with plots in `runs/quickstart`; run again, it
-takes up a run that was cut off.
+table, and as `report.html` with plots in `runs/quickstart_jax` (or the other
+backend); run again, it takes up a run that was cut off.
 
 Hardware: 2 CPU cores. Time and results: see the README, measured.
 """
 
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 import keras_iris
 
-RUN_DIR = Path("runs/quickstart")
+RUN_DIR = Path(f"runs/quickstart_{keras.backend.backend()}")
 POOL_SIZE = 16_000  # words
 ANNOTATED_SHARE = 0.13
 NUM_HELD_OUT = 500
@@ -107,6 +108,20 @@ def fine_tune(causal_lm, examples, *, epochs, learning_rate, **fit_options):
         epochs=epochs,
         **fit_options,
     )
+
+
+def sft_file():
+    """Where the weights of SFT are kept: under other settings elsewhere."""
+    settings = (
+        POOL_SIZE,
+        ANNOTATED_SHARE,
+        BATCH_SIZE,
+        MAX_PHONEMES,
+        SFT_EPOCHS,
+        SFT_LEARNING_RATE,
+    )
+    name = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    return RUN_DIR / f"sft_{name}.weights.h5"
 
 
 def make_evaluate(causal_lm, held_out, tokenizer):
@@ -197,7 +212,7 @@ def main():
 
     print(f"SFT on {len(train)} words, {len(held_out)} held out")
     causal_lm = make_causal_lm(tokenizer.vocabulary_size)
-    sft_weights = RUN_DIR / "sft.weights.h5"
+    sft_weights = sft_file()
     if sft_weights.exists():
         causal_lm.load_weights(sft_weights)
     else:

@@ -21,8 +21,8 @@ disk and time too:
     all weights                   69 GiB
     all weights, on 8 devices      9 GiB
 
-Training all weights writes checkpoints of 23 GiB, which pass through the
-host's memory; the disk has to hold two.
+Training all weights writes checkpoints of 23 GiB; the disk has to
+hold four.
 
 Not measured: anything with the real weights, be it memory, time or scores.
 Tested on a CPU: the recipe from end to end on a tiny random checkpoint of

@@ -48,7 +48,9 @@ def read_options(arguments):
         help="hf://org/name, or a folder",
     )
     parser.add_argument("--data", required=True, help=".jsonl or .parquet")
-    parser.add_argument("--run-dir", default="runs/smollm2")
+    parser.add_argument(
+        "--run-dir", help="default: runs/ and the preset's name"
+    )
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--iterations", type=int, default=3)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
@@ -61,6 +63,8 @@ def read_options(arguments):
     )
     options = parser.parse_args(arguments)
     vars(options).update(options.small)
+    if options.run_dir is None:
+        options.run_dir = "runs/" + Path(options.preset).name
     return options
 
 
@@ -162,7 +166,7 @@ def main(arguments=None):
         print("Annotated:", conversation.response)
         print("Before:", old)
         print("After:", new)
-    model_folder = Path(options.run_dir) / "model"
+    model_folder = f"{options.run_dir}/model"
     print("\nModel:", keras_iris.export(causal_lm, model_folder))
     print("Report:", keras_iris.evaluation.report(options.run_dir))
     print(f"{time.perf_counter() - start:.0f} seconds")

@@ -8,6 +8,7 @@ import keras_iris
 from keras_iris.callbacks import AlphaScheduler
 from keras_iris.data import Example
 from keras_iris.self_play.arrays import read_arrays
+from keras_iris.self_play.checkpoints import Checkpoints
 
 END = 1
 
@@ -28,14 +29,23 @@ def make_examples(number=24, seed=0):
 
 
 def make_self_play(  # noqa: PLR0913
-    run_dir, *, examples=None, learning_rate=0.01, dropout=0.0, **options
+    run_dir,
+    *,
+    examples=None,
+    learning_rate=0.01,
+    dropout=0.0,
+    optimizer=None,
+    compile_options=None,
+    seed_of_weights=0,
+    **options,
 ):
     model = keras_iris.SelfPlayModel(
-        make_causal_lm(num_layers=1, dropout=dropout)
+        make_causal_lm(num_layers=1, dropout=dropout, seed=seed_of_weights)
     )
     model.compile(
-        optimizer=keras.optimizers.Adam(learning_rate),
+        optimizer=optimizer or keras.optimizers.Adam(learning_rate),
         loss=keras_iris.losses.IRIS(),
+        **(compile_options or {}),
     )
     options = {
         "iterations": 2,
@@ -56,8 +66,19 @@ def make_self_play(  # noqa: PLR0913
     )
 
 
+class Stop(keras.callbacks.Callback):
+    """Asks to stop at the so-manieth batch of an epoch."""
+
+    def __init__(self, batch):
+        super().__init__()
+        self.batch = batch
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.stop_training = batch == self.batch
+
+
 def final_arrays(run_dir):
-    return read_arrays(run_dir / "checkpoint.safetensors")[0]
+    return read_arrays(Checkpoints(run_dir).files()[0])[0]
 
 
 def assert_same_end(left, right):

@@ -321,7 +321,7 @@ def test_memory_that_the_recipes_tell(recipe, config, line, changes):
 def test_disk():
     num_weights = 7_241_732_096
     disk = _estimate(ZEPHYR).disk(needs_folder=True)
-    assert disk["checkpoint"] == 2 * 8 * num_weights
+    assert disk["checkpoints"] == 4 * 8 * num_weights
     assert disk["engine's model"] == 2 * disk["trained model"]
     assert disk["trained model"] == 2 * num_weights
     assert disk["tokens"] == 4 * 1000 * (160 + 3 * 40)

@@ -50,6 +50,16 @@ def data(tmp_path):
     return file
 
 
+@pytest.mark.parametrize("name", ["zephyr_7b", "qwen2_5_3b", "smollm2_135m"])
+def test_the_run_folder_follows_the_preset(name, recipe):
+    module = recipe("smollm2_135m" if "smol" in name else "paper_options")
+    prefix = () if "smol" in name else (None, "hf://a/zephyr")
+    for preset in ("hf://org/other", "some/folder/other"):
+        arguments = ["--preset", preset, "--data", "x.jsonl"]
+        options = module.read_options(*prefix, arguments)
+        assert options.run_dir == "runs/other"
+
+
 def _base_model(checkpoint, tmp_path):
     """As Qwen2.5-3B may be: no template, and not the template's end token."""
     folder = copy(checkpoint("qwen2"), tmp_path)

@@ -1,19 +1,14 @@
-"""Callbacks for `SelfPlayModel.fit`."""
+"""Callbacks for `SelfPlayModel.fit` and `SelfPlay`."""
 
 from keras_iris.callbacks.alpha_schedule import AlphaSchedule
 from keras_iris.callbacks.alpha_scheduler import AlphaScheduler
-from keras_iris.callbacks.gap_estimators import (
-    DivergenceGap,
-    GapEstimator,
-    MarginGap,
-    TokenGap,
-)
+from keras_iris.callbacks.gap import GapEstimator, RenyiGap
+from keras_iris.callbacks.self_play_callback import SelfPlayCallback
 
 __all__ = [
     "AlphaSchedule",
     "AlphaScheduler",
-    "DivergenceGap",
     "GapEstimator",
-    "MarginGap",
-    "TokenGap",
+    "RenyiGap",
+    "SelfPlayCallback",
 ]

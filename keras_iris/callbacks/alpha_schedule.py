@@ -23,9 +23,13 @@ class AlphaSchedule(keras.callbacks.Callback):
 
     Example:
     ```python
-    schedule = keras.optimizers.schedules.CosineDecay(2.0, 1000, alpha=0.25)
+    # Geometric annealing, from 2 to half of it every 1,000 steps.
+    schedule = keras.optimizers.schedules.ExponentialDecay(2.0, 1000, 0.5)
     model.fit(pairs, callbacks=[keras_iris.callbacks.AlphaSchedule(schedule)])
     ```
+
+    Reference:
+        IRIS, arXiv 2604.20933, for geometric annealing.
     """
 
     def __init__(
@@ -44,7 +48,7 @@ class AlphaSchedule(keras.callbacks.Callback):
     ) -> None:
         """Sets the order for the batch."""
         model = self.model
-        step = keras.ops.cast(model.optimizer.iterations.value, "float32")
+        step = keras.ops.cast(model.optimizer.iterations, "float32")
         alpha = self.schedule(step)
         if keras.ops.is_tensor(alpha) and tuple(alpha.shape) == ():
             alpha = float(keras.ops.convert_to_numpy(alpha))

@@ -1,187 +1,219 @@
 """The adaptive order of IRIS."""
 
 import numbers
-import warnings
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_iris.arguments import check_count
-from keras_iris.callbacks.gap_estimators import GapEstimator, TokenGap
+from keras_iris.callbacks.gap import (
+    GapEstimator,
+    RenyiGap,
+    add_moments,
+    gap_of_moments,
+    pair_moments,
+)
+from keras_iris.callbacks.self_play_callback import SelfPlayCallback
 from keras_iris.metrics import PairBatch, effective_sample_size
 
 
-class AlphaScheduler(keras.callbacks.Callback):
+class AlphaScheduler(SelfPlayCallback):
     """Lets the order alpha follow the gap between model and data.
 
     A large gap gives a large order (sharp weights, early), a small gap a
     smaller one (smooth refinement, near convergence):
 
-        alpha = min_alpha + (max_alpha - min_alpha) * clip(gap / gap_0, 0, 1)
+        alpha = clip(1 + coefficient * gap, min_alpha, max_alpha)
 
-    where `gap` is an exponential moving average over batches and `gap_0` its
-    first value. Then a guard lowers alpha, below `min_alpha` if it must, to
-    the largest order at which the importance weights of annotated and of
-    synthetic responses both keep an effective sample size of
+    Then a guard lowers alpha, below `min_alpha` if it must, to the largest
+    order at which the importance weights of annotated and of synthetic
+    responses of the latest batch both keep an effective sample size of
     `min_effective_sample_size` of the batch. Where no order does, it takes
     the one whose smaller effective sample size is largest.
 
-    The moving average and `gap_0` are variables of the model: they are saved
-    with its weights, and carry over from one `fit` to the next. The first
-    batch of all has the order that the loss was compiled with. A batch whose
-    gap isn't finite leaves alpha as it is. Where the first gap isn't positive,
-    as on data that the model has memorised, a warning says so, alpha stays at
-    `min_alpha`, and `gap_0` is the first value that is.
+    In `SelfPlay` the gap is one number an iteration, from all its pairs,
+    before the first step. In plain `fit` it is that of the pairs seen so far;
+    it is final after the first epoch, and the first batch of all has the order
+    that the loss was compiled with. The gap is in `model.gap` and what it was
+    made from in `model.gap_sums`: both are saved with the weights, so a resumed
+    `fit` goes on with the same orders. A `fit` from epoch 0 starts anew.
 
     Args:
-        min_alpha: Order where the gap has closed.
-        max_alpha: Order at the first gap.
-        gap_estimator: A `GapEstimator`; `TokenGap()` by default.
-        smoothing: Weight of the past in the moving average, in [0, 1), per
-            batch.
+        coefficient: How much alpha rises for a nat of gap, at least 0.
+        min_alpha: The smallest order of the rule.
+        max_alpha: The largest order of the rule.
         min_effective_sample_size: Share of the batch, in [0, 1]; 0 turns the
             guard off.
-        update_every_batches: Batches between two changes of alpha, each from
-            the latest batch.
+        gap: A `GapEstimator`, an object with a method `gap(pairs)` that
+            returns nats; by default a `RenyiGap`. In plain `fit` the gap of
+            another one is its mean over the batches so far.
 
     Raises:
         ValueError: An argument is out of its range.
 
+    Example:
+    ```python
+    model.compile(optimizer="adam", loss=keras_iris.losses.IRIS())
+    model.fit(pairs, shuffle=False, callbacks=[AlphaScheduler()])
+    ```
+
     Reference:
-        IRIS, arXiv 2604.20933. The guard is a finding of this package:
-        uncapped orders above 1 lock small batches onto single examples.
+        IRIS, arXiv 2604.20933, equation 9, for the rule and its bounds. The
+        paper's estimate of the gap was not at hand: `RenyiGap` is this
+        package's. The guard is, too: uncapped orders above 1 lock small
+        batches onto single examples.
     """
 
-    def __init__(  # noqa: PLR0913 (all but the first two by keyword only)
+    def __init__(
         self,
-        min_alpha: float = 0.5,
-        max_alpha: float = 2.0,
+        coefficient: float = 0.5,
         *,
-        gap_estimator: GapEstimator | None = None,
-        smoothing: float = 0.95,
+        min_alpha: float = 0.5,
+        max_alpha: float = 3.0,
         min_effective_sample_size: float = 0.5,
-        update_every_batches: int = 1,
+        gap: GapEstimator | None = None,
     ) -> None:
         super().__init__()
         for name, value in (
+            ("coefficient", coefficient),
             ("min_alpha", min_alpha),
             ("max_alpha", max_alpha),
-            ("smoothing", smoothing),
             ("min_effective_sample_size", min_effective_sample_size),
         ):
-            if not isinstance(value, numbers.Real):
+            if not isinstance(value, numbers.Real) or isinstance(value, bool):
                 raise ValueError(
                     f"`{name}` has to be a number. Received: {value!r}"
                 )
+        if not 0 <= coefficient < float("inf"):
+            raise ValueError(
+                "`coefficient` has to be at least 0 and finite. Received: "
+                f"{coefficient}. The paper's are from 0.1 to 1."
+            )
         if not 0 <= min_alpha <= max_alpha <= 100:
             raise ValueError(
                 "Orders have to satisfy 0 <= min_alpha <= max_alpha <= 100. "
                 f"Received: min_alpha={min_alpha}, max_alpha={max_alpha}"
-            )
-        if not 0 <= smoothing < 1:
-            raise ValueError(
-                f"`smoothing` has to be in [0, 1). Received: {smoothing}"
             )
         if not 0 <= min_effective_sample_size <= 1:
             raise ValueError(
                 "`min_effective_sample_size` is a share of the batch, in "
                 f"[0, 1]. Received: {min_effective_sample_size}"
             )
-        check_count("update_every_batches", update_every_batches)
-        gap_estimator = TokenGap() if gap_estimator is None else gap_estimator
-        if isinstance(gap_estimator, type) or not isinstance(
-            gap_estimator, GapEstimator
-        ):
+        gap = RenyiGap() if gap is None else gap
+        if isinstance(gap, type) or not isinstance(gap, GapEstimator):
             raise ValueError(
-                "`gap_estimator` has to be an object that is called with a "
-                "batch and alpha and has `starts_at_zero`, such as "
-                "`keras_iris.callbacks.MarginGap()`. Received: "
-                f"{gap_estimator!r}"
+                "`gap` has to be an object with a method `gap(pairs)` that "
+                "returns nats, such as `keras_iris.callbacks.RenyiGap()`. "
+                f"Received: {gap!r}"
             )
+        self.coefficient = coefficient
         self.min_alpha = min_alpha
         self.max_alpha = max_alpha
-        self.gap_estimator = gap_estimator
-        self.smoothing = smoothing
         self.min_effective_sample_size = min_effective_sample_size
-        self.update_every_batches = update_every_batches
-        self._num_batches = 0
+        self.gap = gap
+        self._is_self_play = False
+        self._is_first_epoch = True
+        self._is_streaming = False
         self._last_batch = -1
 
+    def on_iteration_begin(
+        self, iteration: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """From here on the gap is that of all pairs of the iteration."""
+        self._is_self_play = True
+
+    def on_score_end(
+        self,
+        iteration: int,
+        pairs: PairBatch,
+        logs: dict[str, Any] | None = None,
+    ) -> None:
+        """Sets the gap of the iteration, and the order of its first step."""
+        self.model.gap_sums.assign(pair_moments(pairs))
+        self._set_gap(self.gap.gap(pairs))
+        self.model.alpha.assign(self._order())
+
+    def on_iteration_end(
+        self, iteration: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """A `fit` outside of `SelfPlay` streams the gap again."""
+        self._is_self_play = False
+
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Takes up the count of batches where an earlier `fit` left it."""
-        self._num_batches = int(self.model.optimizer.iterations.value)
+        """A `fit` starts."""
+        self._is_first_epoch = True
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
-        """Batches count from 0 again."""
+        """The first epoch of all is the one in which the gap is streamed."""
         self._last_batch = -1
+        self._is_streaming = False
+        if self._is_first_epoch and not self._is_self_play:
+            sums = keras.ops.convert_to_numpy(self.model.gap_sums.value)
+            if epoch == 0:
+                self.model.gap_sums.assign(np.zeros((2, 3)))
+                self.model.gap.assign(0.0)
+            self._is_streaming = epoch == 0 or not sums[:, 0].any()
+        self._is_first_epoch = False
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Sets the order for the batches to come."""
-        before = self._num_batches // self.update_every_batches
         # Several at once where Keras executes several steps.
-        self._num_batches += batch - self._last_batch
+        num_new = batch - self._last_batch
         self._last_batch = batch
-        if self._num_batches // self.update_every_batches == before:
+        # A batch whose weights are all 0 says nothing.
+        batches = [
+            pairs
+            for pairs in self.model.recent.latest(num_new)
+            if len(pairs.sample_weight)
+        ]
+        if not batches:
             return
-        model = self.model  # fetches the state from the device: only here
-        latest = model.recent.latest()
-        if not len(latest.sample_weight):
-            return  # all of weight 0
-        alpha = float(keras.ops.convert_to_numpy(model.alpha.value))
-        gap = self.gap_estimator(latest, alpha)
+        if self._is_streaming:
+            for pairs in batches:
+                self._stream(pairs)
+        self.model.alpha.assign(self._capped(self._order(), batches[-1]))
+
+    def _stream(self, pairs: PairBatch) -> None:
+        """Adds a batch to what is known of the gap."""
+        sums = keras.ops.convert_to_numpy(self.model.gap_sums.value)
+        if isinstance(self.gap, RenyiGap):
+            sums = add_moments(sums, pair_moments(pairs))
+            gap = gap_of_moments(sums)
+        else:
+            # The gap of the batch in the place of a log-prob.
+            weight = pairs.sample_weight.sum()
+            new = np.array([[weight, self.gap.gap(pairs), 0.0]] * 2)
+            sums = add_moments(sums, new)
+            gap = float(sums[0, 1])
+        self.model.gap_sums.assign(sums)
+        self._set_gap(gap)
+
+    def _set_gap(self, gap: float) -> None:
         if not np.isfinite(gap):
-            return  # the order stays; the loop of self-play stops by itself
-        state = keras.ops.convert_to_numpy(model.gap_state.value)
-        state = self._smooth(state, gap)
-        model.gap_state.assign(state)
-        model.alpha.assign(self._capped(self._order(state), latest))
+            raise FloatingPointError(
+                f"The gap is {gap}, expected a finite number of nats. Check "
+                f"{type(self.gap).__name__} and the opponent's log-probs."
+            )
+        self.model.gap.assign(gap)
 
-    def _smooth(self, state: np.ndarray, gap: float) -> np.ndarray:
-        """Advances (moving average, weight of its zero start, reference)."""
-        average, start, reference = (float(value) for value in state)
-        average = self.smoothing * average + (1 - self.smoothing) * gap
-        start *= self.smoothing
-        smoothed = average / (1 - start)
-        if self.gap_estimator.starts_at_zero:
-            reference = max(reference, smoothed)
-        elif reference <= 0.0:
-            if smoothed <= 0 and state[1] == 1.0:
-                warnings.warn(
-                    f"The first gap is {smoothed:.3g}, not positive: alpha "
-                    f"stays at min_alpha={self.min_alpha} until one is. The "
-                    "model finds its own samples less likely than the "
-                    "annotated responses; `gap_estimator=DivergenceGap()` "
-                    "doesn't depend on that.",
-                    stacklevel=2,
-                )
-            reference = max(smoothed, 0.0)
-        return np.array([average, start, reference], "float32")
+    def _order(self) -> float:
+        """What the rule says, before the guard."""
+        gap = float(keras.ops.convert_to_numpy(self.model.gap.value))
+        order = 1 + self.coefficient * gap
+        return float(np.clip(order, self.min_alpha, self.max_alpha))
 
-    def _order(self, state: np.ndarray) -> float:
-        average, start, reference = (float(value) for value in state)
-        smoothed = average / (1 - start)
-        relative = smoothed / reference if reference > 0 else 0.0
-        span = self.max_alpha - self.min_alpha
-        return self.min_alpha + span * float(np.clip(relative, 0, 1))
-
-    def _capped(self, alpha: float, batch: PairBatch) -> float:
+    def _capped(self, alpha: float, pairs: PairBatch) -> float:
         """The largest order up to `alpha` that keeps enough examples."""
-        real, synthetic = batch.log_ratio.T
-        weight = batch.sample_weight
+        real, synthetic = pairs.log_ratio.T
+        weight = pairs.sample_weight
         orders = np.linspace(alpha, 0.0, 101)
-        sizes = np.array(
-            [
-                min(
-                    effective_sample_size(real, order - 1, weight),
-                    effective_sample_size(synthetic, order, weight),
-                )
-                for order in orders
-            ]
+        sizes = np.minimum(
+            effective_sample_size(real, orders - 1, weight),
+            effective_sample_size(synthetic, orders, weight),
         )
         enough = np.flatnonzero(sizes >= self.min_effective_sample_size)
         best = enough[0] if len(enough) else np.argmax(sizes)

@@ -72,3 +72,8 @@ def compare_with_start(run: RunRecord) -> list[Outcome]:
         if last > 0 and 0 in scores:
             outcomes.append(Outcome(name, last, scores[last], scores[0]))
     return outcomes
+
+
+def score_mode(name, modes=None):
+    d = (modes or {}).get(name) or {"higher": "max", "lower": "min", "": None}[direction(name)]
+    return d

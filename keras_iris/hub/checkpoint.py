@@ -1,7 +1,7 @@
 """Safetensors files of a Hugging Face folder, checked before they are read."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import safetensors
@@ -86,11 +86,17 @@ def _list_names(index: Path) -> list[str]:
         return [SINGLE_FILE]
     weight_map = read_json(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else [None]
-    if not all(isinstance(name, str) for name in names):
+    bad = [
+        name
+        for name in names
+        # Files of the folder itself, which no "../" leads out of.
+        if not isinstance(name, str) or name != PurePath(name).name
+    ]
+    if bad:
         raise ValueError(
-            f"{index} has no valid 'weight_map': received "
+            f"{index} has no valid 'weight_map': received {bad[0]!r} in "
             f"{str(weight_map)[:80]}, expected an object from weights' names "
-            "to files' names. Download it again."
+            "to names of files in that folder. Download it again."
         )
     return sorted(set(names))
 

@@ -1,12 +1,10 @@
 """Monitoring values of self-play, as Keras metrics."""
 
-import keras
-
-from keras_iris.metrics.alpha import Alpha, AlphaMetric
 from keras_iris.metrics.divergence import Divergence
 from keras_iris.metrics.effective_sample_size import (
     RealEffectiveSampleSize,
     SyntheticEffectiveSampleSize,
+    effective_sample_size,
 )
 from keras_iris.metrics.log_ratios import (
     Margin,
@@ -14,23 +12,22 @@ from keras_iris.metrics.log_ratios import (
     RealLogRatio,
     SyntheticLogRatio,
 )
-from keras_iris.metrics.nll import Gap, RealNLL, SyntheticNLL, TokenMetric
-from keras_iris.metrics.recent import PairBatch, RecentLogProbs
-from keras_iris.metrics.summary import (
-    divergence,
-    effective_sample_size,
-    summary,
-    token_gap,
-)
+from keras_iris.metrics.monitor import self_play_metrics, step_values
+from keras_iris.metrics.nll import NLLGap, RealNLL, SyntheticNLL
+from keras_iris.metrics.order import Alpha, Gap
+from keras_iris.metrics.pair_batch import PairBatch
+from keras_iris.metrics.pair_metric import PairMetric
+from keras_iris.metrics.recent import RecentLogProbs
 
 __all__ = [
     "Alpha",
-    "AlphaMetric",
     "Divergence",
     "Gap",
     "Margin",
     "MarginAccuracy",
+    "NLLGap",
     "PairBatch",
+    "PairMetric",
     "RealEffectiveSampleSize",
     "RealLogRatio",
     "RealNLL",
@@ -38,31 +35,7 @@ __all__ = [
     "SyntheticEffectiveSampleSize",
     "SyntheticLogRatio",
     "SyntheticNLL",
-    "TokenMetric",
-    "divergence",
     "effective_sample_size",
     "self_play_metrics",
-    "summary",
-    "token_gap",
+    "step_values",
 ]
-
-
-def self_play_metrics() -> list[keras.metrics.Metric]:
-    """A new instance of every metric.
-
-    Returns:
-        A list, for the argument `metrics` of `SelfPlayModel.compile`.
-    """
-    return [
-        RealLogRatio(),
-        SyntheticLogRatio(),
-        Margin(),
-        MarginAccuracy(),
-        RealEffectiveSampleSize(),
-        SyntheticEffectiveSampleSize(),
-        Divergence(),
-        RealNLL(),
-        SyntheticNLL(),
-        Gap(),
-        Alpha(),
-    ]

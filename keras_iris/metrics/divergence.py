@@ -5,44 +5,31 @@ from typing import Any
 import keras
 
 from keras_iris.losses import tilted_risk
-from keras_iris.metrics.alpha import BatchAlphaMetric
+from keras_iris.metrics.pair_batch import PairBatch
+from keras_iris.metrics.pair_metric import BatchMetric
 
 Tensor = Any
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
-class Divergence(BatchAlphaMetric):
+class Divergence(BatchMetric):
     """Minus the IRIS loss: the variational Rényi estimate, in nats.
 
     At its largest over all policies it is `D_alpha(p_data || p_opponent) /
     alpha`, up to the error of estimating it from a batch. It is 0 where
     policy and opponent are equal.
 
-    Args:
-        alpha: The order: a number or a scalar Keras variable.
-            `SelfPlayModel.compile` replaces it by `model.alpha`.
-        name: Name of the metric.
-        dtype: Type of the metric's variables.
-
     Reference:
         Birrell et al., arXiv 2007.03814.
     """
 
-    def __init__(
-        self,
-        alpha: float | keras.Variable = 1.0,
-        *,
-        name: str = "divergence",
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(alpha, name=name, dtype=dtype)
+    default_name = "divergence"
 
-    def batch_value(
-        self, log_ratio: Tensor, alpha: Tensor, sample_weight: Tensor
-    ) -> Tensor:
+    def batch_value(self, batch: PairBatch) -> Tensor:
         """Minus the two tilted risks."""
-        real, synthetic = log_ratio[:, 0], log_ratio[:, 1]
+        real, synthetic = batch.log_ratio[:, 0], batch.log_ratio[:, 1]
+        weight, alpha = batch.sample_weight, batch.alpha
         return -(
-            tilted_risk(-real, 1.0 - alpha, sample_weight)
-            + tilted_risk(synthetic, alpha, sample_weight)
+            tilted_risk(-real, 1.0 - alpha, weight)
+            + tilted_risk(synthetic, alpha, weight)
         )

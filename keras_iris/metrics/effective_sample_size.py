@@ -5,74 +5,78 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_iris.losses import tilted_weights
-from keras_iris.metrics.alpha import BatchAlphaMetric
+from keras_iris.metrics.pair_batch import PairBatch
+from keras_iris.metrics.pair_metric import BatchMetric
 
 Tensor = Any
 
 
+def effective_sample_size(
+    values: Tensor, tilt: Tensor | float, sample_weight: Tensor | None = None
+) -> Tensor:
+    """Effective sample size of tilted weights, as a share of the batch.
+
+    With `w_i` proportional to `sample_weight_i * exp(tilt * values_i)` it is
+    `(sum w)^2 / (n * sum w^2)`: 1 for uniform weights, `1 / n` where one
+    example has all. Rows of weight 0 are not of the batch.
+
+    Args:
+        values: Per-example values, shape `(n,)`.
+        tilt: The tilt, of any shape.
+        sample_weight: Weights of shape `(n,)`, or None for ones.
+
+    Returns:
+        Float32 tensor of the shape of `tilt`, in (0, 1]; 0 where all weights
+        are.
+
+    Reference:
+        Kish, "Survey Sampling", 1965.
+    """
+    values = ops.cast(ops.convert_to_tensor(values), "float32")
+    tilt = ops.cast(ops.convert_to_tensor(tilt), "float32")
+    if sample_weight is None:
+        weight = ops.ones_like(values)
+    else:
+        weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
+    is_row = weight > 0
+    z = tilt[..., None] * ops.where(is_row, values, 0.0)  # (..., n)
+    z = ops.where(is_row, z, -float("inf"))
+    largest = ops.max(z, axis=-1, keepdims=True)
+    weights = ops.where(is_row, weight * ops.exp(z - largest), 0.0)
+    num_rows = ops.sum(ops.cast(is_row, "float32"))
+    return ops.divide_no_nan(
+        ops.square(ops.sum(weights, axis=-1)),
+        num_rows * ops.sum(ops.square(weights), axis=-1),
+    )
+
+
 @keras.saving.register_keras_serializable(package="keras_iris")
-class RealEffectiveSampleSize(BatchAlphaMetric):
+class RealEffectiveSampleSize(BatchMetric):
     """Effective sample size of the weights of annotated responses.
 
-    With `w ~ exp((alpha - 1) r(y))` over the batch, `1 / sum w^2` as a share
-    of the batch: 1 for uniform weights, `1 / batch` where one example has all
-    (Kish, "Survey Sampling", 1965). Rows of weight 0 are not of the batch.
-
-    Args:
-        alpha: The order: a number or a scalar Keras variable.
-            `SelfPlayModel.compile` replaces it by `model.alpha`.
-        name: Name of the metric.
-        dtype: Type of the metric's variables.
+    Those are `w ~ exp((alpha - 1) r(y))` over the batch.
     """
 
-    def __init__(
-        self,
-        alpha: float | keras.Variable = 1.0,
-        *,
-        name: str = "real_ess",
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(alpha, name=name, dtype=dtype)
+    default_name = "real_ess"
 
-    def batch_value(
-        self, log_ratio: Tensor, alpha: Tensor, sample_weight: Tensor
-    ) -> Tensor:
+    def batch_value(self, batch: PairBatch) -> Tensor:
         """A number in (0, 1]."""
-        return _share(log_ratio[:, 0], alpha - 1.0, sample_weight)
+        return effective_sample_size(
+            batch.log_ratio[:, 0], batch.alpha - 1.0, batch.sample_weight
+        )
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
-class SyntheticEffectiveSampleSize(BatchAlphaMetric):
+class SyntheticEffectiveSampleSize(BatchMetric):
     """Effective sample size of the weights of synthetic responses.
 
-    As `RealEffectiveSampleSize`, with `w ~ exp(alpha r(y'))`.
-
-    Args:
-        alpha: The order: a number or a scalar Keras variable.
-            `SelfPlayModel.compile` replaces it by `model.alpha`.
-        name: Name of the metric.
-        dtype: Type of the metric's variables.
+    Those are `w ~ exp(alpha r(y'))` over the batch.
     """
 
-    def __init__(
-        self,
-        alpha: float | keras.Variable = 1.0,
-        *,
-        name: str = "synthetic_ess",
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(alpha, name=name, dtype=dtype)
+    default_name = "synthetic_ess"
 
-    def batch_value(
-        self, log_ratio: Tensor, alpha: Tensor, sample_weight: Tensor
-    ) -> Tensor:
+    def batch_value(self, batch: PairBatch) -> Tensor:
         """A number in (0, 1]."""
-        return _share(log_ratio[:, 1], alpha, sample_weight)
-
-
-def _share(values: Tensor, tilt: Tensor, sample_weight: Tensor) -> Tensor:
-    """`1 / sum w^2` of tilted weights, divided by the number of rows."""
-    weights = tilted_weights(values, tilt, sample_weight)
-    num_rows = ops.sum(ops.cast(sample_weight > 0, weights.dtype))
-    return ops.divide_no_nan(1.0, num_rows * ops.sum(ops.square(weights)))
+        return effective_sample_size(
+            batch.log_ratio[:, 1], batch.alpha, batch.sample_weight
+        )

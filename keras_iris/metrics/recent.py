@@ -1,38 +1,19 @@
-"""The log-probs of the latest batch, for callbacks to look at."""
+"""The log-probs of the latest batches, for callbacks to look at."""
 
-from typing import Any, NamedTuple
+from typing import Any, overload
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_iris.metrics.pair_batch import PairBatch
+
 Tensor = Any
-
-
-class PairBatch(NamedTuple):
-    """How a batch of pairs came out, in float64 NumPy.
-
-    Attributes:
-        opponent: Opponent log-probs, shape `(batch, 2)`, in nats.
-        policy: Policy log-probs, shape `(batch, 2)`, in nats.
-        num_tokens: Response tokens, shape `(batch, 2)`.
-        sample_weight: Weights, shape `(batch,)`, all positive.
-    """
-
-    opponent: np.ndarray
-    policy: np.ndarray
-    num_tokens: np.ndarray
-    sample_weight: np.ndarray
-
-    @property
-    def log_ratio(self) -> np.ndarray:
-        """Policy minus opponent log-probs, shape `(batch, 2)`, in nats."""
-        return self.policy - self.opponent
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
 class RecentLogProbs(keras.metrics.Metric):
-    """Keeps the rows of the latest batch; adds nothing to the logs.
+    """Keeps the rows of the latest batches; adds nothing to the logs.
 
     Args:
         num_rows: Rows kept. Of a larger batch these are the last.
@@ -44,34 +25,23 @@ class RecentLogProbs(keras.metrics.Metric):
     ) -> None:
         super().__init__(name=name, dtype="float32")
         self.num_rows = num_rows
-        # opponent (2), policy (2), tokens (2), weight, number of the batch
-        self.rows = self.add_variable((num_rows, 8), "zeros", name="rows")
+        # opponent (2), policy (2), tokens (2), weight, number of the batch,
+        # its rows
+        self.rows = self.add_variable((num_rows, 9), "zeros", name="rows")
         self.num_batches = self.add_variable((), "zeros", name="num_batches")
+        # Alpha and gap of the model: on JAX, metrics see no variables but
+        # their own.
+        self.alpha = self.add_variable((), "ones", name="alpha")
+        self.gap = self.add_variable((), "zeros", name="gap")
 
-    def update_state(
-        self,
-        y_true: Tensor,
-        y_pred: Tensor,
-        num_tokens: Tensor,
-        sample_weight: Tensor | None = None,
-    ) -> None:
-        """Adds a batch.
-
-        Args:
-            y_true: Opponent log-probs, shape `(batch, 2)`, in nats.
-            y_pred: Policy log-probs, shape `(batch, 2)`, in nats.
-            num_tokens: Response tokens, shape `(batch, 2)`.
-            sample_weight: Weights, shape `(batch,)`.
-        """
+    def update_state(self, batch: PairBatch) -> None:
+        """Adds a batch in float32 tensors."""
         self.num_batches.assign_add(1.0)
-        ones = ops.ones_like(ops.cast(num_tokens[:, :1], "float32"))
-        if sample_weight is None:
-            weight = ones
-        else:
-            weight = ops.reshape(ops.cast(sample_weight, "float32"), (-1, 1))
-        columns = [y_true, y_pred, num_tokens, weight]
-        columns = [ops.cast(column, "float32") for column in columns]
-        new = ops.concatenate([*columns, ones * self.num_batches], axis=1)
+        weight = batch.sample_weight[:, None]
+        ones = ops.ones_like(weight)
+        columns = [batch.opponent, batch.policy, batch.num_tokens, weight]
+        columns += [ones * self.num_batches, ones * ops.sum(ones)]
+        new = ops.concatenate(columns, axis=1)
         kept = ops.concatenate([self.rows.value, new], axis=0)
         self.rows.assign(kept[-self.num_rows :])
 
@@ -79,11 +49,42 @@ class RecentLogProbs(keras.metrics.Metric):
         """Nothing for the logs."""
         return {}
 
-    def latest(self) -> PairBatch:
-        """The latest batch; rows of weight 0 are left out."""
+    @overload
+    def latest(self) -> PairBatch: ...
+
+    @overload
+    def latest(self, num_batches: int) -> list[PairBatch]: ...
+
+    def latest(
+        self, num_batches: int | None = None
+    ) -> PairBatch | list[PairBatch]:
+        """The latest batch, or a list of the latest ones, the newest last.
+
+        Args:
+            num_batches: Length of the list. It is shorter where there were
+                fewer batches, or where not all rows of an older one are kept.
+
+        Returns:
+            Batches in float64 NumPy. Rows of weight 0 are left out.
+        """
         rows = ops.convert_to_numpy(self.rows.value).astype("float64")
-        rows = rows[(rows[:, 7] == rows[-1, 7]) & (rows[:, 6] > 0)]
-        return PairBatch(rows[:, 0:2], rows[:, 2:4], rows[:, 4:6], rows[:, 6])
+        last = rows[-1, 7]
+        if num_batches is None:
+            return self._batch(rows[rows[:, 7] == last])
+        batches = []
+        for number in np.arange(max(1, last - num_batches + 1), last + 1):
+            batch = rows[rows[:, 7] == number]
+            if number == last or (len(batch) and len(batch) == batch[0, 8]):
+                batches.append(self._batch(batch))
+        return batches
+
+    def _batch(self, rows: np.ndarray) -> PairBatch:
+        rows = rows[rows[:, 6] > 0]
+        alpha, gap = (
+            float(ops.convert_to_numpy(v.value)) for v in (self.alpha, self.gap)
+        )
+        columns = rows[:, 0:2], rows[:, 2:4], rows[:, 4:6], rows[:, 6]
+        return PairBatch(*columns, alpha, gap)
 
     def get_config(self) -> dict[str, Any]:
         """The metric's configuration."""

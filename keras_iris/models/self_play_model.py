@@ -2,7 +2,7 @@
 
 import copy
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_iris import backend
 from keras_iris.losses import SelfPlayLoss
-from keras_iris.metrics import AlphaMetric, RecentLogProbs, TokenMetric
+from keras_iris.metrics import PairBatch, PairMetric, RecentLogProbs
 from keras_iris.models.log_probs import sequence_log_probs, token_log_probs
 
 Tensor = Any
@@ -62,30 +62,16 @@ class SelfPlayModel(backend.Trainer):
         kwargs.setdefault("dtype", causal_lm.backbone.dtype_policy)
         super().__init__(name=name, **kwargs)
         self.causal_lm = causal_lm
-        self.alpha = self.add_weight(
-            name="alpha",
-            shape=(),
-            initializer="ones",
-            trainable=False,
-            dtype="float32",
-            autocast=False,
-        )
-        # The scheduler's moving average of the gap, the weight of its zero
-        # start, and its reference: saved with the weights, as alpha is.
-        self.gap_state = self.add_weight(
-            name="gap_state",
-            shape=(3,),
-            initializer=_initial_gap_state,
-            trainable=False,
-            dtype="float32",
-            autocast=False,
-        )
+        self.alpha = self._add_state("alpha", (), "ones")
+        # In nats; with the sums that it is made from, count, mean and sum of
+        # squared deviations of the opponent's log-prob per token, annotated
+        # and synthetic. All are saved with the weights.
+        self.gap = self._add_state("gap", (), "zeros")
+        self.gap_sums = self._add_state("gap_sums", (2, 3), "zeros")
         self.micro_batch_size: int | None = None
         self.recent = RecentLogProbs()
-        # In a tuple of its own: Keras would track, and not allow it later.
-        self._token_metrics: tuple[TokenMetric, ...] = ()
-        self._alpha_metrics: tuple[AlphaMetric, ...] = ()
-        self._all_metrics: tuple[Any, ...] = ()
+        self._set_metrics([])
+        self._compile_options: dict[str, Any] = {}
         # Loss and optimizer before training changes their numbers.
         self.start_config: dict[str, Any] = {}
         self.built = True
@@ -151,23 +137,51 @@ class SelfPlayModel(backend.Trainer):
             self.start_config["loss"] = loss.get_config()
             loss = copy.copy(loss)  # which may be another model's as well
             loss.bind_alpha(self.alpha)
-        metrics = _metric_list(metrics) + _metric_list(weighted_metrics)
-        self._alpha_metrics = tuple(
-            metric for metric in metrics if isinstance(metric, AlphaMetric)
-        )
-        for metric in self._alpha_metrics:
-            metric.bind_alpha(self.alpha)
         self.micro_batch_size = micro_batch_size
-        self._token_metrics = tuple(
-            metric for metric in metrics if isinstance(metric, TokenMetric)
-        )
-        others = [m for m in metrics if not isinstance(m, TokenMetric)]
-        self._all_metrics = tuple(metrics)
+        self._compile_options = kwargs
+        metrics = _metric_list(metrics) + _metric_list(weighted_metrics)
+        self._set_metrics(metrics)
+        # Keras would keep those of a `compile` before.
+        self.loss: Any = None
+        self._compile_loss: Any = None
+        self._compile_metrics: Any = None
         super().compile(
             optimizer=optimizer,
             loss=loss,
-            weighted_metrics=others or None,
+            weighted_metrics=self._other_metrics or None,
             **kwargs,
+        )
+
+    def add_metrics(self, metrics: Sequence[PairMetric]) -> None:
+        """Adds metrics of pairs to those that the model is compiled with.
+
+        Args:
+            metrics: Those whose names are tracked already are left out.
+        """
+        names = self.metrics_names
+        new = [metric for metric in metrics if metric.name not in names]
+        if new:
+            self._set_metrics([*self._pair_metrics, *self._other_metrics, *new])
+            # They were compiled without.
+            self.train_function = self.test_function = None
+
+    def _set_metrics(self, metrics: list[Any]) -> None:
+        pairs = [m for m in metrics if isinstance(m, PairMetric)]
+        others = [m for m in metrics if not isinstance(m, PairMetric)]
+        # Past Keras, which would track them once more, and for ever.
+        object.__setattr__(self, "_pair_metrics", pairs)
+        object.__setattr__(self, "_other_metrics", others)
+
+    def _add_state(
+        self, name: str, shape: tuple[int, ...], initializer: str
+    ) -> keras.Variable:
+        return self.add_weight(
+            name=name,
+            shape=shape,
+            initializer=initializer,
+            trainable=False,
+            dtype="float32",
+            autocast=False,
         )
 
     def call(
@@ -233,14 +247,25 @@ class SelfPlayModel(backend.Trainer):
 
     @property
     def metrics(self) -> list[keras.metrics.Metric]:
-        """Keras' metrics and those that need the number of tokens."""
-        return [*super().metrics, *self._token_metrics]
+        """Keras' metrics and those of pairs."""
+        return [*super().metrics, *self._pair_metrics]
+
+    @property
+    def metrics_names(self) -> list[str]:
+        """Names of the numbers that `evaluate` returns."""
+        names = []
+        for metric in self.metrics:
+            if metric is self._compile_metrics:
+                names += [part.name for part in metric.metrics]
+            elif metric is not self.recent:
+                names.append(metric.name)
+        return names
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch, as in `keras.Model`."""
-        # On JAX, metrics see alpha nowhere else.
-        for metric in self._alpha_metrics:
-            metric.copy_alpha()
+        # On JAX, metrics see the model's variables nowhere else.
+        self.recent.alpha.assign(self.alpha)
+        self.recent.gap.assign(self.gap)
         return super().compute_loss(*args, **kwargs)
 
     def compute_metrics(
@@ -248,9 +273,14 @@ class SelfPlayModel(backend.Trainer):
     ) -> dict[str, Tensor]:
         """Updates all metrics and returns their results."""
         num_tokens = ops.sum(ops.cast(x["response_mask"], "float32"), axis=-1)
-        self.recent.update_state(y, y_pred, num_tokens, sample_weight)
-        for metric in self._token_metrics:
-            metric.update_state(num_tokens, y_pred, sample_weight)
+        if sample_weight is None:
+            sample_weight = ops.ones_like(num_tokens[:, 0])
+        recent = self.recent
+        batch = PairBatch(
+            y, y_pred, num_tokens, sample_weight, recent.alpha, recent.gap
+        ).to_tensors()
+        for metric in (recent, *self._pair_metrics):
+            metric.update_state(batch)
         return super().compute_metrics(x, y, y_pred, sample_weight)
 
     def get_compile_config(self) -> dict[str, Any]:
@@ -261,8 +291,12 @@ class SelfPlayModel(backend.Trainer):
         return {
             "optimizer": serialize(self.optimizer),
             "loss": serialize(self.loss),
-            "metrics": [serialize(m) for m in self._all_metrics],
+            "metrics": [
+                serialize(m)
+                for m in (*self._pair_metrics, *self._other_metrics)
+            ],
             "micro_batch_size": self.micro_batch_size,
+            **self._compile_options,
         }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
@@ -282,10 +316,6 @@ class SelfPlayModel(backend.Trainer):
         """Builds a model from its configuration."""
         causal_lm = keras.saving.deserialize_keras_object(config["causal_lm"])
         return cls(causal_lm, name=config["name"])
-
-
-def _initial_gap_state(shape: tuple[int, ...], dtype: str) -> Tensor:
-    return ops.convert_to_tensor([0.0, 1.0, 0.0], dtype)
 
 
 def _check_causal_lm(causal_lm: Any) -> None:

@@ -5,8 +5,11 @@ used, whatever isn't is made. It knows nothing of text beyond a tokenizer and
 nothing of objectives beyond what the model was compiled with.
 """
 
+import json
 import time
-from collections.abc import Callable, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +18,65 @@ import numpy as np
 
 from keras_iris import backend
 from keras_iris.arguments import check_count, check_positive
+from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import ChatTemplate, PairDataset, Tokenizer
 from keras_iris.data.buckets import choose_bucket_lengths
 from keras_iris.data.tokenize import OnOverflow
+from keras_iris.evaluation import read_metrics, score_mode
+from keras_iris.files import replaced
 from keras_iris.generation import Engine, KerasEngine
 from keras_iris.generation.engine import check_prompts
+from keras_iris.metrics import PairBatch, self_play_metrics
 from keras_iris.models import SelfPlayModel
+from keras_iris.self_play.checkpoints import (
+    Position,
+    read_variables,
+    write_variables,
+)
 from keras_iris.self_play.examples import prepare_examples
-from keras_iris.self_play.opponent import Opponent, check_engine
+from keras_iris.self_play.opponent import LostShard, Opponent, check_engine
 from keras_iris.self_play.rest import Rest
 from keras_iris.self_play.run_dir import RunDir
 from keras_iris.self_play.settings import (
+    WeightsHash,
+    execution_settings,
     hash_examples,
-    hash_variables,
-    model_settings,
-    part_settings,
+    objective_settings,
 )
 from keras_iris.self_play.step_callbacks import (
     CheckpointWriter,
+    EpochOrder,
+    Progress,
     StepLogger,
-    StepSeeds,
     combine_seeds,
 )
 
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
+
+# With which weights a run of this process left a model, and in which folder.
+_LEFT: weakref.WeakKeyDictionary[SelfPlayModel, tuple[Path, str]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 class SelfPlay:
     """Self-play fine-tuning of a compiled `SelfPlayModel`.
 
     In each iteration the model answers the training prompts itself, its
-    log-probs of both answers are stored (it is its own opponent), and `fit`
-    trains it to prefer the annotated ones. `run` on the folder of a run that
-    was cut off goes on with it, and ends in the same weights on the same
-    machine and backend.
+    log-probs of both answers are stored (it is its own opponent), and one
+    `fit` trains it to prefer the annotated ones. `run` on the folder of a run
+    that was cut off goes on with it, and ends in the same weights on the same
+    machine and backend. More `iterations` extend a finished run.
+
+    The folder belongs to one run: other data, weights to start from, loss,
+    optimizer or seed are refused. What doesn't change the result, such as
+    `micro_batch_size`, may change.
 
     Args:
         model: A compiled `SelfPlayModel`. Its optimizer goes on through all
             iterations; `num_steps` is what a learning-rate schedule has to
-            span.
+            span. The logs of every batch have the values of
+            `keras_iris.metrics.self_play_metrics`.
         data: Rows, a path or a data set that `keras_iris.data` reads, or a
             list of `keras_iris.data.Example`.
         run_dir: Folder of the run.
@@ -71,9 +94,15 @@ class SelfPlay:
         engine: What generates; by default a `KerasEngine`.
         evaluate: Maps the model to scores on held-out data; runs before the
             first iteration and after each.
-        callbacks: Keras callbacks for `fit`, such as `AlphaScheduler`; their
-            epochs count on over the iterations. Each epoch is a `fit` of its
-            own, in which those of Keras forget the epochs before.
+        score_modes: `"min"` or `"max"` by the name of a score, for those that
+            `keras_iris.evaluation.score_mode` doesn't know.
+        keep_best: Name of a score: the weights of the iteration that is best
+            in it are kept. `load_best` assigns them.
+        callbacks: Keras callbacks for `fit`, such as `AlphaScheduler`, and
+            `SelfPlayCallback`s. There is one `fit` an iteration, and epochs
+            count on over the iterations. A callback that stops training at
+            the end of an epoch, as `EarlyStopping` does, ends the iteration;
+            within an epoch it ends `run`, which goes on from there.
         shard_size: Responses of a file; what a crash loses at most.
         checkpoint_every_minutes: Longest time between checkpoints within an
             epoch; there is one after each epoch in any case.
@@ -83,7 +112,7 @@ class SelfPlay:
 
     Raises:
         ValueError: The model isn't compiled, the data can't be used, or
-            `run_dir` holds a run with other settings.
+            `run_dir` holds another run.
     """
 
     def __init__(  # noqa: PLR0913 (options of a run, by keyword only)
@@ -102,6 +131,8 @@ class SelfPlay:
         template: ChatTemplate | None = None,
         engine: Engine | None = None,
         evaluate: Evaluate | None = None,
+        score_modes: Mapping[str, str] | None = None,
+        keep_best: str | None = None,
         callbacks: keras.callbacks.Callback
         | Sequence[keras.callbacks.Callback] = (),
         shard_size: int = 512,
@@ -116,12 +147,6 @@ class SelfPlay:
                 "Call `model.compile(optimizer=..., "
                 "loss=keras_iris.losses.IRIS())` first."
             )
-        if model.steps_per_execution != 1:
-            raise ValueError(
-                "Self-play logs and checks every step. Compile the model with "
-                "steps_per_execution=1. Received: "
-                f"{model.steps_per_execution}"
-            )
         if isinstance(callbacks, keras.callbacks.Callback):
             callbacks = [callbacks]
         counts = {
@@ -132,15 +157,30 @@ class SelfPlay:
             "max_response_length": max_response_length,
             "shard_size": shard_size,
         }
-        counts = {name: check_count(name, v) for name, v in counts.items()}
+        for name, value in counts.items():
+            check_count(name, value)
         check_positive("checkpoint_every_minutes", checkpoint_every_minutes)
         if checkpoint_every_steps is not None:
             check_count("checkpoint_every_steps", checkpoint_every_steps)
         seed = check_count("seed", seed, at_least=0)
-        if batch_size > model.recent.num_rows:
+        num_rows = batch_size * model.steps_per_execution
+        if num_rows > model.recent.num_rows:
             raise ValueError(
-                f"`batch_size` may be {model.recent.num_rows} pairs at most, "
-                f"as every step is logged. Received: {batch_size}"
+                "Every step is logged, so batch_size * steps_per_execution may "
+                f"be {model.recent.num_rows} pairs at most. Received: "
+                f"{batch_size} * {model.steps_per_execution}"
+            )
+        score_modes = dict(score_modes or {})
+        for name in [*score_modes, *([keep_best] if keep_best else [])]:
+            if score_mode(name, score_modes) is None:
+                raise ValueError(
+                    f"Whether a high or a low {name!r} is better isn't known. "
+                    f'Pass score_modes={{"{name}": "max"}}, or "min".'
+                )
+        if keep_best and evaluate is None:
+            raise ValueError(
+                f"keep_best={keep_best!r} needs `evaluate`, which has to give "
+                "that score."
             )
         self.model = model
         self.examples, end_token_ids, fingerprint = prepare_examples(
@@ -186,17 +226,35 @@ class SelfPlay:
         self.checkpoint_every_steps = checkpoint_every_steps
         self.seed = seed
         self._data_key = f"{fingerprint}-{hash_examples(self.examples)}"
-        settings = {
-            **counts,
-            "on_overflow": on_overflow,
-            "seed": seed,
-            "num_examples": len(self.examples),
-            "data": self._data_key,
-            "end_token_ids": list(end_token_ids),
-            **part_settings(self.engine, self.callbacks),
-            **model_settings(model),
-        }
-        self.folder = RunDir(run_dir, settings, title=title)
+        self.score_modes = score_modes
+        self.keep_best = keep_best
+        self.folder = RunDir(
+            run_dir,
+            settings={
+                "data": self._data_key,
+                "num_examples": len(self.examples),
+                "end_token_ids": list(end_token_ids),
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "max_response_length": max_response_length,
+                "seed": seed,
+                **objective_settings(model, self.callbacks),
+            },
+            execution={
+                "iterations": iterations,
+                "shard_size": shard_size,
+                "max_prompt_length": max_prompt_length,
+                "on_overflow": on_overflow,
+                "checkpoint_every_minutes": checkpoint_every_minutes,
+                "checkpoint_every_steps": checkpoint_every_steps,
+                "keep_best": keep_best,
+                **execution_settings(model, self.engine, self.callbacks),
+            },
+            weights=WeightsHash(model.causal_lm)(),
+            was_left=self._was_left,
+            about={"title": title, "score_modes": score_modes},
+        )
+        model.add_metrics(self_play_metrics())
         self.opponent = Opponent(
             model,
             self.engine,
@@ -212,154 +270,318 @@ class SelfPlay:
 
     @property
     def num_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Batches of the whole run, which learning-rate schedules count."""
         steps = -(-len(self.examples) // self.batch_size)
         return steps * self.epochs * self.iterations
 
     def run(self) -> Path:
         """Runs all iterations that aren't done yet.
 
-        It stops where a callback sets `model.stop_training`; another `run`
-        goes on from there.
-
         Returns:
             The run's folder.
 
         Raises:
-            FloatingPointError: A log-prob is NaN or infinite; the checkpoint
-                on disk is of before.
+            FloatingPointError: A log-prob or weight is NaN or infinite; the
+                checkpoint on disk is of before.
+            ValueError: Another process runs in the folder, or what is there
+                is damaged and can't be made again.
         """
-        self.folder.write_manifest()
-        self.model.optimizer.build(self.model.trainable_variables)
-        position = self.folder.read_checkpoint(self._variables())
-        if position is None:
-            if scores := self._evaluate(0):
-                print(_line(0, scores))
-            position = {"iteration": 1, "epoch": 0, "batch": 0}
-            self._write_checkpoint(position)
-        for iteration in range(position["iteration"], self.iterations + 1):
-            if iteration != position["iteration"]:
-                position = {"iteration": iteration, "epoch": 0, "batch": 0}
-            if not self._run_iteration(position):
-                print("Stopped by a callback; `run` goes on from here.")
-                break
+        self._hash = WeightsHash(self.model.causal_lm)
+        weights = self._hash()
+        known = self.folder.checkpoints.weights()
+        known.add(self.folder.content["settings"]["weights"])
+        if weights not in known and not self._was_left(self.folder.path):
+            raise ValueError(
+                "The model has other weights than when this `SelfPlay` was "
+                "made. Make it again."
+            )
+        with self.folder.open():
+            try:
+                self._run()
+            finally:
+                self._remember()
         return self.folder.path
 
-    def _run_iteration(self, position: dict[str, Any]) -> bool:
+    def best(self, score: str) -> dict[str, Any]:
+        """The iteration with the best value of a held-out score so far.
+
+        Args:
+            score: Its name.
+
+        Returns:
+            `{"score", "mode", "iteration", "value"}`; iteration 0 is before
+            self-play.
+
+        Raises:
+            ValueError: There is no such score, or its mode isn't known.
+        """
+        mode = score_mode(score, self.score_modes)
+        values = {
+            line["iteration"]: line[score]
+            for line in read_metrics(self.folder.path)
+            if line["kind"] == "evaluation"
+            and np.isfinite(line.get(score, np.nan))
+        }
+        if mode is None or not values:
+            raise ValueError(
+                f"There is no finite score {score!r} whose mode is known in "
+                f"{self.folder.path}. Expected one that `evaluate` gives, with "
+                '"min" or "max" in `score_modes`.'
+            )
+        pick = min if mode == "min" else max
+        iteration = pick(sorted(values), key=values.__getitem__)
+        return {
+            "score": score,
+            "mode": mode,
+            "iteration": iteration,
+            "value": values[iteration],
+        }
+
+    def load_best(self) -> dict[str, Any]:
+        """Gives the model the weights that `keep_best` kept.
+
+        Returns:
+            As `best` does for them.
+
+        Raises:
+            ValueError: None are kept.
+        """
+        file = self.folder.path / "best.safetensors"
+        if not file.exists():
+            raise ValueError(
+                f"{file} isn't there. Run with `keep_best`, the name of a "
+                "score of `evaluate`."
+            )
+        metadata = read_variables(file, self.model.trainable_variables)
+        return json.loads(metadata["best"])
+
+    def _was_left(self, path: Path) -> bool:
+        """Whether a run of this folder left the model as it is."""
+        left = _LEFT.get(self.model)
+        return left == (path, WeightsHash(self.model.causal_lm)())
+
+    def _remember(self) -> None:
+        """Notes how the run leaves the model."""
+        try:
+            _LEFT[self.model] = (self.folder.path, self._hash())
+        except Exception:  # an interrupt or a NaN left no whole weights
+            _LEFT.pop(self.model, None)
+
+    def _run(self) -> None:
+        for callback in self.callbacks:
+            callback.set_model(self.model)
+        self.model.optimizer.build(self.model.trainable_variables)
+        position = self.folder.checkpoints.load(self._variables())
+        if position is None:
+            scores = self._evaluate(0)
+            if scores:
+                print(_line(0, scores))
+            position = _start(1)
+            self._save(position)
+        while position["iteration"] <= self.iterations:
+            try:
+                is_whole = self._run_iteration(position)
+            except LostShard as error:
+                position = self._go_back(position, error)
+                continue
+            if not is_whole:
+                print("Stopped by a callback; `run` goes on from here.")
+                return
+            position = _start(position["iteration"] + 1)
+
+    def _go_back(self, position: Position, error: LostShard) -> Position:
+        """The start of the iteration, where lost shards can be made again."""
+        start = self.folder.checkpoints.load_start(
+            position["iteration"], self._variables()
+        )
+        if start is None:
+            raise error
+        warnings.warn(
+            f"Iteration {position['iteration']} starts again: {error}",
+            stacklevel=4,
+        )
+        return start
+
+    def _run_iteration(self, position: Position) -> bool:
         """Runs the rest of an iteration; false where a callback stops it."""
         iteration = position["iteration"]
         is_started = position["epoch"] > 0 or position["batch"] > 0
+        self._notify("on_iteration_begin", iteration, {})
         # Shards of a half-trained iteration are the opponent's, which the
         # weights in memory are not any more: their key is in the checkpoint.
         key = position.get("key") if is_started else None
-        key = key or f"{self._data_key}-{hash_variables(self._weights())}"
-        responses, log_probs, timing = self.opponent.play(
+        key = key or f"{self._data_key}-{self._hash()}"
+        start = time.perf_counter()
+        responses, engine_log_probs = self.opponent.answer(
             iteration, key, is_over=is_started
         )
-        start = time.perf_counter()
-        loggers, is_whole = self._fit(
+        generated = time.perf_counter()
+        num_tokens = np.array([len(ids) for ids in responses])
+        timing: dict[str, float] = {
+            "generate_seconds": round(generated - start, 3),
+            "generated_tokens": int(num_tokens.sum()),
+        }
+        if not is_started:
+            self._notify("on_generate_end", iteration, responses, timing)
+        log_probs = self.opponent.score(
+            iteration, key, responses, engine_log_probs
+        )
+        scored = time.perf_counter()
+        timing["score_seconds"] = round(scored - generated, 3)
+        if not is_started:
+            pairs = self._pairs(log_probs, num_tokens)
+            self._notify("on_score_end", iteration, pairs, timing)
+        logger, is_stopped = self._fit(
             {**position, "key": key}, responses, log_probs
         )
-        if not is_whole:
+        if is_stopped:
             return False
-        seconds = time.perf_counter() - start
-        num_tokens = sum(logger.num_tokens for logger in loggers)
-        timing |= {
-            "fit_seconds": round(seconds, 3),
-            "tokens_per_second": round(num_tokens / seconds, 1),
-        }
+        seconds = time.perf_counter() - scored
+        timing["fit_seconds"] = round(seconds, 3)
+        timing["tokens_per_second"] = round(logger.num_tokens / seconds, 1)
         self.folder.log("iteration", iteration=iteration, **timing)
         scores = self._evaluate(iteration)
-        means = loggers[-1].means() if loggers else {}
-        print(_line(iteration, scores | means | timing))
-        self._write_checkpoint(
-            {"iteration": iteration + 1, "epoch": 0, "batch": 0}
-        )
+        self._notify("on_iteration_end", iteration, scores | timing)
+        print(_line(iteration, scores | logger.means() | timing))
+        self._save(_start(iteration + 1))
         return True
+
+    def _pairs(
+        self, log_probs: np.ndarray, num_synthetic_tokens: np.ndarray
+    ) -> PairBatch:
+        """All pairs of an iteration as it starts."""
+        num_tokens = [len(example.response_ids) for example in self.examples]
+        log_probs = log_probs.astype("float64")
+        return PairBatch(
+            opponent=log_probs,
+            policy=log_probs,
+            num_tokens=np.stack([num_tokens, num_synthetic_tokens], axis=1),
+            sample_weight=np.ones(len(log_probs)),
+        )
+
+    def _notify(self, hook: str, *arguments: Any) -> None:
+        for callback in self.callbacks:
+            if isinstance(callback, SelfPlayCallback):
+                getattr(callback, hook)(*arguments)
 
     def _fit(
         self,
-        position: dict[str, Any],
+        position: Position,
         responses: list[np.ndarray],
         log_probs: np.ndarray,
-    ) -> tuple[list[StepLogger], bool]:
+    ) -> tuple[StepLogger, bool]:
         """Trains from `position` to the end of the iteration.
 
         Returns:
-            A logger for each epoch, and whether no callback has stopped it.
+            What has logged the steps, and whether a callback has stopped the
+            run.
         """
-        iteration = position["iteration"]
-        first_epoch, first_batch = position["epoch"], position["batch"]
-        loggers = []
-        for epoch in range(first_epoch, self.epochs):
-            dataset = PairDataset(
-                self.examples,
-                responses,
-                log_probs,
-                batch_size=self.batch_size,
-                bucket_lengths=self.bucket_lengths,
-                seed=combine_seeds(self.seed, iteration),
-                epoch=epoch,
-            )
-            here = {**position, "epoch": epoch}
-            rest = Rest(dataset, first_batch)
-            keep = CheckpointWriter(
-                self._write_checkpoint,
-                here,
-                first_batch=first_batch,
-                every_steps=self.checkpoint_every_steps,
-                every_minutes=self.checkpoint_every_minutes,
-            )
-            seeds = StepSeeds((self.seed, iteration, epoch), first_batch)
-            logger = StepLogger(self.folder.log, iteration, rest.indices)
-            print(f"Iteration {iteration}, epoch {epoch + 1}/{self.epochs}")
+        dataset = PairDataset(
+            self.examples,
+            responses,
+            log_probs,
+            batch_size=self.batch_size,
+            bucket_lengths=self.bucket_lengths,
+            seed=combine_seeds(self.seed, position["iteration"]),
+            epoch=position["epoch"],
+        )
+        here = Progress(
+            iteration=position["iteration"],
+            epochs=self.epochs,
+            dataset=dataset,
+            epoch=position["epoch"],
+            first_batch=position["batch"],
+        )
+        logger = StepLogger(self.folder.log, here)
+        keep = CheckpointWriter(
+            lambda new: self._save({**position, **new}),
+            here,
+            every_steps=self.checkpoint_every_steps,
+            every_minutes=self.checkpoint_every_minutes,
+        )
+        # The checkpoint last: with all that the others have set.
+        callbacks = [EpochOrder(here, self.seed), logger, *self.callbacks, keep]
+
+        def fit(batches: keras.utils.PyDataset, first: int, end: int) -> None:
             self.model.fit(
-                backend.dataset(rest),
+                backend.dataset(batches),
                 shuffle=False,
-                initial_epoch=(iteration - 1) * self.epochs + epoch,
-                epochs=(iteration - 1) * self.epochs + epoch + 1,
-                # The checkpoint last: with all that the others have set.
-                callbacks=[seeds, logger, *self.callbacks, keep],
+                initial_epoch=here.first_epoch + first,
+                epochs=here.first_epoch + end,
+                callbacks=callbacks,
             )
-            loggers.append(logger)
-            num_done = first_batch + logger.num_steps
-            is_stopped = self.model.stop_training
-            if is_stopped and num_done < len(dataset):
-                self._write_checkpoint({**here, "batch": num_done})
-            else:
-                here |= {"epoch": epoch + 1, "batch": 0}
-                self._write_checkpoint(here)
-            if is_stopped:
-                return loggers, False
-            first_batch = 0
-        return loggers, True
+
+        first_epoch = position["epoch"]
+        is_over = first_epoch == self.epochs
+        if position["batch"]:
+            fit(Rest(dataset, position["batch"]), first_epoch, first_epoch + 1)
+            here.first_batch = 0
+            first_epoch += 1
+            is_over = self.model.stop_training or first_epoch == self.epochs
+            if not is_over:
+                # To Keras that was the end of training, where averages of the
+                # weights, if there are any, take their place.
+                self.folder.checkpoints.load(self._variables())
+        if not is_over:
+            fit(dataset, first_epoch, self.epochs)
+        if logger.num_steps and (here.is_at_end or not here.is_stopped):
+            self._save({**position, "epoch": self.epochs, "batch": 0})
+        return logger, here.is_stopped
 
     def _evaluate(self, iteration: int) -> dict[str, float]:
         if self.evaluate is None:
             return {}
         start = time.perf_counter()
         scores = self.evaluate(self.model)
-        return self.folder.log_scores(
+        steps = self.num_steps // self.iterations
+        scores = self.folder.log_scores(
             scores,
             iteration=iteration,
-            step=int(self.model.optimizer.iterations.value),
+            step=iteration * steps,
             seconds=round(time.perf_counter() - start, 3),
         )
+        self._keep_best(iteration, scores)
+        return scores
 
-    def _weights(self) -> list[keras.Variable]:
-        return self.model.causal_lm.variables
+    def _keep_best(self, iteration: int, scores: dict[str, float]) -> None:
+        """Keeps the weights if they are the best so far."""
+        if self.keep_best is None:
+            return
+        if self.keep_best not in scores:
+            raise ValueError(
+                f"keep_best={self.keep_best!r} isn't a score of `evaluate`. "
+                f"Received: {sorted(scores)}"
+            )
+        best = self.best(self.keep_best)
+        if best["iteration"] == iteration:
+            write_variables(
+                self.folder.path / "best.safetensors",
+                self.model.trainable_variables,
+                {"best": json.dumps(best), "weights": self._hash()},
+            )
+            with replaced(self.folder.path / "best.json") as temporary:
+                temporary.write_text(json.dumps(best))
 
     def _variables(self) -> list[keras.Variable]:
         """All that training changes."""
-        own = ("alpha", "gap_state", "seed_generator_state")
+        own = ("alpha", "gap", "gap_sums", "seed_generator_state")
         return [
             *self.model.trainable_variables,
             *(v for v in self.model.non_trainable_variables if v.name in own),
             *self.model.optimizer.variables,
         ]
 
-    def _write_checkpoint(self, position: dict[str, Any]) -> None:
-        self.folder.write_checkpoint(self._variables(), position)
+    def _save(self, position: Position) -> None:
+        is_start = position["epoch"] == position["batch"] == 0
+        self.folder.checkpoints.save(
+            self._variables(),
+            position,
+            **({"weights": self._hash()} if is_start else {}),
+        )
+
+
+def _start(iteration: int) -> Position:
+    return {"iteration": iteration, "epoch": 0, "batch": 0}
 
 
 def _line(iteration: int, values: dict[str, float]) -> str:

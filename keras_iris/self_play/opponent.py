@@ -1,6 +1,5 @@
 """What an iteration learns from: the opponent's responses and log-probs."""
 
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,10 @@ from keras_iris.self_play.run_dir import RunDir
 from keras_iris.self_play.step_callbacks import combine_seeds
 
 
+class LostShard(ValueError):
+    """A shard is gone, and the weights that made it aren't those in memory."""
+
+
 class Opponent:
     """The model as an iteration starts, which answers the prompts.
 
@@ -33,7 +36,8 @@ class Opponent:
         batch_size: Pairs that are scored at a time.
         bucket_lengths: Lengths that pairs are padded to.
         max_response_length: The longest response, in tokens.
-        shard_size: Responses of a file.
+        shard_size: Responses of a file; an iteration that has begun keeps its
+            own.
         seed: Seed of the sampling.
     """
 
@@ -59,17 +63,16 @@ class Opponent:
         self.bucket_lengths = bucket_lengths
         self.max_response_length = max_response_length
         self.seed = seed
+        self.examples = examples
+        self.shard_size = shard_size
         self._is_over = False
         self._score_tokens = TokenScorer(model)
-        self._shards = [
-            examples[start : start + shard_size]
-            for start in range(0, len(examples), shard_size)
-        ]
+        self._shards: list[list[Example]] = []
 
-    def play(
+    def answer(
         self, iteration: int, key: str, *, is_over: bool
-    ) -> tuple[list[np.ndarray], np.ndarray, dict[str, float]]:
-        """Answers all prompts and scores both responses.
+    ) -> tuple[list[np.ndarray], np.ndarray]:
+        """Answers all prompts.
 
         Args:
             iteration: Number of the iteration.
@@ -78,19 +81,46 @@ class Opponent:
                 the opponent's no more: then all shards have to be there.
 
         Returns:
-            The responses' token ids, the log-probs in nats of annotated and
-            synthetic responses, `(examples, 2)`, and what it took.
+            The responses' token ids, and the engine's log-probs of them in
+            nats, NaN where it gives none.
+
+        Raises:
+            LostShard: A shard is lost that can't be made again.
+            ValueError: The engine has another model than the trainer, or
+                answers what can't be used.
+        """
+        self._is_over = is_over
+        size = self.folder.shard_size(_folder(iteration, "synthetic"), key)
+        size = size or self.shard_size
+        self._shards = [
+            self.examples[start : start + size]
+            for start in range(0, len(self.examples), size)
+        ]
+        return self._generate(iteration, key)
+
+    def score(
+        self,
+        iteration: int,
+        key: str,
+        responses: list[np.ndarray],
+        engine_log_probs: np.ndarray,
+    ) -> np.ndarray:
+        """Scores annotated and synthetic responses, after `answer`.
+
+        Args:
+            iteration: Number of the iteration.
+            key: Names the weights and the data.
+            responses: What `answer` gave.
+            engine_log_probs: What `answer` gave.
+
+        Returns:
+            Log-probs of shape `(examples, 2)`, in nats.
 
         Raises:
             FloatingPointError: A log-prob is not finite.
-            ValueError: The engine has another model than the trainer, or
-                answers what can't be used; or a shard is lost that can't be
-                made again.
+            LostShard: A shard is lost that can't be made again.
+            ValueError: The engine has another model than the trainer.
         """
-        self._is_over = is_over
-        start = time.perf_counter()
-        responses, engine_log_probs = self._generate(iteration, key)
-        generated = time.perf_counter()
         log_probs = self._score(iteration, key, responses)
         num_tokens = np.array([len(ids) for ids in responses])
         # NaN where the engine doesn't tell; `_check` takes no other.
@@ -100,12 +130,7 @@ class Opponent:
             log_probs[is_given, 1],
             num_tokens[is_given],
         )
-        timing = {
-            "generate_seconds": round(generated - start, 3),
-            "generated_tokens": int(num_tokens.sum()),
-            "score_seconds": round(time.perf_counter() - generated, 3),
-        }
-        return responses, log_probs, timing
+        return log_probs
 
     @property
     def _rows_at_once(self) -> int:
@@ -259,17 +284,18 @@ class Opponent:
         for number in range(len(self._shards)):
             shards.append(
                 self.folder.shard(
-                    f"iteration_{iteration:03d}/{kind}",
+                    _folder(iteration, kind),
                     number,
-                    key,
-                    self._lost if self._is_over else partial(make, number),
+                    key=key,
+                    size=len(self._shards[0]),
+                    make=self._lost if self._is_over else partial(make, number),
                 )
             )
             progress.update(number + 1)
         return shards
 
     def _lost(self) -> Arrays:
-        raise ValueError(
+        raise LostShard(
             "A shard of the opponent's answers or log-probs is lost, and the "
             "weights that made it have been trained since. Put the file back, "
             "or start again with another `run_dir`."
@@ -280,6 +306,11 @@ class Opponent:
         path = self.folder.path / "export"
         print(f"Exporting the model to {path}")
         self.engine.update(export(self.model.causal_lm, path))
+
+
+def _folder(iteration: int, kind: str) -> str:
+    """Where shards are within the run's folder."""
+    return f"iteration_{iteration:03d}/{kind}"
 
 
 def check_engine(

@@ -1,57 +1,79 @@
 """What a run keeps on disk, and how it is found again."""
 
 import json
-import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import keras
-import keras_hub
-import numpy as np
-
-from keras_iris.files import remove_unfinished, replaced
-from keras_iris.self_play.arrays import Arrays, read_arrays, write_arrays
+from keras_iris.files import locked, remove_unfinished, replaced
+from keras_iris.self_play.arrays import (
+    Arrays,
+    read_arrays,
+    read_metadata,
+    write_arrays,
+)
+from keras_iris.self_play.checkpoints import Checkpoints
+from keras_iris.self_play.settings import versions
 
 
 class RunDir:
     """A run's folder.
 
-        manifest.json             settings and versions
+        manifest.json             what the run is
         metrics.jsonl             steps, iterations, evaluations
         checkpoint.safetensors    weights, optimizer, position in the run
+        starts/                   the same as the last two iterations began
+        best.safetensors          weights of the best iteration, if kept
         iteration_001/synthetic/  responses of the opponent, in shards
         iteration_001/opponent/   log-probs of the opponent, in shards
 
     Args:
         path: The folder; made where it isn't there.
-        settings: All that decides how the run comes out, as strings and
-            numbers.
-        title: A line for the report.
+        settings: What makes the run's result, as strings and numbers. A
+            folder with others is refused.
+        execution: How it is carried out: others are simply taken, but fewer
+            `iterations`.
+        weights: Hash of the model's weights.
+        was_left: Whether a run of this folder left the model with them.
+        about: More for the manifest.
 
     Raises:
-        ValueError: The folder holds a run with other or unknown settings, or
-            can't be written to.
+        ValueError: The folder holds a run with other or unknown settings or
+            weights, or can't be written to.
     """
 
-    def __init__(
-        self, path: str | Path, settings: dict[str, Any], *, title: str
+    def __init__(  # noqa: PLR0913 (by keyword only)
+        self,
+        path: str | Path,
+        *,
+        settings: Mapping[str, Any],
+        execution: Mapping[str, Any],
+        weights: str,
+        was_left: Callable[[Path], bool],
+        about: Mapping[str, Any],
     ) -> None:
-        self.path = Path(path)
-        self.checkpoint = self.path / "checkpoint.safetensors"
+        self.path = Path(path).expanduser().absolute()
         self.manifest = self.path / "manifest.json"
+        self.checkpoints = Checkpoints(self.path)
+        new = {
+            **about,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": {**settings, "weights": weights},
+            "execution": execution,
+            "versions": versions(),
+        }
         # As JSON gives them back.
-        settings = json.loads(json.dumps(settings))
-        self._settings, self._title = settings, title
+        text = json.dumps(new, default=lambda number: number.item())
+        self.content: dict[str, Any] = json.loads(text)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if self.manifest.exists():
-                there = _read_settings(self.manifest)
-                _check_settings(self.path, there, settings)
-            elif self.checkpoint.exists():
+                self._go_on(was_left(self.path))
+            elif self.checkpoints.files():
                 raise ValueError(
                     f"{self.path} holds a checkpoint without its manifest.json,"
                     " so its settings are unknown. Put the manifest back, or "
@@ -65,19 +87,55 @@ class RunDir:
                 "Pass another `run_dir`."
             ) from error
 
-    def write_manifest(self) -> None:
-        """Writes down what the run is, where that isn't there yet."""
-        remove_unfinished(self.path)
-        if self.manifest.exists():
-            return
-        content = {
-            "title": self._title,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": self._settings,
-            "versions": versions(),
+    def _go_on(self, was_left: bool) -> None:
+        """Makes the manifest on disk this one's, if it is the same run."""
+        old, new = _read_manifest(self.manifest), self.content
+        known = self.checkpoints.weights()
+        if was_left or new["settings"]["weights"] in known:
+            new["settings"]["weights"] = old["settings"].get("weights")
+        differences = _differences(old["settings"], new["settings"])
+        there, here = (c["execution"]["iterations"] for c in (old, new))
+        if here < there:
+            differences.append(
+                f"iterations: {there} there, {here} here; more can be added"
+            )
+        if differences:
+            lines = "\n".join(f"  {line}" for line in differences)
+            raise ValueError(
+                f"{self.path} holds a run with other settings:\n{lines}\n"
+                "Continue it with its own settings and the model it started "
+                "from, or pass another `run_dir`."
+            )
+        new["created"] = old.get("created")
+        new["earlier"] = old.get("earlier", [])
+        changed = {
+            part: old[part]
+            for part in ("execution", "versions")
+            if old[part] != new[part]
         }
-        with replaced(self.manifest) as temporary:
-            temporary.write_text(json.dumps(content, indent=2))
+        if changed:
+            new["earlier"].append(changed)
+        for line in _differences(old["versions"], new["versions"]):
+            warnings.warn(
+                f"The run in {self.path} goes on with another version, "
+                f"{line}: it may not end in the same weights.",
+                stacklevel=5,
+            )
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Holds the folder for this process, and writes the manifest.
+
+        Raises:
+            ValueError: Another process holds it.
+        """
+        with locked(self.path):
+            shards = self.path.glob("iteration_*/*")
+            for folder in (self.path, self.path / "starts", *shards):
+                remove_unfinished(folder)
+            with replaced(self.manifest) as temporary:
+                temporary.write_text(json.dumps(self.content, indent=2))
+            yield
 
     def log(self, kind: str, **values: Any) -> None:
         """Appends a line to `metrics.jsonl`."""
@@ -109,8 +167,30 @@ class RunDir:
             ) from error
         return numbers
 
+    def shard_size(self, name: str, key: str) -> int | None:
+        """Responses of a file of the shards that are there already.
+
+        Args:
+            name: As in `shard`.
+            key: As in `shard`; shards of another don't count.
+        """
+        for file in sorted((self.path / name).glob("*.safetensors")):
+            try:
+                metadata = read_metadata(file)
+            except ValueError:
+                continue  # `shard` tells of it
+            if metadata.get("key") == key and "shard_size" in metadata:
+                return int(metadata["shard_size"])
+        return None
+
     def shard(
-        self, name: str, number: int, key: str, make: Callable[[], Arrays]
+        self,
+        name: str,
+        number: int,
+        *,
+        key: str,
+        size: int,
+        make: Callable[[], Arrays],
     ) -> Arrays:
         """Reads a shard, or makes and writes it.
 
@@ -121,6 +201,7 @@ class RunDir:
             name: Folder of the shards, such as `"iteration_001/synthetic"`.
             number: The shard's number.
             key: Names all that the shard depends on.
+            size: Responses of a shard.
             make: Makes the arrays.
         """
         path = self.path / name / f"{number:05d}.safetensors"
@@ -134,93 +215,27 @@ class RunDir:
                 reason = str(error)
             warnings.warn(f"Making {path} again: {reason}", stacklevel=2)
         arrays = make()
-        write_arrays(path, arrays, {"key": key})
+        write_arrays(path, arrays, {"key": key, "shard_size": str(size)})
         return arrays
 
-    def write_checkpoint(
-        self, variables: list[keras.Variable], position: dict[str, Any]
-    ) -> None:
-        """Replaces the checkpoint.
 
-        Raises:
-            FloatingPointError: A value isn't finite; the checkpoint stays.
-        """
-        arrays = {}
-        for i, variable in enumerate(variables):
-            value = keras.ops.convert_to_numpy(variable.value)
-            if not np.isfinite(value).all():
-                raise FloatingPointError(
-                    f"{variable.path} is not finite. What {self.path} holds "
-                    "is of before. Load the model again if it is new; else "
-                    "lower the learning rate, clip gradients, or use a wider "
-                    "dtype."
-                )
-            arrays[f"{i:05d}"] = value
-        write_arrays(
-            self.checkpoint, arrays, {"position": json.dumps(position)}
-        )
-
-    def read_checkpoint(
-        self, variables: list[keras.Variable]
-    ) -> dict[str, Any] | None:
-        """Assigns the checkpoint's values; returns the position, if any."""
-        if not self.checkpoint.exists():
-            return None
-        try:
-            arrays, metadata = read_arrays(self.checkpoint)
-        except ValueError as error:
-            raise ValueError(
-                f"{error}. Put back a whole checkpoint, or remove the file: "
-                "then the run starts again, with the weights the model has."
-            ) from error
-        shapes = [tuple(a.shape) for _, a in sorted(arrays.items())]
-        if shapes != [tuple(variable.shape) for variable in variables]:
-            raise ValueError(
-                f"{self.checkpoint} holds {len(shapes)} variables of other "
-                f"shapes than the {len(variables)} of this model and "
-                "optimizer. Continue the run with the model it was started "
-                "with, or pass another `run_dir`."
-            )
-        for variable, (_, array) in zip(
-            variables, sorted(arrays.items()), strict=True
-        ):
-            variable.assign(array)
-        return json.loads(metadata["position"])
-
-
-def versions() -> dict[str, str]:
-    """The backend and the versions of what a run depends on."""
-    return {
-        "backend": keras.backend.backend(),
-        "keras": keras.__version__,
-        "keras_hub": keras_hub.__version__,
-        "numpy": np.__version__,
-        "cpus": str(os.cpu_count()),
-    }
-
-
-def _read_settings(manifest: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(manifest.read_text())["settings"]
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        for part in ("settings", "execution", "versions"):
+            content[part].items()
+        content["execution"]["iterations"] + 0
+        return content
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{manifest} is not the manifest of a run ({error!r}). Put the "
+            f"{file} is not the manifest of a run ({error!r}). Put the "
             "right one back, or pass another `run_dir`."
         ) from error
 
 
-def _check_settings(
-    path: Path, old: dict[str, Any], new: dict[str, Any]
-) -> None:
-    names = sorted(old.keys() | new.keys())
-    differences = [
-        f"  {name}: {old.get(name)!r} there, {new.get(name)!r} here"
-        for name in names
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [
+        f"{name}: {old.get(name)!r} there, {new.get(name)!r} here"
+        for name in sorted(old.keys() | new.keys())
         if old.get(name) != new.get(name)
     ]
-    if differences:
-        lines = "\n".join(differences)
-        raise ValueError(
-            f"{path} holds a run with other settings:\n{lines}\n"
-            "Continue it with its own settings, or pass another `run_dir`."
-        )

@@ -1,8 +1,10 @@
-"""What decides how a run comes out, as strings and numbers."""
+"""What makes a run's result, and how it is carried out."""
 
-import hashlib
 import json
-from collections.abc import Sequence
+import os
+import platform
+from collections.abc import Iterable, Sequence
+from importlib import metadata
 from typing import Any
 
 import keras
@@ -12,45 +14,121 @@ from keras_iris.callbacks import AlphaSchedule, AlphaScheduler
 from keras_iris.data import Example
 from keras_iris.generation import Engine
 from keras_iris.models import SelfPlayModel
+from keras_iris.self_play.arrays import hash_arrays
 
 _PLAIN = bool | int | float | str | None
 
 
-def model_settings(model: SelfPlayModel) -> dict[str, Any]:
-    """Loss, optimizer, size and frozen weights of a compiled model."""
-    frozen = [
-        variable
-        for variable in model.causal_lm.non_trainable_variables
-        if variable.name != "seed_generator_state"
-    ]
-    return {
+def objective_settings(
+    model: SelfPlayModel, callbacks: Sequence[keras.callbacks.Callback]
+) -> dict[str, Any]:
+    """Loss, optimizer, size and schedule of the order of a compiled model."""
+    settings = {
         **_named("loss", model.loss, model.start_config["loss"]),
         **_named("optimizer", model.optimizer, model.start_config["optimizer"]),
-        "micro_batch_size": model.micro_batch_size,
         "parameters": model.causal_lm.count_params(),
-        # Those that are trained are in the checkpoint.
-        "frozen_weights": hash_variables(frozen) if frozen else "none",
         "dtype": model.dtype_policy.name,
         "backend": keras.backend.backend(),
     }
-
-
-def part_settings(
-    engine: Engine, callbacks: Sequence[keras.callbacks.Callback]
-) -> dict[str, Any]:
-    """Classes of engine and callbacks, and the arguments of our own."""
-    settings = _named("engine", engine, engine.get_config())
-    for i, callback in enumerate(callbacks):
-        config = {}
-        # Keras' own keep in such attributes what they learned in `fit`, too.
+    for callback in callbacks:
         if isinstance(callback, AlphaScheduler | AlphaSchedule):
             config = {
                 name: _plain(value)
                 for name, value in vars(callback).items()
                 if not name.startswith("_") and name != "params"
             }
-        settings |= _named(f"callback_{i}", callback, config)
+            settings |= _named("alpha", callback, config)
     return settings
+
+
+def execution_settings(
+    model: SelfPlayModel,
+    engine: Engine,
+    callbacks: Sequence[keras.callbacks.Callback],
+) -> dict[str, Any]:
+    """What changes time and memory of a run, not what it computes."""
+    return {
+        "micro_batch_size": model.micro_batch_size,
+        "steps_per_execution": model.steps_per_execution,
+        **_named("engine", engine, engine.get_config()),
+        "callbacks": [type(callback).__name__ for callback in callbacks],
+        "device": ", ".join(sorted(set(keras.distribution.list_devices()))),
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions of what a run depends on."""
+    backend = keras.backend.backend()
+    names = ("keras_iris", "keras", "keras-hub", "numpy", backend)
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # under another name
+            found[name] = "unknown"
+    return found
+
+
+def hash_examples(examples: Sequence[Example]) -> str:
+    """A hash of the examples' ids."""
+    ids = [
+        np.asarray(part, "int32")
+        for example in examples
+        for part in (example.prompt_ids, example.response_ids)
+    ]
+    lengths = np.array([len(part) for part in ids], "int32")
+    return hash_arrays({"ids": np.concatenate(ids), "lengths": lengths})[:16]
+
+
+def hash_variables(variables: Iterable[keras.Variable]) -> str:
+    """A hash of variables' values.
+
+    Raises:
+        FloatingPointError: A value isn't finite.
+    """
+    hashes = []
+    for variable in variables:
+        value = keras.ops.convert_to_numpy(variable.value)
+        check_finite(variable, value)
+        hashes.append(hash_arrays({"": value}))
+    letters = np.frombuffer("".join(hashes).encode(), np.uint8)
+    return hash_arrays({"": letters})[:16]
+
+
+def check_finite(variable: keras.Variable, value: np.ndarray) -> None:
+    """Refuses a weight that training has broken.
+
+    Raises:
+        FloatingPointError: A value isn't finite.
+    """
+    if not np.isfinite(value).all():
+        raise FloatingPointError(
+            f"{variable.path} is not finite. What is on disk is of before. "
+            "Load the model again if it is new; else lower the learning rate, "
+            "clip gradients, or use a wider dtype."
+        )
+
+
+class WeightsHash:
+    """The hash of a model's weights; those that aren't trained count once.
+
+    Args:
+        causal_lm: The model.
+    """
+
+    def __init__(self, causal_lm: keras.Model) -> None:
+        self._trainable = causal_lm.trainable_variables
+        self._frozen = hash_variables(
+            variable
+            for variable in causal_lm.non_trainable_variables
+            if variable.name != "seed_generator_state"
+        )
+
+    def __call__(self) -> str:
+        """The hash of the weights as they are."""
+        return f"{hash_variables(self._trainable)}-{self._frozen}"
 
 
 def _plain(value: Any) -> Any:
@@ -63,34 +141,6 @@ def _plain(value: Any) -> Any:
     arguments = getattr(value, "__dict__", {}).items()
     plain = {name: v for name, v in arguments if isinstance(v, _PLAIN)}
     return [type(value).__name__, plain]
-
-
-def hash_examples(examples: Sequence[Example]) -> str:
-    """A hash of the examples' ids."""
-    digest = hashlib.sha256()
-    for example in examples:
-        for ids in (example.prompt_ids, example.response_ids):
-            digest.update(len(ids).to_bytes(4, "little"))
-            digest.update(np.asarray(ids, "int32").tobytes())
-    return digest.hexdigest()[:16]
-
-
-def hash_variables(variables: Sequence[keras.Variable]) -> str:
-    """A hash of the variables' values.
-
-    Raises:
-        FloatingPointError: A value isn't finite.
-    """
-    digest = hashlib.sha256()
-    for variable in variables:
-        value = keras.ops.convert_to_numpy(variable.value)
-        if not np.isfinite(value).all():
-            raise FloatingPointError(
-                f"The weight {variable.path} is not finite as the iteration "
-                "starts. Load the model again, or lower the learning rate."
-            )
-        digest.update(np.ascontiguousarray(value).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _named(kind: str, part: Any, config: dict[str, Any]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def _compiled(objective, micro_batch_size, **options):
         optimizer=keras.optimizers.SGD(0.01, clipnorm=clipnorm),
         loss=OBJECTIVES[objective](),
         micro_batch_size=micro_batch_size,
-        metrics=[keras_iris.metrics.Margin(), keras_iris.metrics.Gap()],
+        metrics=keras_iris.metrics.self_play_metrics(),
         **options,
     )
     model.optimizer.build(model.trainable_variables)

@@ -4,15 +4,10 @@ import pytest
 from tiny_models import make_causal_lm, make_pairs
 
 import keras_iris
-from keras_iris.callbacks import (
-    AlphaSchedule,
-    AlphaScheduler,
-    DivergenceGap,
-    MarginGap,
-    TokenGap,
-)
+from keras_iris.callbacks import AlphaSchedule, AlphaScheduler, RenyiGap
+from keras_iris.callbacks.gap import gap_of_moments
 from keras_iris.losses import IRIS
-from keras_iris.metrics import PairBatch
+from keras_iris.metrics import PairBatch, effective_sample_size
 
 
 def _model(**options):
@@ -23,13 +18,13 @@ def _model(**options):
     return model
 
 
-def _batch(policy, opponent=None, num_tokens=None):
+def _batch(policy, opponent=None):
     policy = np.asarray(policy, "float64")
     shape = policy.shape
     return PairBatch(
         np.zeros(shape) if opponent is None else np.asarray(opponent),
         policy,
-        np.ones(shape) if num_tokens is None else np.asarray(num_tokens),
+        np.ones(shape),
         np.ones(shape[0]),
     )
 
@@ -37,46 +32,52 @@ def _batch(policy, opponent=None, num_tokens=None):
 class _Alphas(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
-        self.values = []
+        self.values, self.gaps = [], []
 
     def on_train_batch_end(self, batch, logs=None):
         self.values.append(float(self.model.alpha.value))
+        self.gaps.append(float(self.model.gap.value))
 
 
-def test_estimators_by_hand():
-    batch = _batch([[-4.0, -1.0], [-2.0, -2.0]], num_tokens=[[2, 3], [1, 3]])
-    assert TokenGap()(batch, 1.0) == pytest.approx(6 / 3 - 3 / 6)
-    assert MarginGap()(batch, 1.0) == pytest.approx((-3.0 + 0.0) / 2)
-    # At alpha = 1: mean r(y) - log mean exp r(y').
-    expected = -3.0 - np.log((np.exp(-1.0) + np.exp(-2.0)) / 2)
-    assert DivergenceGap()(batch, 1.0) == pytest.approx(expected)
+class _Gaps:
+    """Gaps that somebody else has estimated."""
+
+    def __init__(self, *values):
+        self.values = list(values)
+
+    def gap(self, pairs):
+        return self.values.pop(0)
 
 
-def test_divergence_is_minus_the_loss():
+def _pairs_and_opponent(num_pairs=32):
+    pairs = make_pairs(batch_size=num_pairs)
+    # Two kinds of responses, so that there is a gap.
     rng = np.random.default_rng(0)
-    policy, opponent = rng.normal(size=(2, 8, 2))
-    for alpha in (0.0, 0.5, 1.0, 2.0):
-        loss = IRIS(alpha)(opponent, policy)
-        gap = DivergenceGap()(_batch(policy, opponent), alpha)
-        assert gap == pytest.approx(-float(loss), rel=1e-5)
+    num_tokens = pairs["response_mask"].sum(axis=2)
+    opponent = (rng.normal(size=(num_pairs, 2)) - [4, 3]) * num_tokens
+    return pairs, opponent.astype("float32"), num_tokens
 
 
-def test_order_falls_with_the_gap():
-    scheduler = AlphaScheduler(0.5, 2.0, smoothing=0.0)
-    state = np.array([0.0, 1.0, 0.0])
-    orders = []
-    for gap in (0.8, 0.4, 0.0, -1.0, 1.6):
-        state = scheduler._smooth(state, gap)
-        orders.append(scheduler._order(state))
-    np.testing.assert_allclose(orders, [2.0, 1.25, 0.5, 0.5, 2.0], rtol=1e-6)
-
-
-def test_moving_average_has_no_bias_at_the_start():
-    scheduler = AlphaScheduler(smoothing=0.9)
-    state = np.array([0.0, 1.0, 0.0])
-    for _ in range(3):
-        state = scheduler._smooth(state, 0.7)
-        assert scheduler._order(state) == pytest.approx(2.0)
+@pytest.mark.parametrize(
+    ("gap", "coefficient", "order"),
+    [
+        (0.0, 0.5, 1.0),
+        (0.44, 0.5, 1.22),
+        (3.2, 0.5, 2.6),
+        (3.2, 0.1, 1.32),
+        (9.0, 0.5, 3.0),
+        (-3.0, 0.5, 0.5),  # of somebody else's estimate
+    ],
+)
+def test_rule_of_the_paper(gap, coefficient, order):
+    """alpha = clip(1 + coefficient * gap, 0.5, 3): its equation 9."""
+    model = _model()
+    scheduler = AlphaScheduler(coefficient, gap=_Gaps(gap))
+    scheduler.set_model(model)
+    scheduler.on_iteration_begin(1)
+    scheduler.on_score_end(1, _batch(np.zeros((4, 2))))
+    assert float(model.alpha.value) == pytest.approx(order)
+    assert float(model.gap.value) == pytest.approx(gap)
 
 
 def test_guard_keeps_half_of_both_weights():
@@ -88,13 +89,26 @@ def test_guard_keeps_half_of_both_weights():
 
     def smaller(order):
         return min(
-            keras_iris.metrics.effective_sample_size(real, order - 1),
-            keras_iris.metrics.effective_sample_size(synthetic, order),
+            float(effective_sample_size(real, order - 1)),
+            float(effective_sample_size(synthetic, order)),
         )
 
     assert 0 < alpha < 2
     assert smaller(alpha) >= 0.5
     assert smaller(alpha + 0.05) < 0.5
+
+
+def test_guard_binds_at_long_responses():
+    """At nats a token alike, a long response's log-ratio is larger."""
+    scheduler = AlphaScheduler()
+    rng = np.random.default_rng(0)
+    per_token = rng.normal(scale=0.1, size=(64, 2))
+    orders = [
+        scheduler._capped(1.5, _batch(length**0.5 * per_token))
+        for length in (4, 64, 1024)
+    ]
+    assert orders[0] == 1.5
+    assert 1.5 > orders[1] > orders[2]
 
 
 def test_guard_takes_the_best_where_no_order_keeps_enough():
@@ -112,8 +126,7 @@ def test_guard_is_off_at_zero():
 
 def test_it_sets_alpha_within_an_epoch_without_compiling_again():
     model = _model()
-    pairs = make_pairs(batch_size=32)
-    opponent = model.predict(pairs, verbose=0)
+    pairs, opponent, _ = _pairs_and_opponent()
     alphas = _Alphas()
     num_traces = 0
     call = model.call
@@ -125,44 +138,102 @@ def test_it_sets_alpha_within_an_epoch_without_compiling_again():
 
     model.call = counted
 
-    class Falling:
-        starts_at_zero = False
-        gaps = iter([0.8, 0.6, 0.4, 0.2, 0.8, 0.6, 0.4, 0.2])
+    def fit():
+        scheduler = AlphaScheduler(
+            gap=_Gaps(0.8, 0.4, 0.0, 0.8), min_effective_sample_size=0.0
+        )
+        model.fit(
+            pairs,
+            opponent,
+            batch_size=8,
+            verbose=0,
+            callbacks=[scheduler, alphas],
+        )
 
-        def __call__(self, batch, alpha):
-            return next(self.gaps)
-
-    scheduler = AlphaScheduler(
-        gap_estimator=Falling(), smoothing=0.0, min_effective_sample_size=0.0
-    )
-    model.fit(
-        pairs, opponent, batch_size=8, verbose=0, callbacks=[scheduler, alphas]
-    )
+    fit()
     traced = num_traces
-    model.fit(
-        pairs, opponent, batch_size=8, verbose=0, callbacks=[scheduler, alphas]
-    )
-    falling = [2.0, 1.625, 1.25, 0.875]
-    np.testing.assert_allclose(alphas.values, 2 * falling, rtol=1e-5)
+    fit()
+    means = [0.8, 0.6, 0.4, 0.5]  # of the batches so far
+    np.testing.assert_allclose(alphas.gaps, 2 * means, rtol=1e-5)
+    expected = 2 * [1.4, 1.3, 1.2, 1.25]
+    np.testing.assert_allclose(alphas.values, expected, rtol=1e-5)
     if keras.backend.backend() != "torch":  # which traces nothing
         assert num_traces == traced
 
 
-def test_state_is_saved_with_the_weights(tmp_path):
+def test_the_gap_is_streamed_over_the_first_epoch_and_then_final():
     model = _model()
-    pairs = make_pairs(batch_size=16)
-    opponent = model.predict(pairs, verbose=0)
+    pairs, opponent, num_tokens = _pairs_and_opponent()
+    alphas = _Alphas()
     model.fit(
-        pairs, opponent, batch_size=8, verbose=0, callbacks=[AlphaScheduler()]
+        pairs,
+        opponent,
+        batch_size=8,
+        epochs=3,
+        shuffle=False,
+        verbose=0,
+        callbacks=[AlphaScheduler(), alphas],
     )
+    tokens = num_tokens.astype("float64")
+    gaps = [
+        RenyiGap().gap(
+            PairBatch(opponent[:n], opponent[:n], tokens[:n], np.ones(n))
+        )
+        for n in (8, 16, 24, 32)
+    ]
+    assert min(gaps) > 0.1
+    np.testing.assert_allclose(alphas.gaps[:4], gaps, rtol=1e-4)
+    np.testing.assert_allclose(alphas.gaps[4:], gaps[-1:] * 8, rtol=1e-4)
+    sums = keras.ops.convert_to_numpy(model.gap_sums.value)
+    assert sums[:, 0].tolist() == [32, 32]
+    assert gap_of_moments(sums) == pytest.approx(gaps[-1], rel=1e-4)
+
+
+def test_a_resumed_fit_has_the_alpha_of_an_unbroken_one(tmp_path):
+    pairs, opponent, _ = _pairs_and_opponent()
+
+    def fit(model, first, end):
+        alphas = _Alphas()
+        model.fit(
+            pairs,
+            opponent,
+            batch_size=8,
+            initial_epoch=first,
+            epochs=end,
+            shuffle=False,
+            verbose=0,
+            callbacks=[AlphaScheduler(), alphas],
+        )
+        return alphas.values
+
+    whole = fit(_model(), 0, 2)
+    model = _model()
+    fit(model, 0, 1)
     model.save_weights(tmp_path / "m.weights.h5")
     other = _model()
     other.load_weights(tmp_path / "m.weights.h5")
-    np.testing.assert_array_equal(
-        other.gap_state.numpy(), model.gap_state.numpy()
-    )
-    assert other.gap_state.numpy()[1] == pytest.approx(0.95**2)
-    assert float(other.alpha.value) == float(model.alpha.value)
+    for name in ("gap_sums", "gap", "alpha"):
+        left, right = (
+            keras.ops.convert_to_numpy(getattr(m, name).value)
+            for m in (model, other)
+        )
+        np.testing.assert_array_equal(left, right)
+    assert fit(other, 1, 2) == whole[4:]
+
+
+def test_a_new_fit_starts_with_a_new_gap():
+    model = _model()
+    pairs, opponent, _ = _pairs_and_opponent()
+    for log_probs in (opponent, opponent[:, :1].repeat(2, axis=1)):
+        model.fit(
+            pairs,
+            log_probs,
+            batch_size=8,
+            verbose=0,
+            callbacks=[AlphaScheduler()],
+        )
+    # The second opponent finds both responses alike.
+    assert float(model.gap.value) < 0.05
 
 
 def test_schedule_of_the_step():
@@ -195,34 +266,24 @@ def test_schedule_that_is_none():
             )
 
 
-def test_a_gap_that_is_not_finite_and_rows_of_no_weight_change_nothing():
-    class Gap:
-        starts_at_zero = False
-        value = 1.0
+def test_a_gap_that_is_not_finite_and_rows_of_no_weight():
+    model = _model()
+    pairs, opponent, _ = _pairs_and_opponent(8)
 
-        def __call__(self, batch, alpha):
-            return self.value
-
-    gap, model = Gap(), _model()
-    scheduler = AlphaScheduler(gap_estimator=gap)
-    pairs = make_pairs()
-    opponent = model.predict(pairs, verbose=0)
-
-    def fit(weight):
+    def fit(gap, weight):
         model.fit(
             pairs,
             opponent,
             sample_weight=np.full(8, weight, "float32"),
             verbose=0,
-            callbacks=[scheduler],
+            callbacks=[AlphaScheduler(gap=gap)],
         )
-        return float(model.alpha.value), model.gap_state.numpy().tolist()
+        return float(model.alpha.value)
 
-    before = fit(1.0)
-    gap.value = float("nan")
-    assert fit(1.0) == before
-    gap.value = 0.5
-    assert fit(0.0) == before
+    before = fit(_Gaps(0.5), 1.0)
+    assert fit(_Gaps(), 0.0) == before
+    with pytest.raises(FloatingPointError, match="gap is nan.*_Gaps"):
+        fit(_Gaps(np.nan), 1.0)
 
 
 @pytest.mark.parametrize(
@@ -230,25 +291,14 @@ def test_a_gap_that_is_not_finite_and_rows_of_no_weight_change_nothing():
     [
         ({"min_alpha": 2.0, "max_alpha": 1.0}, "min_alpha <= max_alpha"),
         ({"max_alpha": 101.0}, "<= 100"),
-        ({"smoothing": 1.0}, "`smoothing`"),
+        ({"coefficient": -1.0}, "`coefficient`.* -1.0"),
+        ({"coefficient": float("nan")}, "`coefficient`"),
+        ({"coefficient": "0.5"}, "`coefficient` has to be a number"),
         ({"min_effective_sample_size": 1.5}, "share of the batch"),
-        ({"update_every_batches": 0}, "`update_every_batches`"),
-        ({"update_every_batches": 1.5}, "`update_every_batches`"),
-        ({"gap_estimator": "margin"}, "has `starts_at_zero`"),
-        ({"gap_estimator": MarginGap}, "has `starts_at_zero`"),
+        ({"gap": "margin"}, r"method `gap\(pairs\)`"),
+        ({"gap": RenyiGap}, r"method `gap\(pairs\)`"),
     ],
 )
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         AlphaScheduler(**options)
-
-
-def test_a_first_gap_that_is_not_positive():
-    scheduler = AlphaScheduler(smoothing=0.0)
-    state = np.array([0.0, 1.0, 0.0], "float32")
-    with pytest.warns(UserWarning, match="The first gap is -0.5, not positive"):
-        state = scheduler._smooth(state, -0.5)
-    assert scheduler._order(state) == scheduler.min_alpha
-    for gap, order in ((2.0, 2.0), (1.0, 1.25), (-1.0, 0.5)):
-        state = scheduler._smooth(state, gap)
-        assert scheduler._order(state) == pytest.approx(order)

@@ -139,10 +139,18 @@ BAD_FILES = {
         ),
         "lacks its weights: model-00002-of-00002.safetensors",
     ),
+    "an index that leads out of the folder": (
+        _write(
+            "model.safetensors.index.json",
+            b'{"weight_map": {"a": "../model.safetensors"}}',
+        ),
+        "model.safetensors.index.json has no valid 'weight_map': received "
+        "'../model.safetensors'",
+    ),
     "an index without a map": (
         _write("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
         "model.safetensors.index.json has no valid 'weight_map': received "
-        "['a']",
+        "None in ['a']",
     ),
     "truncated weights": (
         _truncate("model.safetensors", -10),

@@ -1,4 +1,6 @@
-"""Metrics of log-ratios and of the order, against float64 NumPy."""
+"""Metrics of pairs, against float64 NumPy."""
+
+import time
 
 import keras
 import numpy as np
@@ -6,28 +8,39 @@ import oracles
 import pytest
 
 from keras_iris import metrics
-from keras_iris.losses import IRIS
+from keras_iris.metrics import PairBatch
 
 TOLERANCE = 1e-5
 WEIGHT = np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0], "float32")
-ALPHA = 1.75
+ALPHA, GAP = 1.75, 0.4
+OF_BATCHES = ("real_ess", "synthetic_ess", "divergence")
 
 
-def _pairs(num_rows=6, seed=0):
+def _batch(num_rows=6, seed=0, weight=None):
     rng = np.random.default_rng(seed)
     opponent = rng.normal(-20, 5, (num_rows, 2)).astype("float32")
-    return opponent, opponent + rng.normal(size=(num_rows, 2)).astype("float32")
+    policy = opponent + rng.normal(size=(num_rows, 2)).astype("float32")
+    num_tokens = rng.integers(1, 9, (num_rows, 2))
+    weight = np.ones(num_rows) if weight is None else weight
+    return PairBatch(opponent, policy, num_tokens, weight, ALPHA, GAP)
+
+
+def _join(*batches):
+    fields = [np.concatenate(f) for f in list(zip(*batches, strict=True))[:4]]
+    return PairBatch(*fields, ALPHA, GAP)
 
 
 def _number(tensor):
     return float(keras.ops.convert_to_numpy(tensor))
 
 
-def _expected(y_true, y_pred, weight):
+def _expected(batch):
     """Values by metric name, of one batch."""
+    weight = np.ravel(batch.sample_weight)
     kept = weight > 0
     weight = weight[kept].astype("float64")
-    real, synthetic = (y_pred - y_true)[kept].astype("float64").T
+    real, synthetic = batch.log_ratio[kept].astype("float64").T
+    nll = -(weight @ batch.policy[kept]) / (weight @ batch.num_tokens[kept])
 
     def share(values, tilt):
         weights = oracles.tilted_weights(values, tilt, weight)
@@ -44,103 +57,114 @@ def _expected(y_true, y_pred, weight):
         "real_ess": share(real, ALPHA - 1),
         "synthetic_ess": share(synthetic, ALPHA),
         "divergence": -oracles.iris(real, synthetic, ALPHA, weight),
+        "real_nll": nll[0],
+        "synthetic_nll": nll[1],
+        "nll_gap": nll[0] - nll[1],
         "alpha": ALPHA,
+        "gap": GAP,
     }
 
 
-def _make_metrics():
-    made = [
-        metric
-        for metric in metrics.self_play_metrics()
-        if not isinstance(metric, metrics.TokenMetric)
-    ]
-    for metric in made:
-        if isinstance(metric, metrics.AlphaMetric):
-            metric.bind_alpha(keras.Variable(ALPHA))
-    return made
+def _values(*batches):
+    values = {}
+    for metric in metrics.self_play_metrics():
+        for batch in batches:
+            metric.update_state(batch.to_tensors())
+        values[metric.name] = _number(metric.result())
+    return values
+
+
+def _approx(values):
+    return pytest.approx(values, rel=1e-4, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("weight", [None, WEIGHT, WEIGHT[:, None]])
 def test_one_batch(weight):
-    y_true, y_pred = _pairs()
-    flat = np.ones(6) if weight is None else weight.ravel()
-    expected = _expected(y_true, y_pred, flat)
-    values = {}
-    for metric in _make_metrics():
-        metric.update_state(y_true, y_pred, weight)
-        values[metric.name] = _number(metric.result())
-    assert values == pytest.approx(expected, rel=1e-4, abs=TOLERANCE)
+    batch = _batch(weight=weight)
+    assert _values(batch) == _approx(_expected(batch))
+
+
+def test_on_the_host_a_batch_has_the_same_values():
+    batch = _batch(weight=WEIGHT)
+    values = metrics.step_values(batch)
+    assert values == _approx(_expected(batch))
+    assert list(values) == [m.name for m in metrics.self_play_metrics()]
+
+
+def test_that_is_soon_done():
+    metrics.step_values(_batch())
+    start = time.perf_counter()
+    for seed in range(20):
+        metrics.step_values(_batch(seed=seed))
+    assert (time.perf_counter() - start) / 20 < 0.1
 
 
 def test_rows_of_weight_zero_may_hold_nan():
-    y_true, y_pred = _pairs()
-    expected = _expected(y_true, y_pred, WEIGHT)
-    y_pred[WEIGHT == 0] = np.nan
-    for metric in _make_metrics():
-        metric.update_state(y_true, y_pred, WEIGHT)
-        value = _number(metric.result())
-        assert value == pytest.approx(expected[metric.name], rel=1e-4, abs=1e-5)
+    batch = _batch(weight=WEIGHT)
+    expected = _expected(batch)
+    batch.policy[WEIGHT == 0] = np.nan
+    assert _values(batch) == _approx(expected)
+    assert metrics.step_values(batch) == _approx(expected)
 
 
-def test_means_are_over_pairs_or_batches():
-    first, second = _pairs(6), _pairs(3, seed=1)
-    both = [
-        np.concatenate(arrays) for arrays in zip(first, second, strict=True)
-    ]
-    expected = _expected(*both, np.ones(9))
-    one, two = (_expected(*p, np.ones(len(p[0]))) for p in (first, second))
-    for metric in _make_metrics():
-        for pairs in (first, second):
-            metric.update_state(*pairs)
-        # A batch without a row that counts changes nothing.
-        metric.update_state(*second, np.zeros(3))
-        name = metric.name
-        mean = (one[name] + two[name]) / 2
-        is_of_batches = name in ("real_ess", "synthetic_ess", "divergence")
-        assert _number(metric.result()) == pytest.approx(
-            mean if is_of_batches else expected[name], rel=1e-4
-        )
+def test_over_batches_sums_or_means():
+    first, second = _batch(6), _batch(3, seed=1)
+    # A batch without a row that counts changes nothing.
+    nothing = _batch(3, seed=2, weight=np.zeros(3))
+    one, two = _expected(first), _expected(second)
+    expected = _expected(_join(first, second))
+    for name in OF_BATCHES:
+        expected[name] = (one[name] + two[name]) / 2
+    assert _values(first, second, nothing) == _approx(expected)
 
 
-def test_reset_keeps_the_order():
-    for metric in _make_metrics():
-        metric.update_state(*_pairs())
+def test_alpha_and_gap_are_the_latest():
+    values = _values(_batch(), _batch()._replace(alpha=0.5, gap=0.1))
+    assert (values["alpha"], values["gap"]) == pytest.approx((0.5, 0.1))
+
+
+def test_nothing_yet():
+    assert set(_values().values()) == {0.0}
+
+
+def test_reset():
+    for metric in metrics.self_play_metrics():
+        metric.update_state(_batch().to_tensors())
         metric.reset_state()
-        expected = ALPHA if metric.name == "alpha" else 0.0
-        assert _number(metric.result()) == expected
-        if isinstance(metric, metrics.AlphaMetric):
-            assert _number(metric.alpha.value) == ALPHA
+        assert _number(metric.result()) == 0.0
 
 
-def test_the_order_is_copied_from_a_variable_that_is_not_the_metrics():
-    variable = keras.Variable(0.5)
-    metric = metrics.Alpha(variable)
-    assert len(metric.variables) == 1
-    assert metric.variables[0] is not variable
-    variable.assign(2.0)
-    metric.copy_alpha()
-    assert _number(metric.result()) == 2.0
-    assert metric.get_config()["alpha"] == 2.0
+def test_half_precision():
+    log_probs = keras.ops.cast(np.full((300, 2), -300.0), "float16")
+    batch = PairBatch(log_probs, log_probs, np.full((300, 2), 3), np.ones(300))
+    values = _values(batch)
+    assert values["real_nll"] == values["synthetic_nll"] == 100.0
 
 
 def test_effective_sample_size_by_hand():
-    y_true = np.zeros((3, 2), "float32")
-    y_pred = np.log([[1.0, 1.0], [1.0, 2.0], [1.0, 1.0]]).astype("float32")
-    metric = metrics.SyntheticEffectiveSampleSize(1.0)
-    metric.update_state(y_true, y_pred)
+    values = np.log([1.0, 2.0, 1.0]).astype("float32")
     # Weights 1/4, 1/2, 1/4: 1 / (3 * 6/16).
-    assert _number(metric.result()) == pytest.approx(16 / 18)
-    metric = metrics.RealEffectiveSampleSize(3.0)
-    metric.update_state(y_true, y_pred)
-    assert _number(metric.result()) == pytest.approx(1.0)
+    size = metrics.effective_sample_size(values, 1.0)
+    assert _number(size) == pytest.approx(16 / 18)
+    assert _number(metrics.effective_sample_size(values * 0, 3.0)) == 1.0
+    collapsed = np.eye(8, dtype="float32")[3] * 1000
+    size = metrics.effective_sample_size(collapsed, 2.0)
+    assert _number(size) == pytest.approx(1 / 8)
+    assert _number(metrics.effective_sample_size(values, 1.0, values * 0)) == 0
 
 
-def test_weights_that_collapse():
-    metric = metrics.SyntheticEffectiveSampleSize(2.0)
-    y_pred = np.zeros((8, 2), "float32")
-    y_pred[3] = 1000.0
-    metric.update_state(np.zeros((8, 2), "float32"), y_pred)
-    assert _number(metric.result()) == pytest.approx(1 / 8)
+def test_effective_sample_size_of_several_tilts():
+    values = np.random.default_rng(0).normal(size=6).astype("float32")
+    tilts = np.linspace(-2, 2, 5)
+    sizes = metrics.effective_sample_size(values, tilts, WEIGHT)
+    kept = WEIGHT > 0
+    expected = [
+        oracles.effective_sample_size(
+            oracles.tilted_weights(values[kept], tilt, WEIGHT[kept])
+        )
+        for tilt in tilts
+    ]
+    assert keras.ops.convert_to_numpy(sizes) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("metric", metrics.self_play_metrics())
@@ -159,6 +183,7 @@ def test_names():
         "gap",
         "margin",
         "margin_accuracy",
+        "nll_gap",
         "real_ess",
         "real_log_ratio",
         "real_nll",
@@ -168,18 +193,21 @@ def test_names():
     ]
 
 
-def test_compiled_into_a_model():
-    y_true, y_pred = _pairs()
-    model = keras.Sequential([keras.layers.Identity()])
-    model.compile(loss=IRIS(ALPHA), weighted_metrics=_make_metrics())
-    values = model.evaluate(
-        y_pred,
-        y_true,
-        sample_weight=WEIGHT,
-        batch_size=6,
-        verbose=0,
-        return_dict=True,
-    )
-    expected = _expected(y_true, y_pred, WEIGHT)
-    expected["loss"] = -expected["divergence"]
-    assert values == pytest.approx(expected, rel=1e-4, abs=TOLERANCE)
+def test_recent_batches():
+    recent = metrics.RecentLogProbs(num_rows=10)
+    assert recent.latest(3) == []
+    batches = [
+        _batch(n, seed=n, weight=np.r_[0, np.ones(n - 1)]) for n in (3, 4, 5)
+    ]
+    for batch in batches:
+        recent.update_state(batch.to_tensors())
+    np.testing.assert_array_equal(recent.latest().policy, batches[2].policy[1:])
+    # One row of the first is gone.
+    for size in (2, 3):
+        latest = recent.latest(size)
+        assert len(latest) == 2
+        for seen, batch in zip(latest, batches[1:], strict=True):
+            for field, expected in zip(seen[:4], batch[:4], strict=True):
+                np.testing.assert_array_equal(field, expected[1:])
+    [latest] = recent.latest(1)
+    np.testing.assert_array_equal(latest.opponent, batches[2].opponent[1:])

@@ -1,5 +1,7 @@
+import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,13 +11,16 @@ import keras
 import numpy as np
 import pytest
 from self_play_helpers import (
+    Stop,
     assert_same_end,
     final_arrays,
+    make_examples,
     make_self_play,
 )
 
 import keras_iris
-from keras_iris.callbacks import AlphaScheduler
+from keras_iris.callbacks import AlphaScheduler, RenyiGap
+from keras_iris.metrics import PairBatch
 from keras_iris.self_play.arrays import read_arrays, write_arrays
 
 
@@ -64,11 +69,14 @@ def _kill_at_write(monkeypatch, number):
         nonlocal count
         count += 1
         if count == number:
-            (path.parent / f".{path.name}-1").write_bytes(b"half")
+            half = path.parent / f".{path.name}-1.keras_iris-new"
+            half.write_bytes(b"half")
             raise _Killed
         write_arrays(path, arrays, metadata)
 
-    monkeypatch.setattr("keras_iris.self_play.run_dir.write_arrays", write)
+    for module in ("run_dir", "checkpoints"):
+        name = f"keras_iris.self_play.{module}.write_arrays"
+        monkeypatch.setattr(name, write)
 
 
 # Writes: 1 start; 2-4 synthetic; 5-7 opponent; 8 mid-epoch; 9 epoch; ...
@@ -121,7 +129,7 @@ import keras, self_play_helpers
 from pathlib import Path
 class Kill(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
-        if int(self.model.optimizer.iterations.value) == 9:
+        if int(self.model.optimizer.iterations) == 9:
             os.kill(os.getpid(), signal.SIGKILL)
 s = self_play_helpers.make_self_play(Path({str(run_dir)!r}))
 s.callbacks.append(Kill())
@@ -150,31 +158,200 @@ def test_corrupt_shard_is_made_again(finished, tmp_path, monkeypatch):
     assert_same_end(run_dir, finished)
 
 
+def _break(file):
+    file.write_bytes(file.read_bytes()[:-8])
+
+
 def test_shard_lost_after_training_has_begun(finished, tmp_path):
-    """The weights that made it are gone."""
+    """The iteration starts again, from the weights that made it."""
     run_dir = tmp_path / "run"
-    goes_on = [AlphaScheduler(), _Stop(99)]
-    make_self_play(run_dir, callbacks=[AlphaScheduler(), _Stop(1)]).run()
+    make_self_play(run_dir, callbacks=[AlphaScheduler(), Stop(1)]).run()
     shard = run_dir / "iteration_001/opponent/00001.safetensors"
     whole = shard.read_bytes()
-    shard.write_bytes(whole[:-8])
-    with pytest.warns(UserWarning, match="Making .* again"):
-        with pytest.raises(ValueError, match="lost.*Put the file back"):
-            make_self_play(run_dir, callbacks=goes_on).run()
-    shard.write_bytes(whole)
-    make_self_play(run_dir, callbacks=goes_on).run()
+    _break(shard)
+    with pytest.warns(UserWarning, match="Iteration 1 starts again: A shard"):
+        make_self_play(run_dir).run()
+    assert shard.read_bytes() == whole
     assert_same_end(run_dir, finished)
 
 
-class _Stop(keras.callbacks.Callback):
-    """Asks to stop at the so-manieth batch of an epoch."""
+def test_shard_lost_with_the_start(tmp_path):
+    run_dir = tmp_path / "run"
+    make_self_play(run_dir, callbacks=[AlphaScheduler(), Stop(1)]).run()
+    (run_dir / "starts/iteration_001.safetensors").unlink()
+    (run_dir / "iteration_001/opponent/00001.safetensors").unlink()
+    with pytest.raises(ValueError, match="lost.*Put the file back"):
+        make_self_play(run_dir).run()
 
-    def __init__(self, batch):
-        super().__init__()
-        self.batch = batch
 
-    def on_train_batch_end(self, batch, logs=None):
-        self.model.stop_training = batch == self.batch
+def test_damaged_checkpoint_goes_back_to_the_start(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    make_self_play(run_dir, callbacks=[AlphaScheduler(), Stop(1)]).run()
+    file = run_dir / "checkpoint.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1  # one bit
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged.*back to iteration 1, epoch"):
+        make_self_play(run_dir).run()
+    assert_same_end(run_dir, finished)
+
+
+def test_damaged_start_goes_back_to_the_one_before(finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    starts = sorted((run_dir / "starts").iterdir())
+    assert [s.stem for s in starts] == ["iteration_002", "iteration_003"]
+    _break(starts[1])
+    with pytest.warns(UserWarning, match="back to iteration 2, epoch 1"):
+        make_self_play(run_dir).run()
+    assert_same_end(run_dir, finished)
+
+
+def test_more_iterations_extend_a_finished_run(tmp_path):
+    make_self_play(tmp_path / "a", iterations=3).run()
+    make_self_play(tmp_path / "b", iterations=1).run()
+    make_self_play(tmp_path / "b", iterations=3).run()
+    assert_same_end(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(ValueError, match="iterations: 3 there, 2 here; more"):
+        make_self_play(tmp_path / "b", iterations=2)
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path):
+    """Micro-batches and shards, in the middle of an iteration."""
+    for name, options in (
+        ("a", {}),
+        ("b", {"compile_options": {"micro_batch_size": 2}, "shard_size": 7}),
+    ):
+        stop = [AlphaScheduler(), Stop(1)]
+        make_self_play(tmp_path / name, iterations=1, callbacks=stop).run()
+        make_self_play(tmp_path / name, iterations=1, **options).run()
+    ends = [final_arrays(tmp_path / name) for name in "ab"]
+    for name in ends[0]:
+        np.testing.assert_allclose(
+            ends[0][name], ends[1][name], rtol=1e-3, atol=1e-4
+        )
+    manifest = json.loads((tmp_path / "b/manifest.json").read_text())
+    assert manifest["execution"]["shard_size"] == 7
+    assert manifest["earlier"][0]["execution"]["shard_size"] == 10
+
+
+def test_one_fit_an_iteration_for_callbacks_of_keras(tmp_path):
+    class Recorder(keras.callbacks.Callback):
+        fits, epochs = 0, []
+
+        def on_train_begin(self, logs=None):
+            Recorder.fits += 1
+
+        def on_epoch_begin(self, epoch, logs=None):
+            self.epochs.append(epoch)
+
+    log = tmp_path / "log.csv"
+    make_self_play(
+        tmp_path / "run",
+        callbacks=[
+            Recorder(),
+            AlphaScheduler(),
+            keras.callbacks.CSVLogger(log, append=True),
+        ],
+    ).run()
+    assert Recorder.fits == 2
+    assert Recorder.epochs == [0, 1, 2, 3]
+    with open(log) as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["0", "1", "2", "3"]
+    names = (
+        "loss alpha gap margin margin_accuracy real_ess synthetic_ess "
+        "real_log_ratio synthetic_log_ratio real_nll synthetic_nll"
+    )
+    for name in names.split():
+        assert all(np.isfinite(float(row[name])) for row in rows), name
+
+
+def test_early_stopping_ends_the_iteration(tmp_path):
+    """A wait for two epochs of no better loss, as in one `fit`."""
+    stop = keras.callbacks.EarlyStopping(
+        "real_nll", patience=1, min_delta=1e6, mode="min"
+    )
+    options = dict(epochs=5, callbacks=[AlphaScheduler(), stop])
+    make_self_play(tmp_path / "run", **options).run()
+    lines = keras_iris.evaluation.read_metrics(tmp_path / "run")
+    steps = [x["step"] for x in lines if x["kind"] == "step"]
+    # The first epoch is the best, the second ends the iteration.
+    assert steps == [*range(1, 7), *range(16, 22)]
+    # Stopped in the first epoch and taken up again, it waits anew.
+    stopped = [*options["callbacks"], Stop(1)]
+    options["epochs"] = 2
+    make_self_play(tmp_path / "b", **{**options, "callbacks": stopped}).run()
+    make_self_play(tmp_path / "b", **options).run()
+
+
+def test_self_play_callbacks(tmp_path):
+    class Recorder(keras_iris.callbacks.SelfPlayCallback):
+        calls = []
+
+        def on_iteration_begin(self, iteration, logs=None):
+            self.calls.append(("begin", iteration))
+
+        def on_generate_end(self, iteration, responses, logs=None):
+            assert len(responses) == 24
+            assert logs["generated_tokens"] == sum(map(len, responses))
+            self.calls.append(("generate", iteration))
+
+        def on_score_end(self, iteration, pairs, logs=None):
+            assert pairs.opponent.shape == pairs.num_tokens.shape == (24, 2)
+            assert (pairs.opponent < 0).all()
+            assert self.model.count_params() > 0
+            self.calls.append(("score", iteration))
+
+        def on_train_begin(self, logs=None):
+            self.calls.append("fit")
+
+        def on_iteration_end(self, iteration, logs=None):
+            assert {"alpha", "fit_seconds"} <= logs.keys()
+            self.calls.append(("end", iteration))
+
+    make_self_play(tmp_path / "run", callbacks=Recorder()).run()
+    assert Recorder.calls == [
+        call
+        for n in (1, 2)
+        for call in (
+            ("begin", n),
+            ("generate", n),
+            ("score", n),
+            "fit",
+            ("end", n),
+        )
+    ]
+
+
+def test_the_gap_is_that_of_all_pairs_before_the_first_step(finished):
+    lines = keras_iris.evaluation.read_metrics(finished)
+    steps = [line for line in lines if line["kind"] == "step"]
+    for iteration, first in ((1, 0), (2, 6)):
+        log_probs, num_tokens = _opponent(finished, iteration)
+        gap = RenyiGap().gap(
+            PairBatch(log_probs, log_probs, num_tokens, np.ones(24))
+        )
+        step = steps[first]
+        assert step["gap"] == pytest.approx(gap, rel=1e-5, abs=1e-6)
+        assert step["alpha"] == pytest.approx(1 + 0.5 * gap, rel=1e-5)
+        assert {s["gap"] for s in steps[first : first + 6]} == {step["gap"]}
+
+
+def _opponent(run_dir, iteration):
+    """What is on disk of an iteration: log-probs and numbers of tokens."""
+    folder = run_dir / f"iteration_{iteration:03d}"
+    log_probs, lengths = (
+        np.concatenate(
+            [
+                read_arrays(file)[0][name]
+                for file in sorted((folder / kind).iterdir())
+            ]
+        )
+        for kind, name in (("opponent", "log_probs"), ("synthetic", "lengths"))
+    )
+    real = [len(example.response_ids) for example in make_examples()]
+    return log_probs.astype("float64"), np.stack([real, lengths], axis=1)
 
 
 def test_the_same_model_goes_on_with_its_own_run(tmp_path):
@@ -210,23 +387,16 @@ def test_nan_weights_do_not_replace_the_checkpoint(tmp_path):
     assert all(np.isfinite(a).all() for a in final_arrays(run_dir).values())
 
 
-def test_epochs_count_on_and_every_step_has_its_own_loss(tmp_path):
+def test_every_step_has_its_own_loss(tmp_path):
     class Recorder(keras.callbacks.Callback):
-        epochs, losses = [], []
-
-        def on_epoch_begin(self, epoch, logs=None):
-            self.epochs.append(epoch)
-
-        def on_train_batch_begin(self, batch, logs=None):
-            self.losses.append(0.0)
+        losses = []
 
         def on_train_batch_end(self, batch, logs=None):
             # Keras logs the mean over the epoch so far.
-            earlier = sum(self.losses[-batch - 1 : -1])
-            self.losses[-1] = logs["loss"] * (batch + 1) - earlier
+            earlier = sum(self.losses[-batch:]) if batch else 0.0
+            self.losses.append(logs["loss"] * (batch + 1) - earlier)
 
     make_self_play(tmp_path / "run", callbacks=Recorder()).run()
-    assert Recorder.epochs == [0, 1, 2, 3]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     logged = [
         line["loss"]

@@ -1,0 +1,46 @@
+"""The order of IRIS, and the gap that it follows."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_iris.metrics.pair_batch import PairBatch
+from keras_iris.metrics.pair_metric import PairMetric
+
+Tensor = Any
+
+
+class _Latest(PairMetric):
+    """The value at the latest batch."""
+
+    def update_state(self, batch: PairBatch) -> None:
+        """Takes the batch in the place of all before."""
+        self.reset_state()
+        super().update_state(batch)
+
+
+@keras.saving.register_keras_serializable(package="keras_iris")
+class Alpha(_Latest):
+    """The order alpha at the latest batch."""
+
+    default_name = "alpha"
+
+    def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """The order, and 1."""
+        return batch.alpha, ops.ones(())
+
+
+@keras.saving.register_keras_serializable(package="keras_iris")
+class Gap(_Latest):
+    """The estimated gap between data and opponent at the latest batch.
+
+    A lower bound of the Rényi divergence of order 2, in nats, that
+    `AlphaScheduler` keeps in `model.gap`; 0 without it.
+    """
+
+    default_name = "gap"
+
+    def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """The gap, and 1."""
+        return batch.gap, ops.ones(())

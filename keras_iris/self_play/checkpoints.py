@@ -1,0 +1,170 @@
+"""The checkpoints of a run."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_iris.self_play.arrays import (
+    read_arrays,
+    read_metadata,
+    write_arrays,
+)
+from keras_iris.self_play.settings import check_finite
+
+Position = dict[str, Any]
+
+_NUM_STARTS = 2
+
+
+class Checkpoints:
+    """Weights, optimizer and position of a run, now and as iterations began.
+
+        checkpoint.safetensors            within an iteration
+        starts/iteration_002.safetensors  as an iteration began; the last two
+
+    A position is `{"iteration", "epoch", "batch"}`, where to go on.
+
+    Args:
+        folder: The run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.within = folder / "checkpoint.safetensors"
+
+    def start(self, iteration: int) -> Path:
+        """The file of an iteration's start."""
+        return self.folder / "starts" / f"iteration_{iteration:03d}.safetensors"
+
+    def files(self) -> list[Path]:
+        """All that are there; those of an iteration before its start."""
+        starts = sorted(self.folder.glob("starts/iteration_*.safetensors"))
+        within = [self.within] if self.within.exists() else []
+        return within + starts[::-1]
+
+    def save(
+        self,
+        variables: Sequence[keras.Variable],
+        position: Position,
+        **metadata: str,
+    ) -> None:
+        """Writes a checkpoint, and removes those that it makes useless.
+
+        Args:
+            variables: All that training changes.
+            position: Where to go on.
+            **metadata: More to know of it.
+
+        Raises:
+            FloatingPointError: A value isn't finite; nothing is changed.
+        """
+        is_start = position["epoch"] == position["batch"] == 0
+        file = self.start(position["iteration"]) if is_start else self.within
+        write_variables(
+            file, variables, {"position": json.dumps(position), **metadata}
+        )
+        if is_start:
+            self.within.unlink(missing_ok=True)
+            for old in self.files()[_NUM_STARTS:]:
+                old.unlink()
+
+    def load(self, variables: Sequence[keras.Variable]) -> Position | None:
+        """Assigns the latest whole checkpoint; returns its position, if any.
+
+        A damaged one is passed over, with a warning.
+
+        Args:
+            variables: As in `save`.
+
+        Raises:
+            ValueError: All are damaged, or of another model.
+        """
+        errors = []
+        for file in sorted(self.files(), key=_progress, reverse=True):
+            try:
+                metadata = read_variables(file, variables)
+            except ValueError as error:
+                errors.append(str(error))
+                continue
+            position: Position = json.loads(metadata["position"])
+            for damage in errors:
+                warnings.warn(
+                    f"{damage}. The run goes back to iteration "
+                    f"{position['iteration']}, epoch {position['epoch'] + 1}.",
+                    stacklevel=2,
+                )
+            return position
+        if errors:
+            raise ValueError(
+                f"{'; '.join(errors)}. Put back a whole checkpoint of this "
+                "run, or pass another `run_dir`."
+            )
+        return None
+
+    def load_start(
+        self, iteration: int, variables: Sequence[keras.Variable]
+    ) -> Position | None:
+        """Assigns the weights as an iteration began, if they are kept."""
+        file = self.start(iteration)
+        if not file.exists():
+            return None
+        return json.loads(read_variables(file, variables)["position"])
+
+    def weights(self) -> set[str]:
+        """Hashes of the weights that the run has had, as far as known."""
+        hashes = set()
+        for file in [*self.files(), self.folder / "best.safetensors"]:
+            try:
+                hashes.add(read_metadata(file).get("weights", ""))
+            except ValueError:
+                continue
+        return hashes - {""}
+
+
+def write_variables(
+    file: Path, variables: Sequence[keras.Variable], metadata: dict[str, str]
+) -> None:
+    """Writes variables to a file, atomically.
+
+    Raises:
+        FloatingPointError: A value isn't finite; nothing is written.
+    """
+    arrays = {}
+    for i, variable in enumerate(variables):
+        value = keras.ops.convert_to_numpy(variable.value)
+        check_finite(variable, value)
+        arrays[f"{i:05d}"] = value
+    write_arrays(file, arrays, metadata)
+
+
+def read_variables(
+    file: Path, variables: Sequence[keras.Variable]
+) -> dict[str, str]:
+    """Assigns what `write_variables` wrote; returns the metadata.
+
+    Raises:
+        ValueError: The file is damaged or holds other variables.
+    """
+    arrays, metadata = read_arrays(file)
+    values = [array for _, array in sorted(arrays.items())]
+    if [a.shape for a in values] != [tuple(v.shape) for v in variables]:
+        raise ValueError(
+            f"{file} holds {len(values)} variables of other shapes than the "
+            f"{len(variables)} of this model and optimizer"
+        )
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return metadata
+
+
+def _progress(file: Path) -> tuple[int, int, int]:
+    """How far a run had come; a damaged file may be the latest."""
+    try:
+        position = json.loads(read_metadata(file)["position"])
+    except (ValueError, KeyError):
+        return (2**31, 0, 0)
+    return position["iteration"], position["epoch"], position["batch"]

@@ -1,0 +1,147 @@
+"""The gap between model and data, on language models in NumPy."""
+
+import numpy as np
+import oracles
+import pytest
+
+from keras_iris.callbacks import RenyiGap
+from keras_iris.callbacks.gap import (
+    add_moments,
+    gap_of_moments,
+    pair_moments,
+)
+from keras_iris.metrics import PairBatch
+
+NUM_SYMBOLS, LENGTH, NUM_PAIRS = 12, 8, 2000
+
+
+def _softmax(logits):
+    p = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return p / p.sum(axis=-1, keepdims=True)
+
+
+def _bigram(seed, scale=1.5):
+    rng = np.random.default_rng(seed)
+    return _softmax(scale * rng.normal(size=(NUM_SYMBOLS, NUM_SYMBOLS)))
+
+
+def _sample(model, seed, number=NUM_PAIRS):
+    """Sequences of a bigram model, from symbol 0 on."""
+    rng = np.random.default_rng(seed)
+    ids = np.zeros((number, LENGTH + 1), int)
+    for t in range(LENGTH):
+        cumulative = model[ids[:, t]].cumsum(axis=1)
+        draws = rng.random((number, 1))
+        ids[:, t + 1] = (draws > cumulative).sum(axis=1).clip(0, 11)
+    return ids
+
+
+def _log_probs(model, ids):
+    return np.log(model)[ids[:, :-1], ids[:, 1:]].sum(axis=1)
+
+
+def _pairs(opponent, data, synthetic):
+    log_probs = [_log_probs(opponent, ids) for ids in (data, synthetic)]
+    log_probs = np.stack(log_probs, axis=1)
+    ones = np.ones(len(log_probs))
+    tokens = np.full(log_probs.shape, LENGTH)
+    return PairBatch(log_probs, log_probs, tokens, ones)
+
+
+def _gap(opponent, data, seed=1, number=NUM_PAIRS):
+    pairs = _pairs(
+        opponent,
+        _sample(data, 2 * seed, number),
+        _sample(opponent, 2 * seed + 1, number),
+    )
+    return RenyiGap().gap(pairs)
+
+
+def test_by_hand():
+    pairs = PairBatch(
+        opponent=np.array([[-2.0, -8.0], [-6.0, -4.0], [-6.0, -12.0]]),
+        policy=np.zeros((3, 2)),
+        num_tokens=np.array([[1, 2], [2, 1], [3, 2]]),
+        sample_weight=np.ones(3),
+    )
+    # Per token -2, -3, -2 (mean -7/3, variance 1/3) and -4, -4, -6 (mean
+    # -14/3, variance 4/3).
+    d2 = ((7 / 3) ** 2 - (1 / 3) / 3 - (4 / 3) / 3) / (4 / 3)
+    assert RenyiGap().gap(pairs) == pytest.approx(np.log(1 + d2))
+    # A row counts as often as its weight says.
+    twice = PairBatch(*(np.concatenate([a, a[:1]]) for a in pairs))
+    weighted = pairs._replace(sample_weight=np.array([2.0, 1.0, 1.0]))
+    assert RenyiGap().gap(weighted) == pytest.approx(RenyiGap().gap(twice))
+
+
+def test_own_samples_have_no_gap():
+    """Within three standard errors: d2's is sqrt(2) * (1/N + 1/M)."""
+    model = _bigram(0)
+    error = np.sqrt(2) * 2 / NUM_PAIRS
+    gaps = [_gap(model, model, seed) for seed in range(20)]
+    assert max(gaps) < 3 * error
+    # It is clipped at 0, about where half of them are.
+    assert 0 < np.mean(np.array(gaps) == 0) < 1
+
+
+def test_it_grows_with_the_distance_from_the_data():
+    data = _bigram(0)
+    dialect = np.roll(data, 1, axis=1)  # every symbol is spelled as the next
+    uniform = np.full_like(data, 1 / NUM_SYMBOLS)
+
+    def trained(share):
+        return share * data + (1 - share) * uniform
+
+    gaps = [
+        _gap(opponent, data)
+        for opponent in (data, trained(0.9), trained(0.5), dialect)
+    ]
+    assert gaps[0] < 0.01
+    assert (np.diff(gaps) > 0.01).all()
+    assert gaps[-1] > 1
+
+
+def test_a_lower_bound_that_falls_to_zero_over_exact_self_play():
+    rng = np.random.default_rng(0)
+    logits_data, logits = rng.normal(size=(2, 50))
+    p = _softmax(logits_data)
+    gaps, divergences = [], []
+    for _ in range(6):
+        q = _softmax(logits)
+        s = np.log(q)
+        count = 1e12  # pairs without noise
+        moments = [
+            [count, m := np.sum(w * s), count * np.sum(w * (s - m) ** 2)]
+            for w in (p, q)
+        ]
+        gaps.append(gap_of_moments(moments))
+        divergences.append(oracles.renyi_divergence(p, q, 2))
+        # Half of the way, as an iteration of self-play goes.
+        logits = 0.5 * (logits + np.log(p))
+    assert (np.array(gaps) <= np.array(divergences) + 1e-9).all()
+    assert (np.diff(gaps) < 0).all()
+    assert gaps[0] > 0.05
+    assert gaps[-1] < 0.01 * gaps[0]
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    data, model = _bigram(0), _bigram(1)
+    pairs = _pairs(model, _sample(data, 0), _sample(model, 1))
+    parts = np.zeros((2, 3), "float32")
+    for start in range(0, NUM_PAIRS, 64):
+        part = PairBatch(*(array[start : start + 64] for array in pairs))
+        parts = add_moments(parts, pair_moments(part)).astype("float32")
+    np.testing.assert_allclose(parts, pair_moments(pairs), rtol=1e-5)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_too_few_pairs_have_no_gap(number):
+    ones = np.ones((number, 2))
+    pairs = PairBatch(-ones, -ones, ones, np.ones(number))
+    assert RenyiGap().gap(pairs) == 0.0
+
+
+def test_synthetic_responses_that_are_all_the_same():
+    ones = np.ones((4, 2))
+    pairs = PairBatch(-ones * [1, 2], -ones, ones, np.ones(4))
+    assert 20 < RenyiGap().gap(pairs) < 40
