@@ -54,7 +54,7 @@ keras.utils.set_random_seed(0)
 words = [
     (word, phonemes)
     for word, phonemes in keras_iris.data.cmudict()
-    if word.isalpha() and 3 <= len(word) <= 8 and len(phonemes) <= 8
+    if word.isalpha() and 3 <= len(word) <= 7 and len(phonemes) <= 7
 ]
 letters = sorted({letter for word, _ in words for letter in word})
 phonemes = sorted({phoneme for _, answer in words for phoneme in answer})
@@ -71,8 +71,8 @@ rows = [
 examples = keras_iris.data.tokenize(
     keras_iris.data.read_conversations(rows),
     tokenizer,
-    max_prompt_length=9,
-    max_response_length=9,
+    max_prompt_length=8,
+    max_response_length=8,
 )
 train, held_out = examples[:2048], examples[2048:]
 rows[:2]
@@ -113,10 +113,10 @@ f"{causal_lm.count_params():,} parameters"
 # loss ignores them.
 #
 # `PairDataset` shuffles and pads; hence `shuffle=False` in `fit`. Here every
-# batch has one length, 18 tokens, so that one step is compiled and no more.
+# batch has one length, 16 tokens, so that one step is compiled and no more.
 
 # %%
-BATCH = {"batch_size": 64, "bucket_lengths": [18]}
+BATCH = {"batch_size": 64, "bucket_lengths": [16]}
 
 
 def make_optimizer(learning_rate, epochs):
@@ -127,8 +127,8 @@ def make_optimizer(learning_rate, epochs):
 
 annotated = [example.response_ids for example in train]
 pairs = keras_iris.data.PairDataset(train, annotated, **BATCH)
-model.compile(make_optimizer(2e-3, epochs=8), keras_iris.losses.SFT())
-history = model.fit(pairs, epochs=8, shuffle=False, verbose=0)
+model.compile(make_optimizer(2e-3, epochs=6), keras_iris.losses.SFT())
+history = model.fit(pairs, epochs=6, shuffle=False, verbose=0)
 history.history["loss"]
 
 # %% [markdown]
@@ -142,9 +142,9 @@ history.history["loss"]
 # %%
 ENGINE = {
     "end_token_ids": tokenizer.end_token_ids,
-    "max_new_tokens": 9,
+    "max_new_tokens": 8,
     "batch_size": 512,
-    "bucket_lengths": [9],
+    "bucket_lengths": [8],
 }
 
 
@@ -236,7 +236,7 @@ opponent[:4]
 
 # %%
 model.compile(
-    make_optimizer(1e-4, epochs=6),
+    make_optimizer(1e-4, epochs=4),
     keras_iris.losses.IRIS(),
     metrics=keras_iris.metrics.self_play_metrics(),
 )
@@ -266,7 +266,7 @@ fit(pairs)
 # loop in one call, with a folder that a run can be resumed from.
 
 # %%
-for iteration in (2, 3):
+for iteration in [2]:
     synthetic = draw_answers(iteration)
     opponent = keras_iris.models.score_pairs(model, train, synthetic, **BATCH)
     fit(keras_iris.data.PairDataset(train, synthetic, opponent, **BATCH))
@@ -285,7 +285,7 @@ names = ["loss", "alpha", "gap", ("real_nll", "synthetic_nll")]
 for axis, group in zip(axes, names, strict=True):
     for name in [group] if isinstance(group, str) else group:
         axis.plot([values[name] for values in steps], label=name)
-    for start in (64, 128):
+    for start in [64]:
         axis.axvline(start, color="lightgrey", zorder=0)
     axis.set_xlabel("step")
     axis.legend()
@@ -297,8 +297,8 @@ for axis, group in zip(axes, names, strict=True):
 # learning rate, on the same words.
 
 # %%
-control.compile(make_optimizer(1e-4, epochs=6), keras_iris.losses.SFT())
-control.fit(pairs, epochs=6, shuffle=False, verbose=0)
+control.compile(make_optimizer(1e-4, epochs=4), keras_iris.losses.SFT())
+control.fit(pairs, epochs=4, shuffle=False, verbose=0)
 scores["control"] = evaluate(control)
 
 for name, values in scores.items():
