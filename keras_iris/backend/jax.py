@@ -46,6 +46,24 @@ def write(cache: jax.Array, index: Any, new: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
 
 
+def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Lets an interrupt leave the variables as they were.
+
+    Keras (3.15) takes their values out and hands them to the compiled step.
+    """
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._check_values()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.jax_state_sync()
+            self._jax_state = None
+
+    return wrapper
+
+
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 
@@ -57,6 +75,54 @@ class Trainer(keras.Model):
     package is once. Where there is more than one term, a second set of
     gradients is kept.
     """
+
+    fit = _keep_state(keras.Model.fit)
+    evaluate = _keep_state(keras.Model.evaluate)
+    predict = _keep_state(keras.Model.predict)
+    train_on_batch = _keep_state(keras.Model.train_on_batch)
+    test_on_batch = _keep_state(keras.Model.test_on_batch)
+    predict_on_batch = _keep_state(keras.Model.predict_on_batch)
+
+    def _get_jax_state(
+        self, purge_model_variables: bool = False, **is_taken: bool
+    ) -> tuple[Tree, ...]:
+        """Keras' own (3.15), which has no public name, for two reasons.
+
+        What is handed out is kept until the step gives the next state, and no
+        buffer is handed out twice, as moving averages that became the weights
+        would be: JAX refuses to give it away twice.
+        """
+        seen: set[int] = set()
+
+        def once(array: jax.Array) -> jax.Array:
+            is_new = id(array) not in seen
+            seen.add(id(array))
+            return array if is_new else jnp.copy(array)
+
+        state = jax.tree.map(once, super()._get_jax_state(**is_taken))
+        names = [name for name, is_in in is_taken.items() if is_in]
+        self._jax_state: Tree = dict(zip(names, state, strict=True))
+        self._jax_state_synced = False
+        if purge_model_variables:
+            self._purge_model_variables(**is_taken)
+        return state
+
+    def jax_state_sync(self) -> None:
+        """Puts the values back into the variables, if the step left any."""
+        if _is_gone(getattr(self, "_jax_state", None)):
+            self._jax_state = None
+        super().jax_state_sync()
+
+    def _check_values(self) -> None:
+        """Refuses a model whose weights an interrupted step has taken."""
+        variables = [*self.variables, *getattr(self.optimizer, "variables", [])]
+        values = [variable._value for variable in variables]
+        if any(value is None for value in values) or _is_gone(values):
+            raise RuntimeError(
+                "The model's weights are gone: an interrupt or an error in "
+                "the middle of a step, which JAX gives their memory to, took "
+                "them. Load the model, or its checkpoint, again."
+            )
 
     def stateless_call(self, *arguments: Any, **options: Any) -> Any:
         """Keras' own; when it trains on one CPU, with folded products."""
@@ -194,6 +260,12 @@ class Trainer(keras.Model):
         """Where variables have these values; losses read alpha."""
         pairs = zip(self.non_trainable_variables, fixed, strict=True)
         return keras.StatelessScope(state_mapping=list(pairs))
+
+
+def _is_gone(values: Tree) -> bool:
+    """Whether a step has taken an array's memory."""
+    arrays = [a for a in jax.tree.leaves(values) if isinstance(a, jax.Array)]
+    return any(array.is_deleted() for array in arrays)
 
 
 def _split(array: jax.Array, size: int, padding: str = "constant") -> jax.Array:

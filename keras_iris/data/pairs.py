@@ -1,5 +1,6 @@
 """Padded batches of (annotated, synthetic) response pairs."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -76,12 +77,12 @@ class PairDataset(keras.utils.PyDataset):
     opponent's log-probs of shape `(batch_size, 2)` (nats; zeros if not given),
     `sample_weight` of shape `(batch_size,)`. All batches have `batch_size`
     rows; the incomplete one is filled with copies of its first row, of weight
-    0. The order is a function of `seed` and `epoch` alone, which Keras advances
-    at the end of an epoch, of `evaluate` too, and once before the first. Give
-    `fit` the argument `shuffle=False`, because Keras would shuffle the batches
-    again, from another source of randomness. `predict` gives its rows in the
-    order of the batches, with those that fill up: `keras_iris.models.
-    score_pairs` gives them in the order of the examples.
+    0. The order is a function of `seed` and `epoch` alone.
+
+    `SelfPlayModel.fit` sets `epoch` to the epoch that Keras counts, so that
+    each has its own order, also where training is taken up again. Validation
+    data and those of `evaluate` have the batches of epoch 0 every time, and
+    `predict` gives its rows in the order of the examples.
 
     Args:
         examples: Prompts with their annotated responses.
@@ -94,7 +95,7 @@ class PairDataset(keras.utils.PyDataset):
             Defaults to at most four, from the quartiles of the data.
         shuffle: Whether to shuffle. If not, rows are sorted by length.
         seed: Of the shuffling.
-        epoch: The epoch whose order is in force until Keras advances it.
+        epoch: The epoch whose order is in force.
 
     Raises:
         ValueError: If there are fewer examples than `batch_size`, the
@@ -167,36 +168,27 @@ class PairDataset(keras.utils.PyDataset):
         """
         return self._batches()[batch_index]
 
-    def on_epoch_end(self) -> None:
-        """Advances `epoch`; Keras calls it."""
-        self.epoch += 1
+    def at_epoch(self, epoch: int) -> "PairDataset":
+        """The same data in the order of an epoch that nothing changes.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+        """
+        dataset = copy.copy(self)
+        dataset.epoch = epoch
+        return dataset
 
     def _batches(self) -> NDArray[np.int64]:
         epoch = self.epoch if self.shuffle else 0
         if epoch != self._planned_epoch:
             generator = np.random.default_rng([self.seed, epoch])
-            batches = plan_batches(
+            self._plan = plan_batches(
                 self._lengths,
                 self.batch_size,
                 generator if self.shuffle else None,
             )
-            self._plan = self._vary_first_lengths(batches)
             self._planned_epoch = epoch
         return self._plan
-
-    def _vary_first_lengths(
-        self, batches: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
-        """Makes the first two batches of different length where possible.
-
-        Keras 3.15 on TensorFlow reads the shapes of a `PyDataset` from its
-        first two batches; only a dimension that differs there may change.
-        """
-        lengths = [self._bucket_length(rows[rows >= 0]) for rows in batches]
-        others = np.flatnonzero(np.asarray(lengths) != lengths[0])
-        if len(others):
-            batches[[1, others[0]]] = batches[[others[0], 1]]
-        return batches
 
     def _bucket_length(self, rows: NDArray[np.int64]) -> int:
         longest = int(self._lengths[rows].max())

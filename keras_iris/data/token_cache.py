@@ -59,7 +59,10 @@ def cached_tokenize(  # noqa: PLR0913
         template.fingerprint() if template else None,
         options,
     ]
-    path = Path(cache_dir).expanduser() / f"tokens-{_hash(facts, conversations)}.arrow"
+    path = (
+        Path(cache_dir).expanduser()
+        / f"tokens-{_hash(facts, conversations)}.arrow"
+    )
     if path.is_file():
         try:
             return _read(path)

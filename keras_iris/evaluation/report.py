@@ -1,30 +1,11 @@
 """The report of a run, from the files in its folder."""
 
+from importlib.resources import files
 from pathlib import Path
 
-from keras_iris.evaluation.figures import DARK, LIGHT, draw_png
-from keras_iris.evaluation.page import (
-    figure_section,
-    page,
-    prose,
-    settings_section,
-    table_section,
-)
-from keras_iris.evaluation.panels import make_plots
-from keras_iris.evaluation.run_record import (
-    RunRecord,
-    read_comparisons,
-    read_run,
-)
-from keras_iris.evaluation.tables import (
-    manifest_table,
-    score_table,
-    timing_table,
-    training_table,
-)
-from keras_iris.evaluation.words import what_came_out
-
-_RUN_NAME = "this run"
+from keras_iris.evaluation.plots import draw, draw_svg, make_plots
+from keras_iris.evaluation.run_record import read_runs
+from keras_iris.evaluation.tables import make_tables, what_came_out
 
 
 def report(run_dir: str | Path) -> Path:
@@ -43,35 +24,32 @@ def report(run_dir: str | Path) -> Path:
         ValueError: The folder isn't a run's, a file in it can't be read, or
             it can't be written to.
     """
-    run_dir = Path(run_dir)
-    run, others = read_run(run_dir, _RUN_NAME), read_comparisons(run_dir)
-    figures = {}
-    images = {}
-    for plot in make_plots(run, others):
-        light = draw_png(plot, LIGHT)
-        images[plot.name] = light
-        figures[plot.name] = figure_section(plot, light, draw_png(plot, DARK))
-    scores = figures.pop("scores", "")
-    html = page(
-        str(run.manifest.get("title", run_dir.resolve().name)),
-        _subtitle(run, run_dir),
-        [
-            prose("What came out", what_came_out(run, others)),
-            table_section(score_table(run, others)),
-            scores,
-            *figures.values(),
-            table_section(training_table(run)),
-            table_section(timing_table(run)),
-            settings_section(
-                "Settings and versions",
-                [
-                    manifest_table(run, "settings", "Settings"),
-                    manifest_table(run, "versions", "Versions"),
-                ],
-            ),
-        ],
+    from jinja2 import Environment
+
+    folder = Path(run_dir).expanduser()
+    run, others = read_runs(folder)
+    plots = make_plots(run, others)
+    page = files("keras_iris.evaluation") / "page.html.jinja"
+    environment = Environment(autoescape=True, trim_blocks=True)
+    html = environment.from_string(page.read_text(encoding="utf-8")).render(
+        folder=folder,
+        manifest=run.manifest,
+        sentences=what_came_out(run, others),
+        tables=make_tables(run, others),
+        plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},
     )
-    return _write(run_dir, html, images)
+    path = folder / "report.html"
+    try:
+        (folder / "plots").mkdir(exist_ok=True)
+        for name, panels in plots.items():
+            draw(panels).savefig(folder / "plots" / f"{name}.png")
+        path.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"Expected to write the report into {folder}. Received: {error}. "
+            "Copy the folder to where you can write, and pass that."
+        ) from error
+    return path
 
 
 def scores_table(run_dir: str | Path) -> str:
@@ -86,28 +64,6 @@ def scores_table(run_dir: str | Path) -> str:
     Raises:
         ValueError: The folder isn't a run's, or a file can't be read.
     """
-    run_dir = Path(run_dir)
-    run, others = read_run(run_dir, _RUN_NAME), read_comparisons(run_dir)
-    tables = [score_table(run, others), training_table(run), timing_table(run)]
-    texts = [table.text() for table in tables if table.rows]
+    run, others = read_runs(Path(run_dir).expanduser())
+    texts = [table.text() for table in make_tables(run, others)]
     return "\n\n".join([*texts, "\n".join(what_came_out(run, others))])
-
-
-def _subtitle(run: RunRecord, run_dir: Path) -> str:
-    created = str(run.manifest.get("created", ""))
-    return f"{run_dir} · {created}" if created else str(run_dir)
-
-
-def _write(run_dir: Path, html: str, images: dict[str, bytes]) -> Path:
-    path = run_dir / "report.html"
-    try:
-        (run_dir / "plots").mkdir(exist_ok=True)
-        for name, image in images.items():
-            (run_dir / "plots" / f"{name}.png").write_bytes(image)
-        path.write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"Expected to write the report into {run_dir}. Received: {error}. "
-            "Copy the folder to where you can write, and pass that."
-        ) from error
-    return path

@@ -1,25 +1,19 @@
-"""A run as it was recorded, in memory."""
+"""Reads the files of a run that was finished, killed, or is still going."""
 
 import json
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from keras_iris.evaluation.metrics_file import Line, read_metrics
+from keras_iris.evaluation.score_mode import score_mode
 
-_NOT_SCORES = ("kind", "iteration", "step", "seconds")
+Line = dict[str, Any]
+_PLACE = ("iteration", "step")
+_COUNTS = {"step": _PLACE, "evaluation": _PLACE, "iteration": _PLACE[:1]}
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """What a run's folder says.
-
-    Attributes:
-        name: What to call the run in tables and plots.
-        lines: The lines of `metrics.jsonl`.
-        manifest: The contents of `manifest.json`, or empty.
-    """
+class RunRecord(NamedTuple):
+    """What a run's folder says: its metrics, its manifest or an empty one."""
 
     name: str
     lines: list[Line]
@@ -31,58 +25,103 @@ class RunRecord:
 
     def score_names(self) -> list[str]:
         """Names of the held-out scores, in the order they came."""
-        names = {
-            name: None
-            for line in self.of_kind("evaluation")
-            for name, value in line.items()
-            if name not in _NOT_SCORES and isinstance(value, int | float)
-        }
-        return list(names)
+        names = dict.fromkeys(n for e in self.of_kind("evaluation") for n in e)
+        return [n for n in names if n not in ("kind", "seconds", *_PLACE)]
 
     def scores(self, name: str) -> dict[int, float]:
-        """Values of a held-out score by iteration; 0 is before self-play."""
-        return {
-            line["iteration"]: float(line[name])
-            for line in self.of_kind("evaluation")
-            if name in line
-        }
+        """A value of the evaluations by iteration, 0 before self-play."""
+        evaluations = self.of_kind("evaluation")
+        return {e["iteration"]: e[name] for e in evaluations if name in e}
 
-    def evaluation_steps(self) -> dict[int, int]:
-        """The step of each iteration's evaluation."""
-        return {
-            line["iteration"]: line["step"]
-            for line in self.of_kind("evaluation")
-        }
+    def mode(self, score: str) -> str | None:
+        """Which way a score is better, if that is known."""
+        return score_mode(score, self.manifest.get("score_modes"))
+
+    def label(self, score: str) -> str:
+        """A score's name, and which way it is better."""
+        ways = {"min": " (lower is better)", "max": " (higher is better)"}
+        return score + ways.get(self.mode(score) or "", "")
 
 
-def read_run(run_dir: Path, name: str) -> RunRecord:
-    """Reads a run's folder.
+def read_runs(run_dir: Path) -> tuple[RunRecord, list[RunRecord]]:
+    """Reads a run, and the sub-folders that are runs themselves, by name."""
+    run, others = _read_run(run_dir, "this run"), []
+    for file in sorted(run_dir.glob("*/metrics.jsonl")):
+        try:
+            others.append(_read_run(file.parent, file.parent.name))
+        except ValueError as error:  # another tool's, maybe
+            warnings.warn(f"Left out of the report: {error}", stacklevel=3)
+    return run, others
 
-    Raises:
-        ValueError: It isn't one, or a file in it can't be read.
-    """
+
+def _read_run(run_dir: Path, name: str) -> RunRecord:
     lines = read_metrics(run_dir)
     file = run_dir / "manifest.json"
-    manifest: dict[str, Any] = {}
-    if file.is_file():
-        try:
-            manifest = dict(json.loads(file.read_text(encoding="utf-8")))
-            for part in ("settings", "versions"):
-                manifest[part] = dict(manifest.get(part) or {})
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"Expected a JSON object in {file}. Received what can't be "
-                f"read: {error}. Delete the file for a report without settings."
-            ) from error
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
+        manifest = dict(json.loads(text))
+        for part in ("settings", "execution", "versions"):
+            manifest[part] = dict(manifest.get(part) or {})
+        score_mode("", manifest.get("score_modes"))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"Expected a JSON object in {file}. Received what can't be "
+            f"read: {error}. Delete the file for a report without settings."
+        ) from error
     return RunRecord(name, lines, manifest)
 
 
-def read_comparisons(run_dir: Path) -> list[RunRecord]:
-    """Reads the sub-folders that are runs themselves, by name."""
-    runs = []
-    for file in sorted(run_dir.glob("*/metrics.jsonl")):
-        try:
-            runs.append(read_run(file.parent, file.parent.name))
-        except ValueError as error:  # another tool's, maybe
-            warnings.warn(f"Left out of the report: {error}", stacklevel=2)
-    return runs
+def read_metrics(path: str | Path) -> list[Line]:
+    """Reads the metrics of a run.
+
+    A run that was killed and resumed repeats lines: the last of the same
+    kind, iteration and step counts, at the place of the first. The line that
+    was being written at the kill is skipped.
+
+    Args:
+        path: Folder of the run, or its `metrics.jsonl`.
+
+    Returns:
+        The lines, in the order of the run.
+
+    Raises:
+        ValueError: There is no such file, or a line isn't what a run writes.
+    """
+    path = Path(path).expanduser()
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            f"Expected a run's folder, with a file metrics.jsonl. Received: "
+            f"{path}. Pass the `run_dir` of a run that has started."
+        )
+    # Half a line may hold half a character.
+    texts = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    lines: dict[tuple[Any, ...], Line] = {}
+    for number, text in enumerate(texts, 1):
+        # A resumed run writes on where the killed one stopped in mid-line.
+        line = _parse(text) or _parse(text[max(0, text.rfind('{"kind"')) :])
+        if line is not None:
+            key = (line.get("kind"), line.get("iteration"), line.get("step"))
+            lines[key] = line
+        elif text.strip() and number < len(texts):
+            raise ValueError(
+                "Expected a JSON object of numbers, with its iteration and "
+                f"step, in line {number} of {file}. "
+                f"Received: {text[:60]!r}. Delete that line."
+            )
+    return list(lines.values())
+
+
+def _parse(text: str) -> Line | None:
+    """The object of a line, or None where it isn't a whole one of a run."""
+    try:
+        line = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(line, dict):
+        return None
+    numbers = {name: line[name] for name in line if name != "kind"}
+    counts = _COUNTS.get(str(line.get("kind")), ())
+    is_whole = all(isinstance(numbers.get(name), int) for name in counts)
+    is_whole &= all(isinstance(v, int | float) for v in numbers.values())
+    return line if is_whole else None

@@ -1,184 +1,168 @@
-"""The tables of a report, as data and as text."""
+"""What a report says: tables, and a few sentences."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
-import numpy as np
+from keras_iris.evaluation.run_record import Line, RunRecord
 
-from keras_iris.evaluation.outcome import compare
-from keras_iris.evaluation.run_record import RunRecord
-
-_TRAINING = {
-    "alpha": "alpha",
-    "gap": "gap",
-    "margin": "margin",
-    "margin_accuracy": "margin accuracy",
-    "real_ess": "ESS annotated",
-    "synthetic_ess": "ESS synthetic",
-}
-_TIMING = {
-    "generate_seconds": "generate s",
-    "score_seconds": "score s",
-    "fit_seconds": "fit s",
-    "tokens_per_second": "tokens/s",
-}
+# Values that differ by less, relative to the other, are called level.
+_LEVEL = 0.01
+_TRAINING = "alpha gap margin margin_accuracy real_ess synthetic_ess"
+_TRAINING += " real_nll synthetic_nll"
+_TIMING = "generate_seconds score_seconds fit_seconds tokens_per_second"
+_TIMING += " evaluate_seconds"
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table of text.
-
-    Attributes:
-        title: What it shows.
-        header: Names of the columns.
-        rows: Cells, as many a row as the header has.
-        num_labels: Leading columns that are labels, not numbers.
-        note: How to read it.
-    """
+class Table(NamedTuple):
+    """A table of text: its first columns are labels, the others numbers."""
 
     title: str
+    note: str
+    num_labels: int
     header: list[str]
     rows: list[list[str]]
-    num_labels: int = 1
-    note: str = ""
 
     def text(self) -> str:
         """The table in plain text, labels on the left, numbers right."""
         cells = [self.header, *self.rows]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = []
-        for row in cells:
-            padded = [
-                cell.ljust(width) if i < self.num_labels else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(padded).rstrip())
-        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
-        note = [self.note] if self.note else []
-        return "\n".join([self.title, *lines, *note])
+        sides = "<" * self.num_labels + ">" * len(widths)
+        lines = [
+            "  ".join(map("{:{}{}}".format, row, sides, widths)).rstrip()
+            for row in cells
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        return "\n".join([self.title, *lines, self.note])
 
 
-def format_number(value: float | None) -> str:
-    """Four decimals where that makes sense; `-` where there is no value."""
-    if value is None:
-        return "-"
-    if not math.isfinite(value):
-        return str(value)
+def format_number(value: float, sign: str = "") -> str:
+    """A number with four decimals where that makes sense."""
     size = abs(value)
     if size and size < 1e-3:
-        return f"{value:.1e}"
+        return f"{value:{sign}.1e}"
     decimals = 4 if size < 10 else 2 if size < 1000 else 0
-    return f"{value:,.{decimals}f}"
+    return f"{value:{sign},.{decimals}f}"
 
 
-def format_difference(value: float) -> str:
-    """A number with its sign."""
-    return format_number(value) if value < 0 else "+" + format_number(value)
+def make_tables(run: RunRecord, others: Sequence[RunRecord]) -> list[Table]:
+    """The tables for which the run has numbers, that of scores first."""
+    evaluations = [
+        {"iteration": i, "evaluate_seconds": seconds}
+        for i, seconds in run.scores("seconds").items()
+    ]
+    timing = [*run.of_kind("iteration"), *evaluations]
+    tables = [
+        _scores(run, others),
+        Table(
+            "Training, mean over the steps of an iteration",
+            "gap and margin in nats, NLL in nats per token; ESS: effective "
+            "sample size as a share of the batch. real: annotated.",
+            1,
+            *_means(run.of_kind("step"), _TRAINING, format_number),
+        ),
+        Table(
+            "Timing",
+            "Of an iteration that was cut off and resumed, the time after "
+            "that. Response tokens per second of fitting.",
+            1,
+            *_means(timing, _TIMING, "{:,.1f}".format),
+        ),
+    ]
+    return [table for table in tables if table.rows]
 
 
-def score_table(run: RunRecord, others: Sequence[RunRecord]) -> Table:
-    """Held-out scores by iteration, next to those of other runs."""
-    iterations = sorted(run.evaluation_steps())
+def _scores(run: RunRecord, others: Sequence[RunRecord]) -> Table:
+    iterations = sorted(run.scores("step"))
     rows = []
-    for name in run.score_names():
-        for record in (run, *others):
-            scores = record.scores(name)
-            difference = "" if record is run else _difference(run, record, name)
-            rows.append(
-                [
-                    name if record is run else "",
-                    record.name,
-                    *(format_number(scores.get(i)) for i in iterations),
-                    *([difference] if others else []),
-                ]
-            )
+    for score in run.score_names():
+        for other in (run, *others):
+            values = other.scores(score)
+            label = run.label(score) if other is run else ""
+            cells = [
+                format_number(values[i]) if i in values else "-"
+                for i in iterations
+            ]
+            outcome = compare(run, other, score)
+            rows.append([label, other.name, *outcome, *cells])
+    header = ["score", "run", f"{run.name} ended", "difference", "relative"]
     return Table(
         "Held-out scores",
-        [
-            "score",
-            "run",
-            *(f"iteration {i}" if i else "start" for i in iterations),
-            *(["difference"] if others else []),
-        ],
+        "By iteration; 0 is before self-play, the start. difference: "
+        f"{run.name} minus the run of the line, or its own start, at the last "
+        f"iteration of both. Level: within {_LEVEL:.0%}. No verdict: which "
+        "way is better isn't known; score_modes can say it.",
+        3,
+        [*header, *map(str, iterations)],
         rows,
-        num_labels=2,
-        note=(
-            f"difference: {run.name} minus the other, at the last iteration "
-            "of both."
-            if others
-            else ""
-        ),
     )
 
 
-def _difference(run: RunRecord, other: RunRecord, name: str) -> str:
-    for outcome in compare(run, other):
-        if outcome.score == name:
-            return format_difference(outcome.difference)
-    return "-"
+def compare(run: RunRecord, other: RunRecord, score: str) -> list[str]:
+    """How a run ended, and the difference; to itself: to its start."""
+    ours, theirs = run.scores(score), other.scores(score)
+    if other is run:
+        theirs = {i: ours[0] for i in ours if 0 in ours}
+    last = max(ours.keys() & theirs.keys(), default=0)
+    if last == 0:
+        return ["-", "-", "-"]
+    difference, size = ours[last] - theirs[last], abs(theirs[last])
+    if not math.isfinite(difference):
+        return ["not comparable", "-", "-"]
+    mode = run.mode(score)
+    name = "its start" if other is run else other.name
+    if mode is None:
+        verdict = "no verdict"
+    elif abs(difference) <= _LEVEL * size:
+        verdict = f"level with {name}"
+    elif (difference > 0) == (mode == "max"):
+        verdict = f"better than {name}"
+    else:
+        verdict = f"worse than {name}"
+    if last < max(run.scores("step")):
+        verdict += f" (iteration {last})"
+    relative = f"{difference / size:+.1%}" if size else "-"
+    return [verdict, format_number(difference, "+"), relative]
 
 
-def training_table(run: RunRecord) -> Table:
-    """Means of the training values over the steps of each iteration."""
-    steps = run.of_kind("step")
-    names = [n for n in _TRAINING if any(n in step for step in steps)]
-    rows = []
-    for iteration in sorted({step["iteration"] for step in steps}):
-        own = [step for step in steps if step["iteration"] == iteration]
-        values = [[step[n] for step in own if n in step] for n in names]
-        means = [format_number(float(np.mean(v))) if v else "-" for v in values]
-        rows.append([str(iteration), *means])
-    return Table(
-        "Training, mean over the steps of an iteration",
-        ["iteration", *(_TRAINING[name] for name in names)],
-        rows,
-        note=(
-            "gap in nats per token, margin in nats; ESS: effective sample "
-            "size as a share of the batch."
-        ),
-    )
-
-
-def timing_table(run: RunRecord) -> Table:
-    """Seconds of the parts of each iteration, and tokens a second."""
-    evaluations = {
-        line["iteration"]: line.get("seconds")
-        for line in run.of_kind("evaluation")
-    }
-    rows = [
-        [
-            str(line["iteration"]),
-            *(_format_time(line.get(name)) for name in _TIMING),
-            _format_time(evaluations.get(line["iteration"])),
-        ]
-        for line in run.of_kind("iteration")
+def what_came_out(run: RunRecord, others: Sequence[RunRecord]) -> list[str]:
+    """What to know before the scores are judged, in a few sentences."""
+    steps = run.scores("step")
+    if not steps:
+        return ["No held-out scores were recorded: quality can't be judged."]
+    text = []
+    last, planned = max(steps), run.manifest["execution"].get("iterations")
+    if isinstance(planned, int) and last < planned:
+        text.append(f"The run isn't finished: {last} of {planned} iterations.")
+    if not others:
+        text.append(
+            "There is no run to compare with: what plain fine-tuning would "
+            "have done in the same steps isn't known."
+        )
+    for other in others:
+        theirs = other.scores("step")
+        last = max(steps.keys() & theirs.keys(), default=0)
+        if last and steps[last] != theirs[last]:
+            text.append(
+                f"Not trained equally long until iteration {last}: "
+                f"{run.name} {steps[last]} steps, {other.name} {theirs[last]}."
+            )
+    return [
+        *text,
+        "Each run is a single one: a difference can be chance, and only "
+        "repeats with other seeds can say whether it is significant.",
     ]
-    return Table(
-        "Timing",
-        ["iteration", *_TIMING.values(), "evaluate s"],
-        rows,
-        note=(
-            "Of an iteration that was cut off and resumed, the time after "
-            "that. tokens/s: response tokens while fitting."
-        ),
-    )
 
 
-def _format_time(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-
-
-def manifest_table(run: RunRecord, part: str, title: str) -> Table:
-    """A part of the manifest, such as `settings`, a line each."""
-    values = run.manifest.get(part, {})
-    rows = [[str(name), _format_setting(v)] for name, v in values.items()]
-    return Table(title, ["name", "value"], rows, num_labels=2)
-
-
-def _format_setting(value: object) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
-    return "-" if value is None else str(value)
+def _means(
+    lines: Sequence[Line], columns: str, write: Callable[[float], str]
+) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the means over the lines of each iteration."""
+    names = [n for n in columns.split() if any(n in line for line in lines)]
+    rows = []
+    for iteration in sorted({line["iteration"] for line in lines}):
+        own = [line for line in lines if line["iteration"] == iteration]
+        values = [[line[n] for line in own if n in line] for n in names]
+        means = [write(sum(v) / len(v)) if v else "-" for v in values]
+        rows.append([str(iteration), *means])
+    return ["iteration", *names], rows

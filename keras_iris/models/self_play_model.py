@@ -1,14 +1,18 @@
 """The model that self-play trains: it predicts pairs of log-probs."""
 
+import contextlib
 import copy
+import inspect
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_iris import backend
+from keras_iris.data import PairDataset
 from keras_iris.losses import SelfPlayLoss
 from keras_iris.metrics import PairBatch, PairMetric, RecentLogProbs
 from keras_iris.models.log_probs import sequence_log_probs, token_log_probs
@@ -184,6 +188,83 @@ class SelfPlayModel(backend.Trainer):
             autocast=False,
         )
 
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains the model, as `keras.Model.fit`.
+
+        Args:
+            x: As there. A `keras_iris.data.PairDataset` shuffles itself: its
+                order is that of the epoch that Keras counts.
+            *args: Other arguments of `keras.Model.fit`.
+            **kwargs: The same by name.
+
+        Returns:
+            A `keras.callbacks.History`.
+        """
+        options = _options(super().fit, x, *args, **kwargs)
+        if isinstance(x, PairDataset):
+            callbacks = keras.tree.flatten(options.get("callbacks") or [])
+            options |= {
+                "x": backend.dataset(x),
+                "shuffle": False,
+                "callbacks": [_Epochs(x), *callbacks],
+            }
+        options["validation_data"] = _fixed(options.get("validation_data"))
+        return super().fit(**options)
+
+    def evaluate(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Loss and metrics, as `keras.Model.evaluate`.
+
+        Args:
+            x: As there. A `keras_iris.data.PairDataset` is taken in the order
+                of its epoch 0.
+            *args: Other arguments of `keras.Model.evaluate`.
+            **kwargs: The same by name.
+
+        Returns:
+            The loss, a list of numbers, or a dictionary.
+        """
+        return super().evaluate(_fixed(x), *args, **kwargs)
+
+    def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Log-probs of pairs, as `keras.Model.predict`.
+
+        Args:
+            x: As there. The rows of a `keras_iris.data.PairDataset` are given
+                in the order of its examples.
+            *args: Other arguments of `keras.Model.predict`.
+            **kwargs: The same by name.
+
+        Returns:
+            Float32 array of shape `(pairs, 2)`, in nats.
+        """
+        log_probs = super().predict(_fixed(x), *args, **kwargs)
+        if not isinstance(x, PairDataset):
+            return log_probs
+        x = x.at_epoch(0)
+        indices = np.concatenate([x.indices(i) for i in range(len(x))])
+        if len(log_probs) != len(indices):
+            raise ValueError(
+                "`predict` takes all of a `PairDataset`, as it sorts the rows. "
+                f"Received: steps for {len(log_probs)} of {len(indices)} rows."
+            )
+        return np.asarray(log_probs)[indices >= 0][
+            np.argsort(indices[indices >= 0])
+        ]
+
+    @contextlib.contextmanager
+    def without_finalizing(self) -> Iterator[None]:
+        """Lets a `fit` end in the middle of a training that goes on.
+
+        What the optimizer does to the weights at the end of a `fit`, such as
+        `use_ema` making them its averages, is left to a later one.
+        """
+        optimizer = self.optimizer
+        optimizer.finalize_variable_values = lambda variables: None
+        try:
+            yield
+        finally:
+            del optimizer.finalize_variable_values
+
     def call(
         self, inputs: dict[str, Tensor], training: bool | None = None
     ) -> Tensor:
@@ -316,6 +397,34 @@ class SelfPlayModel(backend.Trainer):
         """Builds a model from its configuration."""
         causal_lm = keras.saving.deserialize_keras_object(config["causal_lm"])
         return cls(causal_lm, name=config["name"])
+
+
+class _Epochs(keras.callbacks.Callback):
+    """Tells a data set which epoch it is."""
+
+    def __init__(self, dataset: PairDataset) -> None:
+        super().__init__()
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Before Keras takes the first batch."""
+        self.dataset.epoch = epoch
+
+
+def _fixed(data: Any) -> Any:
+    """Data for `evaluate`: the same batches every time."""
+    if isinstance(data, PairDataset):
+        return backend.dataset(data.at_epoch(0))
+    return data
+
+
+def _options(
+    method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> dict[str, Any]:
+    """The arguments of a call, by name."""
+    return dict(inspect.signature(method).bind(*args, **kwargs).arguments)
 
 
 def _check_causal_lm(causal_lm: Any) -> None:

@@ -8,27 +8,26 @@ import numpy as np
 import pytest
 
 from keras_iris.cli import main
-from keras_iris.evaluation import read_metrics, report, scores_table
-from keras_iris.evaluation.figures import DARK, LIGHT, draw, draw_png, spread
-from keras_iris.evaluation.outcome import Outcome, compare, direction
-from keras_iris.evaluation.panels import (
-    Curve,
-    Segment,
-    iteration_starts,
+from keras_iris.evaluation import (
+    read_metrics,
+    report,
+    score_mode,
+    scores_table,
+)
+from keras_iris.evaluation.plots import (
+    draw,
+    draw_svg,
     make_plots,
-    mean_window,
     running_mean,
-    step_curve,
 )
-from keras_iris.evaluation.run_record import (
-    RunRecord,
-    read_comparisons,
-    read_run,
+from keras_iris.evaluation.run_record import RunRecord, read_runs
+from keras_iris.evaluation.tables import (
+    compare,
+    format_number,
+    make_tables,
+    what_came_out,
 )
-from keras_iris.evaluation.tables import format_number, score_table
-from keras_iris.evaluation.words import what_came_out
 
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 STEPS = 4  # of an iteration
 # By iteration: 0 is before self-play.
 NLL = {"run": [0.50, 0.45, 0.40], "control": [0.50, 0.46, 0.44]}
@@ -49,7 +48,7 @@ def step_line(iteration, step):
         "seconds": 0.1,
         "loss": -0.1 * step,
         "alpha": 2.0 - 0.1 * step,
-        "gap": 0.3 - 0.01 * step,
+        "gap": 0.8 / iteration,
         "margin": 0.5 * step,
         "margin_accuracy": 0.75,
         "real_ess": 0.9,
@@ -75,6 +74,11 @@ def score_line(run, iteration):
     )
 
 
+def record(*lines, name="this run", **manifest):
+    manifest = {"execution": {}, **manifest}
+    return RunRecord(name, list(lines), manifest)
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     """Two iterations of four steps, a control and a manifest."""
@@ -87,9 +91,11 @@ def run_dir(tmp_path):
                 "kind": "iteration",
                 "iteration": iteration,
                 "generate_seconds": 12.3,
+                "generated_tokens": 1000,
                 "score_seconds": 4.5,
                 "fit_seconds": 123.4,
                 "tokens_per_second": 6789.0,
+                "gap": 0.8 / iteration,
             }
         )
         lines.append(score_line("run", iteration))
@@ -100,19 +106,19 @@ def run_dir(tmp_path):
     manifest = {
         "title": "A title",
         "created": "2026-01-02T03:04:05+0000",
-        "settings": {"iterations": 2, "callbacks": ["AlphaScheduler"]},
+        "settings": {
+            "optimizer": {"name": "adam", "learning_rate": 1e-3},
+            "template": None,
+        },
+        "execution": {
+            "iterations": 2,
+            "callbacks": ["AlphaScheduler", "CSVLogger"],
+        },
         "versions": {"keras": "3.15.1"},
+        "score_modes": {"answer_length": "max"},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
-
-
-def read_all(run_dir):
-    return read_run(run_dir, "this run"), read_comparisons(run_dir)
-
-
-def plots_by_name(run_dir):
-    return {plot.name: plot for plot in make_plots(*read_all(run_dir))}
 
 
 # --- reading
@@ -146,17 +152,23 @@ def test_line_after_a_truncated_one_is_found(tmp_path):
     assert read_metrics(tmp_path) == [step_line(1, i) for i in (1, 2, 3)]
 
 
-def test_damaged_line_in_the_middle(tmp_path):
-    for bad in (
+@pytest.mark.parametrize(
+    "bad",
+    [
         "spilled ink",
+        "[1]",
+        '"kind"',
         '{"kind": "step", "alpha": 1}',
         '{"kind": "evaluation", "x": 1}',
         '{"kind": "step", "iteration": 1, "step": 9, "alpha": "a"}',
-    ):
-        text = f"{bad}\n{json.dumps(step_line(1, 1))}\n"
-        (tmp_path / "metrics.jsonl").write_text(text)
-        with pytest.raises(ValueError, match=f"line 1 of .*{bad}.*Delete"):
-            read_metrics(tmp_path)
+    ],
+)
+def test_damaged_line_in_the_middle(tmp_path, bad):
+    text = f"{bad}\n{json.dumps(step_line(1, 1))}\n"
+    (tmp_path / "metrics.jsonl").write_text(text)
+    expected = f"line 1 of .*{re.escape(bad)}.*Delete"
+    with pytest.raises(ValueError, match=expected):
+        read_metrics(tmp_path)
 
 
 def test_missing_folder(tmp_path):
@@ -168,69 +180,230 @@ def test_missing_folder(tmp_path):
         report(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "1"])
+@pytest.mark.parametrize(
+    "text", ["{", "[1]", "1", '{"settings": 3}', '{"score_modes": {"a": "up"}}']
+)
 def test_damaged_manifest(run_dir, text):
     (run_dir / "manifest.json").write_text(text)
-    with pytest.raises(
-        ValueError, match="Expected a JSON object in .*manifest"
-    ):
+    expected = "Expected a JSON object in .*manifest.*Delete the file"
+    with pytest.raises(ValueError, match=expected):
         report(run_dir)
 
 
-# --- what the plots show
+def test_sub_folder_that_is_no_run_is_left_out(run_dir):
+    (run_dir / "other_tool").mkdir()
+    (run_dir / "other_tool" / "metrics.jsonl").write_text("a\nb\n")
+    with pytest.warns(UserWarning, match="Left out of the report: .*JSON"):
+        _, others = read_runs(run_dir)
+    assert [other.name for other in others] == ["control"]
 
 
-def test_step_curve_has_a_segment_for_each_iteration(run_dir):
-    curve = step_curve(read_metrics(run_dir), "margin", "margin")
-    assert [s.steps.tolist() for s in curve.segments] == [
-        [1, 2, 3, 4],
-        [5, 6, 7, 8],
-    ]
-    np.testing.assert_allclose(
-        np.concatenate([s.values for s in curve.segments]),
-        0.5 * np.arange(1, 9),
+def test_home_folder(run_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    assert len(read_metrics("~/run")) == len(read_metrics(run_dir))
+    assert scores_table("~/run") == scores_table(run_dir)
+    assert report("~/run") == run_dir / "report.html"
+
+
+# --- which way is better
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        ("word_accuracy exact_match exact_match,strict-match f1 val_f1", "max"),
+        ("bleu BLEU-4 rougeL win_rate winrate mmlu mmlu_stem acc", "max"),
+        ("acc_norm,none pass@1 gsm8k em token_f1 macro_recall", "max"),
+        ("nll_per_token real_nll perplexity ppl loss val_loss", "min"),
+        ("phoneme_error_rate error wer bits_per_byte", "min"),
+        # A growing margin isn't progress; nor are those quality.
+        ("margin margin_accuracy real_log_ratio synthetic_log_ratio", None),
+        ("alpha gap nll_gap divergence real_ess synthetic_ess", None),
+        ("synthetic_nll acc_stderr accuracy_std", None),
+        # Names that say nothing, and those that speak of both.
+        ("answer_length fact temper accuracy_loss", None),
+    ],
+)
+def test_score_mode(names, expected):
+    assert {name: score_mode(name) for name in names.split()} == dict.fromkeys(
+        names.split(), expected
     )
 
 
-def test_iteration_starts(run_dir):
-    assert iteration_starts(read_metrics(run_dir)) == {1: 1, 2: 5}
+def test_users_score_mode_counts_first():
+    modes = {"answer_length": "min", "word_accuracy": "min", "margin": "max"}
+    assert {name: score_mode(name, modes) for name in modes} == modes
+    assert score_mode("nll", modes) == "min"
+
+
+@pytest.mark.parametrize("modes", [{"f1": "up"}, {"f1": None}, "max", ["f1"]])
+def test_wrong_score_modes(modes):
+    with pytest.raises(ValueError, match="'min' or 'max'.*Received: .*Leave"):
+        score_mode("nll", modes)
+
+
+@pytest.mark.parametrize(
+    "score, value, reference, expected",
+    [
+        ("nll", 0.9, 1.0, ["better than other", "-0.1000", "-10.0%"]),
+        ("nll", 1.1, 1.0, ["worse than other", "+0.1000", "+10.0%"]),
+        ("nll", 1.009, 1.0, ["level with other", "+0.0090", "+0.9%"]),
+        ("f1", 0.9, 1.0, ["worse than other", "-0.1000", "-10.0%"]),
+        ("f1", -0.5, -1.0, ["better than other", "+0.5000", "+50.0%"]),
+        ("f1", 0.0, 0.0, ["level with other", "+0.0000", "-"]),
+        ("f1", 0.1, 0.0, ["better than other", "+0.1000", "-"]),
+        ("margin", 9.0, 1.0, ["no verdict", "+8.0000", "+800.0%"]),
+        ("length", 0.9, 1.0, ["no verdict", "-0.1000", "-10.0%"]),
+        ("nll", math.nan, 1.0, ["not comparable", "-", "-"]),
+        ("nll", 1.0, math.inf, ["not comparable", "-", "-"]),
+    ],
+)
+def test_compare(score, value, reference, expected):
+    run = record(evaluation(1, **{score: value}))
+    other = record(evaluation(1, **{score: reference}), name="other")
+    assert compare(run, other, score) == expected
+
+
+def test_compare_with_the_users_mode():
+    lines = evaluation(0, length=4.0), evaluation(1, length=3.0)
+    run = record(*lines, score_modes={"length": "min"})
+    expected = ["better than its start", "-1.0000", "-25.0%"]
+    assert compare(run, run, "length") == expected
+
+
+def test_compare_at_the_last_common_iteration():
+    run = record(*(evaluation(i, f1=0.1 * i) for i in range(4)))
+    other = record(evaluation(0, f1=0.0), evaluation(1, f1=0.2), name="other")
+    expected = ["worse than other (iteration 1)", "-0.1000", "-50.0%"]
+    assert compare(run, other, "f1") == expected
+    for behind in (record(evaluation(0, f1=0.2)), record()):
+        assert compare(run, behind, "f1") == ["-", "-", "-"]
+
+
+# --- words and tables
+
+
+def test_words():
+    run = record(evaluation(0, f1=1.0), evaluation(1, f1=2.0))
+    same = record(*run.lines, name="same")
+    (caution,) = what_came_out(run, [same])
+    assert "a single one: a difference can be chance" in caution
+    longer = record({**evaluation(1, f1=1.0), "step": 9}, name="other")
+    assert what_came_out(run, [same, longer, record()])[0] == (
+        "Not trained equally long until iteration 1: this run 4 steps, other 9."
+    )
+    unfinished = record(*run.lines, execution={"iterations": 3})
+    text = what_came_out(unfinished, [])
+    assert text[0] == "The run isn't finished: 1 of 3 iterations."
+    assert "There is no run to compare with" in text[1]
+    (text,) = what_came_out(record(), [same])
+    assert "quality can't be judged" in text
+
+
+def test_tables(run_dir):
+    scores, training, timing = make_tables(*read_runs(run_dir))
+    assert scores.header[-3:] == ["0", "1", "2"]
+    assert scores.rows[:2] == [
+        ["nll_per_token (lower is better)", "this run", "better than its start"]
+        + ["-0.1000", "-20.0%", "0.5000", "0.4500", "0.4000"],
+        ["", "control", "better than control"]
+        + ["-0.0400", "-9.1%", "0.5000", "0.4600", "0.4400"],
+    ]
+    assert scores.rows[3][1:4] == ["control", "worse than control", "-0.0400"]
+    # Means of alpha, gap, margin at steps 1 to 4.
+    assert training.header == [
+        *("iteration", "alpha", "gap", "margin", "margin_accuracy"),
+        *("real_ess", "synthetic_ess", "real_nll", "synthetic_nll"),
+    ]
+    assert training.rows[0] == [
+        *("1", "1.7500", "0.8000", "1.2500", "0.7500"),
+        *("0.9000", "0.5208", "0.5000", "0.2000"),
+    ]
+    assert timing.rows[1] == ["1", "12.3", "4.5", "123.4", "6,789.0", "1.5"]
+
+
+def test_scores_table_is_aligned_text(run_dir):
+    lines = scores_table(run_dir).split("\n")
+    header, line, row = lines[1:4]
+    assert len(header) == len(line) == len(row)
+    assert header.index("run") == row.index("this run")
+    assert lines[0] == "Held-out scores" and "can be chance" in lines[-1]
+
+
+def test_run_that_only_trains(tmp_path):
+    write_lines(tmp_path, [{"kind": "step", "iteration": 1, "step": 1}])
+    assert "can't be judged" in scores_table(tmp_path)
+    write_lines(tmp_path, [{**step_line(1, i), "gap": 0.1} for i in (1, 2)])
+    assert "Held-out" not in scores_table(tmp_path)
+    assert re.search(r"^1 +1\.8500 +0\.1000", scores_table(tmp_path), re.M)
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.0, "0.0000"),
+        (0.12345, "0.1235"),
+        (-12.345, "-12.35"),
+        (12345.6, "12,346"),
+        (0.00012, "1.2e-04"),
+        (math.inf, "inf"),
+        (math.nan, "nan"),
+    ],
+)
+def test_format_number(value, text):
+    assert format_number(value) == text
+
+
+# --- plots
 
 
 def test_plots_show_the_values_of_the_run(run_dir):
-    plots = plots_by_name(run_dir)
-    assert set(plots) == {
-        "scores",
-        "alpha_and_gap",
-        "effective_sample_size",
-        "margin",
+    plots = make_plots(*read_runs(run_dir))
+    assert {name: [p.title for p in plots[name]] for name in plots} == {
+        "scores": [
+            "nll_per_token (lower is better)",
+            "word_accuracy (higher is better)",
+        ],
+        "alpha_and_gap": ["gap (nats)", "order alpha"],
+        "ess_and_nll": [
+            "effective sample size (share)",
+            "NLL (nats per token)",
+        ],
+        "margin": ["margin (nats)", "log-ratio (nats)"],
     }
-    ess = plots["effective_sample_size"].panels[0]
-    assert [curve.label for curve in ess.curves] == ["annotated", "synthetic"]
-    np.testing.assert_allclose(
-        ess.curves[1].segments[1].values, [1 / 5, 1 / 6, 1 / 7, 1 / 8]
-    )
-    labels = [[c.label for c in p.curves] for p in plots["margin"].panels]
-    assert labels == [["margin"], ["annotated", "synthetic"]]
+    ess = plots["ess_and_nll"][0]
+    assert list(ess.curves) == ["real_ess", "synthetic_ess"]
+    first, second = ess.curves["synthetic_ess"]
+    np.testing.assert_array_equal(first[:2], [[1] * 4, [1, 2, 3, 4]])
+    np.testing.assert_allclose(second[2], [1 / 5, 1 / 6, 1 / 7, 1 / 8])
     for name, own in (("this run", "run"), ("control", "control")):
-        curves = {c.label: c for c in plots["scores"].panels[0].curves}
-        (segment,) = curves[name].segments
-        assert segment.steps.tolist() == [0, STEPS, 2 * STEPS]
-        assert segment.values.tolist() == NLL[own]
+        ((_, steps, values),) = plots["scores"][0].curves[name]
+        assert steps.tolist() == [0, STEPS, 2 * STEPS]
+        assert values.tolist() == NLL[own]
 
 
 def test_drawn_lines_and_boundaries(run_dir):
-    plots = plots_by_name(run_dir)
-    alpha, gap = draw(plots["alpha_and_gap"], LIGHT).axes
-    # The boundary between the iterations, then one line for each.
-    boundary, first, second = alpha.get_lines()
-    assert boundary.get_xdata()[0] == 4.5
+    plots = make_plots(*read_runs(run_dir))
+    gap, alpha = draw(plots["alpha_and_gap"]).axes
+    assert gap.get_ylim()[0] == 0  # as 0.4 is near to it, beside 0.8
+    first, second, *boundaries = alpha.get_lines()
     np.testing.assert_allclose(first.get_ydata(), [1.9, 1.8, 1.7, 1.6])
     np.testing.assert_array_equal(second.get_xdata(), [5, 6, 7, 8])
-    assert [t.get_text() for t in alpha.texts] == ["iteration 1", "2"]
-    nll, accuracy = draw(plots["scores"], DARK).axes
-    assert nll.get_title(loc="left") == "nll_per_token\nlower is better"
-    assert [t.get_text() for t in accuracy.texts] == ["this run", "control"]
+    assert [line.get_xdata()[0] for line in boundaries] == [0.5, 4.5]
+    assert [text.get_text() for text in alpha.texts] == ["1", "2"]
+    nll, accuracy = draw(plots["scores"]).axes
     np.testing.assert_array_equal(nll.get_lines()[0].get_ydata(), NLL["run"])
+    legend = accuracy.get_legend()
+    assert [t.get_text().strip() for t in legend.get_texts()] == [
+        "this run",
+        "control",
+    ]
+
+
+def test_labels_are_taken_as_they_are(run_dir):
+    (run_dir / "control").rename(run_dir / "_b$x^2$")
+    panel = make_plots(*read_runs(run_dir))["scores"][0]
+    assert " _b$x^2$</text>" in draw_svg(panel)
 
 
 def test_drawing_leaves_matplotlib_as_it_was(run_dir):
@@ -240,7 +413,7 @@ def test_drawing_leaves_matplotlib_as_it_was(run_dir):
         return dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
 
     before = state()
-    draw_png(plots_by_name(run_dir)["margin"], LIGHT)
+    draw_svg(make_plots(*read_runs(run_dir))["margin"][0])
     assert state() == before
 
 
@@ -249,8 +422,7 @@ def test_values_that_are_not_finite_are_drawn_around(tmp_path):
     lines[0]["alpha"] = lines[40]["margin"] = math.nan
     lines[79]["real_log_ratio"] = math.inf
     write_lines(tmp_path, [*lines, evaluation(1, nll=math.nan, bleu=0.0)])
-    for plot in make_plots(*read_all(tmp_path)):
-        assert draw_png(plot, LIGHT).startswith(PNG_SIGNATURE)
+    report(tmp_path)
     assert "nan" in scores_table(tmp_path)
 
 
@@ -264,143 +436,15 @@ def test_running_mean():
     assert np.isnan(running_mean(np.array([np.nan]), 3)).all()
 
 
-@pytest.mark.parametrize("steps, window", [(1, 1), (59, 1), (60, 3), (300, 11)])
-def test_mean_window_is_odd(steps, window):
-    segment = Segment(np.arange(steps), np.zeros(steps))
-    assert mean_window(Curve("", [segment])) == window
-
-
-def test_labels_are_spread():
-    assert spread([0.0, 5.0], 1.0) == [0.0, 5.0]
-    np.testing.assert_allclose(spread([1.0, 1.0, 1.0], 2.0), [-1.0, 1.0, 3.0])
-    np.testing.assert_allclose(spread([5.0, 4.6, 0.0], 1.0), [5.3, 4.3, 0.0])
-
-
-# --- words and tables
-
-
-@pytest.mark.parametrize(
-    "score, expected",
-    [
-        ("word_accuracy", "higher"),
-        ("margin", "higher"),
-        ("nll_per_token", "lower"),
-        ("phoneme_error_rate", "lower"),
-        ("perplexity", "lower"),
-        ("bleu", ""),
-    ],
-)
-def test_direction(score, expected):
-    assert direction(score) == expected
-
-
-@pytest.mark.parametrize(
-    "score, value, reference, verdict",
-    [
-        ("nll", 0.9, 1.0, "better"),
-        ("nll", 1.1, 1.0, "worse"),
-        ("nll", 1.009, 1.0, "level"),
-        ("accuracy", 0.9, 1.0, "worse"),
-        ("accuracy", 0.0, 0.0, "level"),
-        ("margin", -0.5, -1.0, "better"),
-        ("bleu", 0.9, 1.0, "lower"),
-        ("nll", math.nan, 1.0, "not comparable"),
-    ],
-)
-def test_verdict(score, value, reference, verdict):
-    assert Outcome(score, 1, value, reference).verdict == verdict
-
-
-def test_words_with_a_control(run_dir):
-    text = "\n".join(what_came_out(*read_all(run_dir)))
-    assert (
-        "Against control, after iteration 2, this run ended better on "
-        "nll_per_token; worse on word_accuracy." in text
-    )
-    assert (
-        "- word_accuracy (higher is better): worse, 0.3200 against 0.3600, "
-        "difference -0.0400 (-11.1%). Before self-play 0.3000: better now."
-        in text
-    )
-    assert "whether it is significant" in text
-
-
-def test_words_compare_at_the_last_common_iteration(run_dir):
-    control = [score_line("control", iteration) for iteration in (0, 1)]
-    write_lines(run_dir / "control", control)
-    run, (other,) = read_all(run_dir)
-    nll, accuracy = compare(run, other)
-    assert (nll.iteration, nll.value, nll.reference) == (1, 0.45, 0.46)
-    text = "\n".join(what_came_out(run, [other]))
-    assert "Against control, after iteration 1, this" in text
-
-
-def test_words_name_unequal_training():
-    run = RunRecord("this run", [evaluation(1, nll=1.0)], {})
-    longer = {**evaluation(1, nll=1.0), "step": 9}
-    text = what_came_out(run, [RunRecord("other", [longer], {})])
-    assert (
-        "They had not trained equally long: this run 4 steps, other 9." in text
-    )
-
-
-def test_words_without_comparison_or_scores():
-    lines = [evaluation(0, nll=1.0), evaluation(1, nll=2.0)]
-    run = RunRecord("this run", lines, {"settings": {"iterations": 3}})
-    text = "\n".join(what_came_out(run, []))
-    assert "The run isn't finished: 1 of 3 iterations." in text
-    assert (
-        "Against its own start, after iteration 1, this run ended worse on nll."
-        in text
-    )
-    assert "There is no run to compare with" in text
-    (text,) = what_came_out(RunRecord("this run", [], {}), [])
-    assert "quality can't be judged" in text
-
-
-def test_score_table(run_dir):
-    table = score_table(*read_all(run_dir))
-    assert table.header[2:] == [
-        "start",
-        "iteration 1",
-        "iteration 2",
-        "difference",
-    ]
-    assert table.rows[2] == [
-        "word_accuracy",
-        "this run",
-        "0.3000",
-        "0.3100",
-        "0.3200",
-        "",
-    ]
-    assert table.rows[3][-1] == "-0.0400"
-
-
-def test_scores_table_is_aligned_text(run_dir):
-    text = scores_table(run_dir)
-    header, _, row = text.split("\n")[1:4]
-    assert header.index("start") + len("start") == row.index("0.5000") + 6
-    # Mean alpha of steps 1 to 4; timing of the iteration.
-    assert re.search(r"^1 +1\.7500 +0\.2750 +1\.2500", text, re.M)
-    assert re.search(r"^1 +12\.3 +4\.5 +123 +6,789 +1\.5", text, re.M)
-    assert "Against control" in text
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [
-        (None, "-"),
-        (0.0, "0.0000"),
-        (0.12345, "0.1235"),
-        (-12.345, "-12.35"),
-        (12345.6, "12,346"),
-        (0.00012, "1.2e-04"),
-        (math.inf, "inf"),
-    ],
-)
-def test_format_number(value, text):
-    assert format_number(value) == text
+@pytest.mark.parametrize("num_steps, window", [(59, 1), (60, 3), (300, 11)])
+def test_long_runs_have_a_running_mean(num_steps, window):
+    run = record(*(step_line(1, i + 1) for i in range(num_steps)))
+    (ax,) = draw(make_plots(run, [])["alpha_and_gap"][1:]).axes
+    # Without the lines at 0 and at the iteration's start.
+    curves = [line.get_ydata() for line in ax.get_lines()[:-2]]
+    assert len(curves) == (1 if window == 1 else 2)
+    values = 2.0 - 0.1 * np.arange(1, num_steps + 1)
+    np.testing.assert_allclose(curves[-1], running_mean(values, window))
 
 
 # --- the page
@@ -410,41 +454,65 @@ def test_report_writes_one_page_and_the_plots(run_dir):
     path = report(run_dir)
     assert path == run_dir / "report.html"
     html = path.read_text(encoding="utf-8")
-    plots = sorted(file.name for file in (run_dir / "plots").iterdir())
-    assert plots == [
-        "alpha_and_gap.png",
-        "effective_sample_size.png",
-        "margin.png",
-        "scores.png",
-    ]
-    for name in plots:
-        data = (run_dir / "plots" / name).read_bytes()
-        assert data.startswith(PNG_SIGNATURE)
-    # Each plot for light and for dark; nothing from elsewhere.
-    assert html.count("data:image/png;base64,") == 2 * len(plots)
-    assert not re.search(r"""(src|srcset|href)=["'](?!data:)""", html)
-    assert "url(" not in html and "@import" not in html
-    for text in ("A title", "What came out", "AlphaScheduler", "6,789"):
+    plots = ["alpha_and_gap", "ess_and_nll", "margin", "scores"]
+    files = sorted((run_dir / "plots").iterdir())
+    assert [file.name for file in files] == [f"{name}.png" for name in plots]
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    # One picture for light and dark; nothing from elsewhere.
+    assert html.count("<svg") == html.count("</svg>") == 8
+    assert "<img" not in html and "@import" not in html
+    assert not re.search(r"""(src|srcset|href)=["'](?!#)""", html)
+    assert not re.search(r"url\((?!#)", html)
+    body = html[html.index("<body>") :]
+    assert not re.search("#[0-9a-f]{6}[;\"']", body), "not the page's colour"
+    ids = re.findall(r'\bid="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_report_says_what_the_run_is(run_dir):
+    html = report(run_dir).read_text(encoding="utf-8")
+    for text in ("A title", "What came out", "6,789", "2026-01-02", "Versions"):
         assert text in html
+    row = r"<td>callbacks</td><td>\s*AlphaScheduler, CSVLogger\s*</td>"
+    assert re.search(row, html[html.index("<summary>Execution") :])
+    row = r"<td>optimizer</td><td>\s*{[^<]*0.001[^<]*adam[^<]*}\s*</td>"
+    assert re.search(row, html[html.index("<summary>Settings") :])
+    assert re.search(r"<td>template</td><td>\s*-\s*</td>", html)
+    caption = re.search("<figcaption>(The gap is .*?)</figcaption>", html)[1]
+    assert "a lower bound of the Rényi divergence of order 2" in caption
+    assert "alpha = 1 + c * gap" in caption
+    assert "effective sample size would get too small" in caption
+
+
+def test_a_growing_margin_is_never_called_better(run_dir):
+    for folder, growth in ((run_dir, 2.0), (run_dir / "control", 1.0)):
+        lines = [evaluation(i, margin=i * growth) for i in range(3)]
+        write_lines(folder, lines)
+    text = scores_table(run_dir) + report(run_dir).read_text(encoding="utf-8")
+    assert "+4.0000" in text and "no verdict" in text
+    for word in ("better than", "worse than", "is better)"):
+        assert word not in text
 
 
 def test_text_is_escaped(run_dir):
     bad = '<script>alert("1")</script>&$'
-    manifest = {"title": bad, "created": bad, "settings": {bad: bad}}
+    settings = {bad: bad, "list": [bad], "object": {bad: bad}}
+    manifest = {"title": bad, "created": bad, "settings": settings}
     (run_dir / "manifest.json").write_text(json.dumps(manifest))
     with open(run_dir / "metrics.jsonl", "a") as file:
         file.write(json.dumps(evaluation(2, **{bad: 1.0})) + "\n")
     html = report(run_dir).read_text(encoding="utf-8")
     assert "<script" not in html
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;&amp;$" in html
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt;&amp;$" in html
 
 
 def test_report_of_a_run_that_has_just_started(tmp_path):
     write_lines(tmp_path, [])
     html = report(tmp_path).read_text(encoding="utf-8")
-    assert "quality can&#x27;t be judged" in html
+    assert "quality can&#39;t be judged" in html
     write_lines(tmp_path, [score_line("run", 0), step_line(1, 1)])
-    assert "A title" not in report(tmp_path).read_text(encoding="utf-8")
+    assert f"<h1>{tmp_path.name}</h1>" in report(tmp_path).read_text("utf-8")
     assert (tmp_path / "plots" / "margin.png").exists()
 
 
