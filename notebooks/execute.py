@@ -1,6 +1,6 @@
 """Executes the sources of the notebooks and saves them with their outputs.
 
-    make notebooks
+make notebooks
 """
 
 from pathlib import Path

@@ -24,12 +24,12 @@
 # of self-play says nothing.
 #
 # The first cell chooses Keras' backend: `"jax"`, `"tensorflow"` or `"torch"`.
+# It has to come before Keras is imported.
 
 # %%
 import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # KerasHub imports it
 
 import keras
 import keras_hub
@@ -82,8 +82,8 @@ rows[:2]
 #
 # A decoder of the Qwen 2 architecture with 0.3 million parameters, from
 # KerasHub, with random weights. `SelfPlayModel` makes a Keras model of it that
-# takes a prompt with two answers, an annotated one and one of the model's own
-# (a synthetic one). It predicts the log-probability of each, in nats.
+# takes a prompt with two answers: the annotated one and one of the model's own,
+# the synthetic one. It predicts the log-probability of each, in nats.
 
 
 # %%
@@ -109,32 +109,32 @@ f"{causal_lm.count_params():,} parameters"
 #
 # Self-play starts from a model that was fine-tuned already. `SFT` is a loss of
 # the same model: minus the log-probability of the annotated answer. There are
-# no synthetic answers yet, so the annotated ones stand in their place, and the
-# loss ignores them.
+# no synthetic answers yet, so the annotated ones stand in their place; this
+# loss doesn't look at them.
 #
-# `PairDataset` shuffles and pads; hence `shuffle=False` in `fit`. Here every
-# batch has one length, 16 tokens, so that one step is compiled and no more.
+# `PairDataset` shuffles the words and pads them into batches. Here all batches
+# have rows of 16 tokens, so that Keras compiles one step only.
 
 # %%
-BATCH = {"batch_size": 64, "bucket_lengths": [16]}
+BATCHES = {"batch_size": 64, "bucket_lengths": [16]}
 
 
 def make_optimizer(learning_rate, epochs):
-    steps = epochs * len(train) // BATCH["batch_size"]
+    steps = epochs * len(train) // BATCHES["batch_size"]
     schedule = keras.optimizers.schedules.CosineDecay(learning_rate, steps)
     return keras.optimizers.AdamW(schedule)
 
 
 annotated = [example.response_ids for example in train]
-pairs = keras_iris.data.PairDataset(train, annotated, **BATCH)
+pairs = keras_iris.data.PairDataset(train, annotated, **BATCHES)
 model.compile(make_optimizer(2e-3, epochs=6), keras_iris.losses.SFT())
-history = model.fit(pairs, epochs=6, shuffle=False, verbose=0)
-history.history["loss"]
+history = model.fit(pairs, epochs=6, verbose=0)
+[round(loss, 2) for loss in history.history["loss"]]
 
 # %% [markdown]
 # ## How good is it?
 #
-# Two scores of the words that were held out: the negative log-likelihood (NLL)
+# Two scores of the words that are held out: the negative log-likelihood (NLL)
 # of the annotated answers, in nats per token, and the share of words whose most
 # likely answer is right. `KerasEngine` answers prompts; with a `GreedySampler`
 # it takes the most likely token each time.
@@ -146,36 +146,32 @@ ENGINE = {
     "batch_size": 512,
     "bucket_lengths": [8],
 }
+right = [example.response_ids for example in held_out]
+right_answers = [tokenizer.decode(response) for response in right]
+scores, answers = {}, {}
 
 
-def answer(causal_lm):
+def evaluate(name, model):
+    pairs = keras_iris.data.PairDataset(held_out, right, **BATCHES)
+    log_probs = model.predict(pairs, verbose=0)
     engine = keras_iris.generation.KerasEngine(
-        causal_lm, sampler=keras_hub.samplers.GreedySampler(), **ENGINE
+        model.causal_lm, sampler=keras_hub.samplers.GreedySampler(), **ENGINE
     )
-    prompts = [example.prompt_ids for example in held_out]
-    answers = engine.generate(prompts, seed=0)
-    return [tokenizer.decode(answer.token_ids) for answer in answers]
-
-
-def evaluate(model):
-    responses = [example.response_ids for example in held_out]
-    log_probs = keras_iris.models.score_pairs(
-        model, held_out, responses, **BATCH
+    found = engine.generate(
+        [example.prompt_ids for example in held_out], seed=0
     )
-    right = [tokenizer.decode(response) for response in responses]
-    return {
-        "NLL": -log_probs[:, 0].sum() / sum(map(len, responses)),
-        "accuracy": np.mean(np.equal(answer(model.causal_lm), right)),
-    }
+    answers[name] = [tokenizer.decode(answer.token_ids) for answer in found]
+    nll = -log_probs[:, 0].sum() / sum(map(len, right))
+    accuracy = np.mean(np.equal(answers[name], right_answers))
+    scores[name] = f"NLL {nll:.3f}, accuracy {accuracy:.3f}"
 
 
-scores = {"SFT": evaluate(model)}
-before = answer(causal_lm)
+evaluate("start", model)
 scores
 
 # %% [markdown]
-# The control starts from the same weights. It gets a copy of them before
-# self-play changes them.
+# The control will start from the same weights, so it takes a copy of them
+# before self-play changes them.
 
 # %%
 control = keras_iris.SelfPlayModel(make_causal_lm())
@@ -185,9 +181,8 @@ control.causal_lm.set_weights(causal_lm.get_weights())
 # ## Iteration 1: answer
 #
 # The model answers all training prompts. Each token is drawn from the model's
-# own distribution: no temperature, nothing cut off. The answers have to be
-# samples of the model, because the loss compares the model's distribution with
-# that of the data.
+# own distribution, with no temperature and nothing cut off, because the loss
+# compares this distribution with that of the data.
 
 # %%
 engine = keras_iris.generation.KerasEngine(causal_lm, **ENGINE)
@@ -195,12 +190,12 @@ prompts = [example.prompt_ids for example in train]
 
 
 def draw_answers(iteration):
-    answers = engine.generate(prompts, seed=iteration)
-    return [np.array(answer.token_ids) for answer in answers]
+    found = engine.generate(prompts, seed=iteration)
+    return [np.array(answer.token_ids) for answer in found]
 
 
 synthetic = draw_answers(iteration=1)
-for example, own in zip(train[:4], synthetic, strict=False):
+for example, own in zip(train[:3], synthetic, strict=False):
     print(tokenizer.decode(example.prompt_ids))
     print("  annotated:", tokenizer.decode(example.response_ids))
     print("  synthetic:", tokenizer.decode(own))
@@ -208,31 +203,31 @@ for example, own in zip(train[:4], synthetic, strict=False):
 # %% [markdown]
 # ## Iteration 1: score
 #
-# The opponent is the model as it is now. Its log-probabilities of both answers
-# are what the model will be compared with, so they are stored, and no second
-# copy of the model is needed. `score_pairs` is `model.predict` in the order of
-# the examples.
+# The model as it is now is the opponent of the model in training. What is
+# needed of it are its log-probabilities of both answers: `model.predict`. They
+# are stored, so there is never a second model in memory.
 
 # %%
-opponent = keras_iris.models.score_pairs(model, train, synthetic, **BATCH)
-pairs = keras_iris.data.PairDataset(train, synthetic, opponent, **BATCH)
-opponent[:4]
+pairs = keras_iris.data.PairDataset(train, synthetic, **BATCHES)
+opponent = model.predict(pairs, verbose=0)
+opponent[:3]
 
 # %% [markdown]
 # ## Iteration 1: train
 #
-# The IRIS loss takes the log-ratio of each answer: its log-probability now
-# minus that under the opponent. It raises log-ratios of annotated answers and
-# lowers those of synthetic ones. Its order alpha says how unequally the answers
-# of a batch count. At alpha 1 the annotated answers count alike; above 1 those
-# count more whose log-ratio is large.
+# The IRIS loss looks at log-ratios: the log-probability of an answer now, minus
+# that under the opponent. It raises those of annotated answers and lowers those
+# of synthetic ones. Its order alpha says how unequally the answers of a batch
+# count: at alpha 1 all annotated answers count alike, above 1 those with a
+# large log-ratio count more.
 #
-# `AlphaScheduler` sets alpha from the gap between the data and the model's
-# answers: alpha = 1 + 0.5 gap. The gap is a lower bound of a divergence (that
-# of Rényi, of order 2) in nats: 0 if the two can't be told apart. Then it
-# lowers alpha where a few answers would outweigh all others of the batch.
+# `AlphaScheduler` sets alpha to 1 + 0.5 gap. The gap says how far the data are
+# from the model's answers: a lower bound of a divergence (Rényi's of order 2),
+# in nats, and 0 if the two can't be told apart. Then it lowers alpha where a
+# few answers would outweigh the rest of their batch.
 #
-# `self_play_metrics()` are the values that a run is judged by.
+# `self_play_metrics()` are the values that a run is judged by. A callback keeps
+# them, for the curves below.
 
 # %%
 model.compile(
@@ -240,79 +235,77 @@ model.compile(
     keras_iris.losses.IRIS(),
     metrics=keras_iris.metrics.self_play_metrics(),
 )
-scheduler = keras_iris.callbacks.AlphaScheduler()
 steps = []
-record = keras.callbacks.LambdaCallback(
-    on_train_batch_end=lambda batch, logs: steps.append(logs)
-)
-
-
-def fit(pairs):
-    model.fit(
-        pairs,
-        epochs=2,
-        shuffle=False,
-        callbacks=[scheduler, record],
-        verbose=0,
-    )
-
-
-fit(pairs)
-
+callbacks = [
+    keras_iris.callbacks.AlphaScheduler(),
+    keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: steps.append(logs)
+    ),
+]
+pairs = keras_iris.data.PairDataset(train, synthetic, opponent, **BATCHES)
+model.fit(pairs, epochs=2, callbacks=callbacks, verbose=0)
 # %% [markdown]
-# ## Iterations 2 and 3
+# ## Iteration 2
 #
-# The same again, with answers of the model as it is by then. `SelfPlay` is this
-# loop in one call, with a folder that a run can be resumed from.
+# The same again, with answers of the model as it is by now. More iterations
+# would be more turns of this loop. `keras_iris.SelfPlay` is the whole loop in
+# one call, with a folder from which it resumes after a crash.
 
 # %%
 for iteration in [2]:
     synthetic = draw_answers(iteration)
-    opponent = keras_iris.models.score_pairs(model, train, synthetic, **BATCH)
-    fit(keras_iris.data.PairDataset(train, synthetic, opponent, **BATCH))
+    pairs = keras_iris.data.PairDataset(train, synthetic, **BATCHES)
+    opponent = model.predict(pairs, verbose=0)
+    pairs = keras_iris.data.PairDataset(train, synthetic, opponent, **BATCHES)
+    model.fit(pairs, epochs=2, callbacks=callbacks, verbose=0)
 
-scores["self-play"] = evaluate(model)
+evaluate("self-play", model)
 
 # %% [markdown]
 # ## Curves
 #
-# Keras' logs are means over the epoch so far, so they start anew 6 times. The
-# lines between are the starts of iterations.
+# Each value is Keras' mean over the epoch so far, so it starts anew at each
+# epoch. The grey line is where iteration 2 begins. The gap is estimated from
+# the pairs seen so far: it settles within the first epoch of an iteration, and
+# alpha with it.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
-names = ["loss", "alpha", "gap", ("real_nll", "synthetic_nll")]
-for axis, group in zip(axes, names, strict=True):
-    for name in [group] if isinstance(group, str) else group:
-        axis.plot([values[name] for values in steps], label=name)
-    for start in [64]:
-        axis.axvline(start, color="lightgrey", zorder=0)
+groups = [["loss"], ["alpha"], ["gap"], ["real_nll", "synthetic_nll"]]
+for axis, names in zip(axes, groups, strict=True):
+    for name in names:
+        axis.plot([logs[name] for logs in steps], label=name)
+    axis.axvline(len(steps) / 2, color="lightgrey", zorder=0)
     axis.set_xlabel("step")
     axis.legend()
 
 # %% [markdown]
 # ## Was it worth it?
 #
-# The control goes on with SFT for the same number of steps, with the same
-# learning rate, on the same words.
+# The control goes on with SFT, on the same words and for as many steps, with
+# the same learning rate.
 
 # %%
 control.compile(make_optimizer(1e-4, epochs=4), keras_iris.losses.SFT())
-control.fit(pairs, epochs=4, shuffle=False, verbose=0)
-scores["control"] = evaluate(control)
-
-for name, values in scores.items():
-    print(f"{name:10}", {k: round(float(v), 3) for k, v in values.items()})
+control.fit(pairs, epochs=4, verbose=0)
+evaluate("control", control)
+scores
 
 # %% [markdown]
-# HONEST
+# Self-play made the model better than it was at the start, and more SFT made it
+# better still. Without the control the first would look like a success. It is
+# one run of a tiny model on little data; what it shows is the method, not what
+# the method is worth on another problem.
 #
-# Two words that were held out, before and after self-play:
+# Last, the first two held-out words whose answer self-play changed:
 
 # %%
-after = answer(causal_lm)
-for i in (0, 1):
-    print(tokenizer.decode(held_out[i].prompt_ids))
-    print("  annotated:", tokenizer.decode(held_out[i].response_ids))
-    print("  before:   ", before[i])
-    print("  after:    ", after[i])
+changed = [
+    i
+    for i, answer in enumerate(answers["start"])
+    if answer != answers["self-play"][i]
+]
+for i in changed[:2]:
+    print(tokenizer.decode(held_out[i].prompt_ids), right_answers[i])
+    print("  before:", answers["start"][i])
+    print("  after: ", answers["self-play"][i])
