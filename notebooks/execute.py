@@ -1,7 +1,4 @@
-"""Executes the sources of the notebooks and saves them with their outputs.
-
-make notebooks
-"""
+"""`make notebooks`: executes the sources, saves notebooks with outputs."""
 
 from pathlib import Path
 
