@@ -231,7 +231,7 @@ opponent[:3]
 
 # %%
 model.compile(
-    make_optimizer(1e-4, epochs=4),
+    make_optimizer(1e-4, epochs=3),
     keras_iris.losses.IRIS(),
     metrics=keras_iris.metrics.self_play_metrics(),
 )
@@ -243,31 +243,30 @@ callbacks = [
     ),
 ]
 pairs = keras_iris.data.PairDataset(train, synthetic, opponent, **BATCHES)
-model.fit(pairs, epochs=2, callbacks=callbacks, verbose=0)
+history = model.fit(pairs, callbacks=callbacks, verbose=0)
 # %% [markdown]
-# ## Iteration 2
+# ## Iterations 2 and 3
 #
-# The same again, with answers of the model as it is by now. More iterations
-# would be more turns of this loop. `keras_iris.SelfPlay` is the whole loop in
-# one call, with a folder from which it resumes after a crash.
+# The same again, with answers of the model as it is by now. The whole loop in
+# one call is `keras_iris.SelfPlay`, with a folder from which it resumes after a
+# crash.
 
 # %%
-for iteration in [2]:
+for iteration in (2, 3):
     synthetic = draw_answers(iteration)
     pairs = keras_iris.data.PairDataset(train, synthetic, **BATCHES)
     opponent = model.predict(pairs, verbose=0)
     pairs = keras_iris.data.PairDataset(train, synthetic, opponent, **BATCHES)
-    model.fit(pairs, epochs=2, callbacks=callbacks, verbose=0)
+    model.fit(pairs, callbacks=callbacks, verbose=0)
 
 evaluate("self-play", model)
 
 # %% [markdown]
 # ## Curves
 #
-# Each value is Keras' mean over the epoch so far, so it starts anew at each
-# epoch. The grey line is where iteration 2 begins. The gap is estimated from
-# the pairs seen so far: it settles within the first epoch of an iteration, and
-# alpha with it.
+# The grey lines are where an iteration begins. There the values start anew,
+# which are means over the batches so far. The gap is estimated from the pairs
+# so far; it settles after some batches, and alpha with it.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
@@ -275,7 +274,8 @@ groups = [["loss"], ["alpha"], ["gap"], ["real_nll", "synthetic_nll"]]
 for axis, names in zip(axes, groups, strict=True):
     for name in names:
         axis.plot([logs[name] for logs in steps], label=name)
-    axis.axvline(len(steps) / 2, color="lightgrey", zorder=0)
+    for start in (32, 64):
+        axis.axvline(start, color="lightgrey", zorder=0)
     axis.set_xlabel("step")
     axis.legend()
 
@@ -286,8 +286,8 @@ for axis, names in zip(axes, groups, strict=True):
 # the same learning rate.
 
 # %%
-control.compile(make_optimizer(1e-4, epochs=4), keras_iris.losses.SFT())
-control.fit(pairs, epochs=4, verbose=0)
+control.compile(make_optimizer(1e-4, epochs=3), keras_iris.losses.SFT())
+control.fit(pairs, epochs=3, verbose=0)
 evaluate("control", control)
 scores
 
