@@ -57,7 +57,10 @@ def replaced(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}{_NEW}")
     try:
+        new.touch()
+        mode = new.stat().st_mode
         yield new
+        new.chmod(mode)  # whatever has written it
         _sync_file(new)
         new.replace(path)
     except BaseException:

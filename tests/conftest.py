@@ -13,6 +13,8 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# On GPUs JAX multiplies float32 with 10 bits after the point, unless told so.
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Several test processes on few cores: waiting threads would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

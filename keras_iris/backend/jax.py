@@ -60,6 +60,7 @@ def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             self.jax_state_sync()
             self._jax_state = None
+            self._unshare_values()
 
     return wrapper
 
@@ -86,20 +87,11 @@ class Trainer(keras.Model):
     def _get_jax_state(
         self, purge_model_variables: bool = False, **is_taken: bool
     ) -> tuple[Tree, ...]:
-        """Keras' own (3.15), which has no public name, for two reasons.
+        """Keras' own (3.15), which has no public name.
 
-        What is handed out is kept until the step gives the next state, and no
-        buffer is handed out twice, as moving averages that became the weights
-        would be: JAX refuses to give it away twice.
+        What is handed out is kept until the step gives the next state.
         """
-        seen: set[int] = set()
-
-        def once(array: jax.Array) -> jax.Array:
-            is_new = id(array) not in seen
-            seen.add(id(array))
-            return array if is_new else jnp.copy(array)
-
-        state = jax.tree.map(once, super()._get_jax_state(**is_taken))
+        state = super()._get_jax_state(**is_taken)
         names = [name for name, is_in in is_taken.items() if is_in]
         self._jax_state: Tree = dict(zip(names, state, strict=True))
         self._jax_state_synced = False
@@ -113,9 +105,24 @@ class Trainer(keras.Model):
             self._jax_state = None
         super().jax_state_sync()
 
+    def _unshare_values(self) -> None:
+        """Gives each variable memory of its own.
+
+        Moving averages that became the weights have theirs, and a step that
+        JAX gives the one's memory to would take the other's, too.
+        """
+        seen: set[int] = set()
+        for variable in [*self.variables, *self._optimizer_variables()]:
+            if id(variable._value) in seen:
+                variable.assign(jnp.copy(variable._value))
+            seen.add(id(variable._value))
+
+    def _optimizer_variables(self) -> list[keras.Variable]:
+        return self.optimizer.variables if self.compiled else []
+
     def _check_values(self) -> None:
         """Refuses a model whose weights an interrupted step has taken."""
-        variables = [*self.variables, *getattr(self.optimizer, "variables", [])]
+        variables = [*self.variables, *self._optimizer_variables()]
         values = [variable._value for variable in variables]
         if any(value is None for value in values) or _is_gone(values):
             raise RuntimeError(

@@ -114,7 +114,7 @@ class AlphaScheduler(SelfPlayCallback):
         self._is_self_play = False
         self._is_first_epoch = True
         self._is_streaming = False
-        self._last_batch = -1
+        self._num_seen = 0
 
     def on_iteration_begin(
         self, iteration: int, logs: dict[str, Any] | None = None
@@ -147,7 +147,7 @@ class AlphaScheduler(SelfPlayCallback):
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """The first epoch of all is the one in which the gap is streamed."""
-        self._last_batch = -1
+        self._num_seen = 0
         self._is_streaming = False
         if self._is_first_epoch and not self._is_self_play:
             sums = keras.ops.convert_to_numpy(self.model.gap_sums.value)
@@ -162,14 +162,10 @@ class AlphaScheduler(SelfPlayCallback):
     ) -> None:
         """Sets the order for the batches to come."""
         # Several at once where Keras executes several steps.
-        num_new = batch - self._last_batch
-        self._last_batch = batch
+        batches = self.model.recent.since(self._num_seen)
+        self._num_seen += len(batches)
         # A batch whose weights are all 0 says nothing.
-        batches = [
-            pairs
-            for pairs in self.model.recent.latest(num_new)
-            if len(pairs.sample_weight)
-        ]
+        batches = [pairs for pairs in batches if len(pairs.sample_weight)]
         if not batches:
             return
         if self._is_streaming:

@@ -1,6 +1,6 @@
 """The log-probs of the latest batches, for callbacks to look at."""
 
-from typing import Any, overload
+from typing import Any
 
 import keras
 import numpy as np
@@ -49,34 +49,31 @@ class RecentLogProbs(keras.metrics.Metric):
         """Nothing for the logs."""
         return {}
 
-    @overload
-    def latest(self) -> PairBatch: ...
+    def latest(self) -> PairBatch:
+        """The latest batch, in float64 NumPy; rows of weight 0 are left out."""
+        rows = self._rows()
+        return self._batch(rows[rows[:, 7] == rows[-1, 7]])
 
-    @overload
-    def latest(self, num_batches: int) -> list[PairBatch]: ...
-
-    def latest(
-        self, num_batches: int | None = None
-    ) -> PairBatch | list[PairBatch]:
-        """The latest batch, or a list of the latest ones, the newest last.
+    def since(self, num_seen: int) -> list[PairBatch]:
+        """The batches of this epoch but for the first ones.
 
         Args:
-            num_batches: Length of the list. It is shorter where there were
-                fewer batches, or where not all rows of an older one are kept.
+            num_seen: How many to leave out.
 
         Returns:
-            Batches in float64 NumPy. Rows of weight 0 are left out.
+            Batches as `latest` gives them, the newest last. Those of which not
+            all rows are kept are missing.
         """
-        rows = ops.convert_to_numpy(self.rows.value).astype("float64")
-        last = rows[-1, 7]
-        if num_batches is None:
-            return self._batch(rows[rows[:, 7] == last])
+        rows = self._rows()
         batches = []
-        for number in np.arange(max(1, last - num_batches + 1), last + 1):
+        for number in np.arange(num_seen + 1, rows[-1, 7] + 1):
             batch = rows[rows[:, 7] == number]
-            if number == last or (len(batch) and len(batch) == batch[0, 8]):
+            if len(batch) and len(batch) == batch[0, 8]:
                 batches.append(self._batch(batch))
         return batches
+
+    def _rows(self) -> np.ndarray:
+        return ops.convert_to_numpy(self.rows.value).astype("float64")
 
     def _batch(self, rows: np.ndarray) -> PairBatch:
         rows = rows[rows[:, 6] > 0]

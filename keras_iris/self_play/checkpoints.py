@@ -9,11 +9,12 @@ from typing import Any
 import keras
 
 from keras_iris.self_play.arrays import (
+    Source,
     read_arrays,
     read_metadata,
     write_arrays,
 )
-from keras_iris.self_play.settings import check_finite
+from keras_iris.self_play.settings import finite
 
 Position = dict[str, Any]
 
@@ -133,11 +134,13 @@ def write_variables(
     Raises:
         FloatingPointError: A value isn't finite; nothing is written.
     """
-    arrays = {}
-    for i, variable in enumerate(variables):
-        value = keras.ops.convert_to_numpy(variable.value)
-        check_finite(variable, value)
-        arrays[f"{i:05d}"] = value
+
+    def source(variable: keras.Variable) -> Source:
+        return Source(
+            tuple(variable.shape), variable.dtype, lambda: finite(variable)
+        )
+
+    arrays = {f"{i:05d}": source(v) for i, v in enumerate(variables)}
     write_arrays(file, arrays, metadata)
 
 

@@ -34,9 +34,9 @@ from keras_iris.self_play.checkpoints import (
     write_variables,
 )
 from keras_iris.self_play.examples import prepare_examples
-from keras_iris.self_play.opponent import LostShard, Opponent, check_engine
+from keras_iris.self_play.opponent import Opponent, check_engine
 from keras_iris.self_play.rest import Rest
-from keras_iris.self_play.run_dir import RunDir
+from keras_iris.self_play.run_dir import LostShard, RunDir
 from keras_iris.self_play.settings import (
     WeightsHash,
     execution_settings,
@@ -47,6 +47,7 @@ from keras_iris.self_play.step_callbacks import (
     CheckpointWriter,
     EpochOrder,
     Progress,
+    ShortProgress,
     StepLogger,
     combine_seeds,
 )
@@ -500,7 +501,13 @@ class SelfPlay:
             every_minutes=self.checkpoint_every_minutes,
         )
         # The checkpoint last: with all that the others have set.
-        callbacks = [EpochOrder(here, self.seed), logger, *self.callbacks, keep]
+        callbacks = [
+            EpochOrder(here, self.seed),
+            logger,
+            ShortProgress(),
+            *self.callbacks,
+            keep,
+        ]
 
         def fit(batches: keras.utils.PyDataset, first: int, end: int) -> None:
             self.model.fit(
@@ -514,14 +521,21 @@ class SelfPlay:
         first_epoch = position["epoch"]
         is_over = first_epoch == self.epochs
         if position["batch"]:
-            fit(Rest(dataset, position["batch"]), first_epoch, first_epoch + 1)
+            # To Keras that is the end of training, where averages of the
+            # weights, if there are any, take their place.
+            with self.model.without_finalizing():
+                fit(
+                    Rest(dataset, position["batch"]),
+                    first_epoch,
+                    first_epoch + 1,
+                )
             here.first_batch = 0
             first_epoch += 1
             is_over = self.model.stop_training or first_epoch == self.epochs
-            if not is_over:
-                # To Keras that was the end of training, where averages of the
-                # weights, if there are any, take their place.
-                self.folder.checkpoints.load(self._variables())
+            if is_over and not here.is_stopped:
+                self.model.optimizer.finalize_variable_values(
+                    self.model.trainable_variables
+                )
         if not is_over:
             fit(dataset, first_epoch, self.epochs)
         if logger.num_steps and (here.is_at_end or not here.is_stopped):

@@ -17,10 +17,6 @@ from keras_iris.self_play.run_dir import RunDir
 from keras_iris.self_play.step_callbacks import combine_seeds
 
 
-class LostShard(ValueError):
-    """A shard is gone, and the weights that made it aren't those in memory."""
-
-
 class Opponent:
     """The model as an iteration starts, which answers the prompts.
 
@@ -288,18 +284,11 @@ class Opponent:
                     number,
                     key=key,
                     size=len(self._shards[0]),
-                    make=self._lost if self._is_over else partial(make, number),
+                    make=None if self._is_over else partial(make, number),
                 )
             )
             progress.update(number + 1)
         return shards
-
-    def _lost(self) -> Arrays:
-        raise LostShard(
-            "A shard of the opponent's answers or log-probs is lost, and the "
-            "weights that made it have been trained since. Put the file back, "
-            "or start again with another `run_dir`."
-        )
 
     def _update_engine(self) -> None:
         """Gives an engine outside of this process the current weights."""

@@ -20,6 +20,10 @@ from keras_iris.self_play.checkpoints import Checkpoints
 from keras_iris.self_play.settings import versions
 
 
+class LostShard(ValueError):
+    """A shard is gone, and the weights that made it aren't those in memory."""
+
+
 class RunDir:
     """A run's folder.
 
@@ -190,7 +194,7 @@ class RunDir:
         *,
         key: str,
         size: int,
-        make: Callable[[], Arrays],
+        make: Callable[[], Arrays] | None,
     ) -> Arrays:
         """Reads a shard, or makes and writes it.
 
@@ -202,18 +206,29 @@ class RunDir:
             number: The shard's number.
             key: Names all that the shard depends on.
             size: Responses of a shard.
-            make: Makes the arrays.
+            make: Makes the arrays; None where nothing can any more.
+
+        Raises:
+            LostShard: The shard isn't there, and can't be made again.
         """
         path = self.path / name / f"{number:05d}.safetensors"
+        reason = f"{path} isn't there"
         if path.exists():
             try:
                 arrays, metadata = read_arrays(path)
                 if metadata.get("key") == key:
                     return arrays
-                reason = "was made from other weights, settings or data"
+                reason = f"{path} was made from other weights, settings or data"
             except ValueError as error:
                 reason = str(error)
-            warnings.warn(f"Making {path} again: {reason}", stacklevel=2)
+            if make is not None:
+                warnings.warn(f"{reason}. It is made again.", stacklevel=2)
+        if make is None:
+            raise LostShard(
+                f"{reason}, and the weights that made it have been trained "
+                "since. Put the file back, or start again with another "
+                "`run_dir`."
+            )
         arrays = make()
         write_arrays(path, arrays, {"key": key, "shard_size": str(size)})
         return arrays

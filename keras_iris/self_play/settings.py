@@ -90,25 +90,25 @@ def hash_variables(variables: Iterable[keras.Variable]) -> str:
     """
     hashes = []
     for variable in variables:
-        value = keras.ops.convert_to_numpy(variable.value)
-        check_finite(variable, value)
-        hashes.append(hash_arrays({"": value}))
+        hashes.append(hash_arrays({"": finite(variable)}))
     letters = np.frombuffer("".join(hashes).encode(), np.uint8)
     return hash_arrays({"": letters})[:16]
 
 
-def check_finite(variable: keras.Variable, value: np.ndarray) -> None:
-    """Refuses a weight that training has broken.
+def finite(variable: keras.Variable) -> np.ndarray:
+    """The values of a variable, if training hasn't broken them.
 
     Raises:
         FloatingPointError: A value isn't finite.
     """
+    value = keras.ops.convert_to_numpy(variable.value)
     if not np.isfinite(value).all():
         raise FloatingPointError(
             f"{variable.path} is not finite. What is on disk is of before. "
             "Load the model again if it is new; else lower the learning rate, "
             "clip gradients, or use a wider dtype."
         )
+    return value
 
 
 class WeightsHash:
@@ -148,8 +148,17 @@ def _named(kind: str, part: Any, config: dict[str, Any]) -> dict[str, Any]:
     values = {
         f"{kind}.{name}": value
         if isinstance(value, _PLAIN)
-        else json.dumps(value, default=str)
+        else json.dumps(_unnamed(value), default=str)
         for name, value in config.items()
         if name != "name"
     }
     return {kind: type(part).__name__, **values}
+
+
+def _unnamed(value: Any) -> Any:
+    """A configuration without names, which Keras numbers in a process."""
+    if isinstance(value, dict):
+        return {k: _unnamed(v) for k, v in value.items() if k != "name"}
+    if isinstance(value, list | tuple):
+        return [_unnamed(item) for item in value]
+    return value

@@ -55,7 +55,8 @@ class Progress:
 
     def num_done(self, batch: int) -> int:
         """Batches of the epoch after Keras' number `batch`."""
-        return self.first_batch + batch + 1
+        # The last execution of several steps may have fewer.
+        return min(self.first_batch + batch + 1, len(self.dataset))
 
     def step(self, batch: int) -> int:
         """Batches of the whole run after Keras' number `batch`."""
@@ -111,24 +112,23 @@ class StepLogger(keras.callbacks.Callback):
         self.progress = progress
         self.num_tokens = 0
         self._start = time.perf_counter()
-        self._last_batch = -1
+        self._num_seen = 0
         self._steps: list[dict[str, float]] = []
 
     def on_epoch_begin(
         self, epoch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Batches count from 0 again."""
-        self._last_batch = -1
+        self._num_seen = 0
 
     def on_train_batch_end(
         self, batch: int, logs: dict[str, Any] | None = None
     ) -> None:
         """Logs the step, or the steps that Keras executed at once."""
         model = self.model
-        first = self._last_batch + 1
-        batches = model.recent.latest(batch - self._last_batch)
-        self._last_batch = batch
-        for number, pairs in enumerate(batches, first):
+        for pairs in model.recent.since(self._num_seen):
+            number = self._num_seen
+            self._num_seen += 1
             step = self.progress.step(number)
             if not np.isfinite(pairs.policy).all():
                 indices = self.progress.dataset.indices(
@@ -167,6 +167,27 @@ class StepLogger(keras.callbacks.Callback):
             for name in names
             if self._steps
         }
+
+
+class ShortProgress(keras.callbacks.ProgbarLogger):
+    """Keras' progress bar with what fits into a line."""
+
+    _NAMES = ("loss", "alpha", "gap", "margin", "real_nll")
+
+    def on_train_batch_end(
+        self, batch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Moves the bar on."""
+        super().on_train_batch_end(batch, self._short(logs))
+
+    def on_epoch_end(
+        self, epoch: int, logs: dict[str, Any] | None = None
+    ) -> None:
+        """Ends the bar."""
+        super().on_epoch_end(epoch, self._short(logs))
+
+    def _short(self, logs: dict[str, Any] | None) -> dict[str, Any]:
+        return {name: (logs or {})[name] for name in self._NAMES}
 
 
 class CheckpointWriter(keras.callbacks.Callback):

@@ -94,6 +94,10 @@ def test_gradients_of_kernels_sum_over_one_axis():
     assert own - folded == len(arguments[0])
 
 
+@pytest.mark.skipif(
+    keras.distribution.list_devices("gpu") != [],
+    reason="products are folded on a CPU",
+)
 @pytest.mark.parametrize("remat", [False, True])
 def test_model_trains_with_folded_products(monkeypatch, remat):
     causal_lm = make_causal_lm(num_layers=1)

@@ -195,7 +195,7 @@ def test_names():
 
 def test_recent_batches():
     recent = metrics.RecentLogProbs(num_rows=10)
-    assert recent.latest(3) == []
+    assert recent.since(0) == []
     batches = [
         _batch(n, seed=n, weight=np.r_[0, np.ones(n - 1)]) for n in (3, 4, 5)
     ]
@@ -203,11 +203,11 @@ def test_recent_batches():
         recent.update_state(batch.to_tensors())
     np.testing.assert_array_equal(recent.latest().policy, batches[2].policy[1:])
     # One row of the first is gone.
-    for size in (2, 3):
-        latest = recent.latest(size)
+    for num_seen in (0, 1):
+        latest = recent.since(num_seen)
         assert len(latest) == 2
         for seen, batch in zip(latest, batches[1:], strict=True):
             for field, expected in zip(seen[:4], batch[:4], strict=True):
                 np.testing.assert_array_equal(field, expected[1:])
-    [latest] = recent.latest(1)
+    [latest] = recent.since(2)
     np.testing.assert_array_equal(latest.opponent, batches[2].opponent[1:])

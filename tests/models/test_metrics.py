@@ -103,7 +103,7 @@ def test_recent_batches_of_one_execution():
     seen = []
     callback = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: seen.append(
-            (batch, callback.model.recent.latest(2))
+            (batch, callback.model.recent.since(0))
         )
     )
     _fit(model, callbacks=[callback], shuffle=False)

@@ -127,10 +127,10 @@ def test_engine_and_trainer_are_compared_token_by_token(tmp_path):
         opponent = self_play.opponent
         opponent.engine = _FromModel(causal_lm, errors)
         if is_right:
-            opponent.play(1, "a key", is_over=False)
+            opponent.answer(1, "a key", is_over=False)
         else:
             with pytest.raises(ValueError, match="0.1 nats per token"):
-                opponent.play(2, "a key", is_over=False)
+                opponent.answer(2, "a key", is_over=False)
 
 
 def test_int8_and_exported_weights(tmp_path):

@@ -74,7 +74,8 @@ def test_averages_take_the_weights_place_at_an_iterations_end(tmp_path):
         starts, ends = [], []
 
         def _weights(self):
-            return self.model.get_weights()[0].copy()
+            weights = self.model.trainable_variables[0]
+            return np.array(keras.ops.convert_to_numpy(weights.value))
 
         def on_epoch_begin(self, epoch, logs=None):
             self.starts.append(self._weights())

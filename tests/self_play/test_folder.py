@@ -301,8 +301,8 @@ def resident():
     return pages * 4096
 
 variables = [
-    keras.Variable(keras.random.normal((5_000_000,), seed=i))
-    for i in range(10)
+    keras.Variable(keras.random.normal((1_250_000,), seed=i))
+    for i in range(40)
 ]
 small = Checkpoints(Path({str(tmp_path)!r}) / "small")
 small.save([keras.Variable([1.0])], dict(iteration=1, epoch=0, batch=0))
