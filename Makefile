@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart test test-slow bench lint clean
+.PHONY: quickstart test test-slow bench notebooks lint clean
 
 quickstart: .venv/installed-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
@@ -33,6 +33,9 @@ bench: .venv/installed-bench
 	    $(BIN)/python benchmarks/$$name.py || exit 1; \
 	done
 	$(BIN)/python benchmarks/table.py
+
+notebooks: .venv/installed-dev
+	$(BIN)/python notebooks/execute.py
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .

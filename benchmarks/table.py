@@ -1,9 +1,10 @@
-"""Writes the README's figures from the records of the benchmarks.
+"""Writes the tables of the documents from the records of the benchmarks.
 
-    python benchmarks/table.py           # between the README's two marks
-    python benchmarks/table.py --check   # fails if the README differs
+    python benchmarks/table.py           # between a document's two marks
+    python benchmarks/table.py --check   # fails if a document differs
 
-Quick records don't count.
+All figures go to docs/benchmarks.md, five of them to README.md. Quick records
+don't count.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import records
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 # A benchmark whose rows are shown, and the columns to show.
 COLUMNS = {
@@ -48,6 +49,36 @@ COLUMNS = {
         "peak MB",
     ),
 }
+# What a figure of the README says, and where it stands: the record, the column
+# and what its rows have, beside a backend.
+FIGURES = (
+    ("training: tokens/s, TRL = 1", "train_step", "x TRL", {}),
+    (
+        "training: tokens/s, a plain PyTorch loop = 1",
+        "train_step",
+        "x plain loop",
+        {},
+    ),
+    (
+        "generation: tokens/s, transformers = 1",
+        "generation",
+        "x transformers",
+        {},
+    ),
+    (
+        "log-probs: memory, whole logits = 1",
+        "log_probs",
+        "memory ratio",
+        {"size": "large"},
+    ),
+    (
+        "training, 0.5B parameters: tokens/s, TRL = 1",
+        "train_step_gpu",
+        "x TRL",
+        {},
+    ),
+)
+BACKENDS = ("jax", "tensorflow", "torch")
 _PACKAGES = ("keras", "jax", "tensorflow", "torch", "transformers", "trl")
 
 
@@ -71,8 +102,37 @@ def read_records(folder):
     return list(machines.values())
 
 
+def make_figures(machines):
+    """The README's table: a row a figure of `FIGURES`."""
+    found = {name: record for each in machines for name, record in each.items()}
+    rows = [
+        [
+            text,
+            *(
+                _cell(found[name], column, backend, where)
+                for backend in BACKENDS
+            ),
+            _machine(found[name]["machine"]),
+            f"`{found[name]['command']}`",
+        ]
+        for text, name, column, where in FIGURES
+        if name in found
+    ]
+    columns = ("figure", "JAX", "TensorFlow", "PyTorch", "machine", "command")
+    return _markdown(columns, rows)
+
+
+def _cell(record, column, backend, where):
+    """The figure of a backend, or nothing where it wasn't measured."""
+    names = ({"backend": backend}, {"contestant": f"keras_iris, {backend}"})
+    for row in record["rows"]:
+        if any((where | name).items() <= row.items() for name in names):
+            return _number(row[column])
+    return ""
+
+
 def make_block(found):
-    """The README's lines about the records of a machine."""
+    """The lines about the records of a machine."""
     blocks = [_caption(found)]
     for name, columns in COLUMNS.items():
         if name in found:
@@ -109,18 +169,18 @@ def _rows(record, columns):
     ]
 
 
-def insert(readme, block):
-    """The README with the block between its marks.
+def insert(document, block):
+    """The document with the block between its marks.
 
     Raises:
         ValueError: It lacks a mark.
     """
-    if START not in readme or END not in readme:
+    if START not in document or END not in document:
         raise ValueError(
-            f"The README has no place for the figures: expected {START} and "
+            f"The document has no place for the figures: expected {START} and "
             f"{END}, each on a line of its own. Add them."
         )
-    before, rest = readme.split(START, 1)
+    before, rest = document.split(START, 1)
     after = rest.split(END, 1)[1]
     return f"{before}{START}\n\n{block}\n\n{END}{after}"
 
@@ -136,10 +196,18 @@ def _caption(found):
     )
     gpu = f"{machine['gpu']},\n" if "gpu" in machine else ""
     return (
-        f"Measured on {gpu}{machine['processor']}, {machine['cores']} cores, "
+        f"Measured on {gpu}{_processor(machine)}, "
         f"{machine['memory_gib']} GiB,\n"
         f"{' to '.join(sorted({dates[0], dates[-1]}))}, with {packages}."
     )
+
+
+def _machine(machine):
+    return machine.get("gpu") or _processor(machine)
+
+
+def _processor(machine):
+    return f"{machine['processor']}, {machine['cores']} cores"
 
 
 def _markdown(columns, rows):
@@ -156,24 +224,31 @@ def _number(value):
 
 
 def main(arguments=None):
-    """Writes or checks the README; gives the exit code."""
+    """Writes or checks the documents; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=records.RESULTS)
-    parser.add_argument("--readme", type=Path, default=README)
+    parser.add_argument("--root", type=Path, default=ROOT)
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
-    before = options.readme.read_text()
-    blocks = [make_block(found) for found in read_records(options.results)]
-    after = insert(before, "\n\n".join(blocks))
-    if options.check:
-        if before != after:
+    machines = read_records(options.results)
+    blocks = {
+        "docs/benchmarks.md": "\n\n".join(map(make_block, machines)),
+        "README.md": make_figures(machines),
+    }
+    code = 0
+    for name, block in blocks.items():
+        file = options.root / name
+        before = file.read_text()
+        after = insert(before, block)
+        if not options.check:
+            file.write_text(after)
+        elif before != after:
             print(
-                f"{options.readme.name} isn't in step with the results. Run "
+                f"{name} isn't in step with the results. Run "
                 "`python benchmarks/table.py`."
             )
-        return int(before != after)
-    options.readme.write_text(after)
-    return 0
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

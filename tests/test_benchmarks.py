@@ -1,4 +1,4 @@
-"""The harness of the benchmarks, their records and the README's table."""
+"""The harness of the benchmarks, their records and the documents' tables."""
 
 import json
 import sys
@@ -35,7 +35,7 @@ def record(monkeypatch, tmp_path, capsys):
                 "x TRL": 2.0,
                 "peak MB": 3000.123,
             }
-            for contestant in ("ours", "theirs")
+            for contestant in ("keras_iris, jax", "theirs")
         ]
         del rows[1]["x TRL"]
         records.finish(
@@ -92,17 +92,21 @@ def test_bar(value, limits, is_met):
 def test_table(record, tmp_path):
     import table
 
-    readme = tmp_path / "README.md"
-    readme.write_text(f"Before\n\n{table.START}\nold\n{table.END}\n\nAfter\n")
-    options = ["--results", str(tmp_path), "--readme", str(readme)]
+    (tmp_path / "docs").mkdir()
+    files = [tmp_path / "docs/benchmarks.md", tmp_path / "README.md"]
+    for file in files:
+        file.write_text(f"Before\n\n{table.START}\nold\n{table.END}\n\nAfter\n")
+    options = ["--results", str(tmp_path), "--root", str(tmp_path)]
     record()
     record("startup", value=0.1)
     assert table.main([*options, "--check"]) == 1
     assert table.main(options) == 0
-    text = readme.read_text()
-    assert text.startswith("Before") and text.endswith("After\n")
-    assert "old" not in text
-    assert "| ours | 1,235 | 1 | 2 | 3,000 |" in text
+    for file in files:
+        text = file.read_text()
+        assert text.startswith("Before") and text.endswith("After\n")
+        assert "old" not in text
+    text = files[0].read_text()
+    assert "| keras_iris, jax | 1,235 | 1 | 2 | 3,000 |" in text
     assert "| theirs | 1,235 | 1 |  | 3,000 |" in text
     assert (
         "| `train_step` | time over theirs | at most 1.1 | 1.25 | missed |"
@@ -114,6 +118,40 @@ def test_table(record, tmp_path):
     # Another figure.
     record(value=1.0)
     assert table.main([*options, "--check"]) == 1
+    assert table.main(options) == 0
+    # A document of the two that differs.
+    files[1].write_text(files[1].read_text().replace("| 2 |", "| 3 |"))
+    assert table.main([*options, "--check"]) == 1
+
+
+def test_figures():
+    import table
+
+    machines = table.read_records(table.records.RESULTS)
+    lines = table.make_figures(machines).splitlines()
+    cells = [line.strip("| ").split(" | ") for line in lines]
+    assert cells[0][1:4] == ["JAX", "TensorFlow", "PyTorch"]
+    found = {name: record for each in machines for name, record in each.items()}
+
+    def value(name, column, **where):
+        (row,) = [
+            row for row in found[name]["rows"] if where.items() <= row.items()
+        ]
+        return f"{row[column]:.3g}"
+
+    jax, torch = "keras_iris, jax", "keras_iris, torch"
+    step, gpu = "train_step", "train_step_gpu"
+    assert [row[1] for row in cells[2:]] == [
+        value(step, "x TRL", contestant=jax),
+        value(step, "x plain loop", contestant=jax),
+        value("generation", "x transformers", contestant=jax),
+        value("log_probs", "memory ratio", size="large", backend="jax"),
+        value(gpu, "x TRL", contestant=jax),
+    ]
+    # TensorFlow has no record on a GPU.
+    assert cells[-1][2:4] == ["", value(gpu, "x TRL", contestant=torch)]
+    assert "2 cores" in cells[2][4] and "H100" in cells[-1][4]
+    assert cells[2][5] == "`python benchmarks/train_step.py`"
 
 
 def test_table_without_records(tmp_path, record):
@@ -148,11 +186,11 @@ def test_table_of_an_unknown_column(monkeypatch, tmp_path, record):
         table.make_block(found)
 
 
-def test_readme_without_marks():
+def test_document_without_marks():
     import table
 
     with pytest.raises(ValueError, match="no place for the figures"):
-        table.insert("# A README", "figures")
+        table.insert("# A document", "figures")
 
 
 def test_records_are_of_the_settings_of_the_scripts():
@@ -298,7 +336,7 @@ def test_scaling_finds_exponents_and_terms():
     assert error < 1e-9
 
 
-def test_readme_shows_the_results():
+def test_documents_show_the_results():
     import table
 
     assert table.main(["--check"]) == 0

@@ -20,6 +20,7 @@ from keras_iris.data import Example, PairDataset
 ROOT = Path(__file__).parents[1]
 # Where a reader has a folder of their own, the test has this one.
 FOLDER = Path("path/to/folder")
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md"]
 
 
 def _blocks(text):
@@ -96,3 +97,28 @@ def test_readme(names):
     for block in blocks:
         exec(block, names)
     assert np.isfinite(names["model"].history.history["loss"]).all()
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_to_files(document):
+    file = ROOT / document
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", file.read_text())
+    missing = [link for link in links if not (file.parent / link).exists()]
+    assert not missing
+
+
+def test_every_folder_has_its_line():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    listed = {
+        folder.rstrip("/") for folder in re.findall(r"^\| `(.+?)`", text, re.M)
+    }
+    package = {
+        f"keras_iris/{p.parent.name}"
+        for p in ROOT.glob("keras_iris/*/__init__.py")
+    }
+    others = {"recipes", "notebooks", "benchmarks", "docs", "tests"}
+    assert listed == package | others

@@ -1,0 +1,91 @@
+"""The notebooks run as they stand, and what is committed is what they are."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+SOURCES = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "execute.py"})
+# Put before a cell: its code is interrupted where it first calls this method.
+INTERRUPT = """
+import os, signal
+
+def interrupt(self, *args, __method={method}, **kwargs):
+    {method} = __method
+    os.kill(os.getpid(), signal.SIGINT)
+    return __method(self, *args, **kwargs)
+
+{method} = interrupt
+"""
+# Inside the first step, before it has changed anything, and right after it.
+METHODS = [
+    "keras_iris.SelfPlayModel.compute_loss",
+    "keras_iris.callbacks.AlphaScheduler.on_train_batch_end",
+]
+
+
+@pytest.fixture
+def execute(monkeypatch):
+    """The module that executes notebooks."""
+    monkeypatch.syspath_prepend(FOLDER)
+    import execute
+
+    yield execute
+    sys.modules.pop("execute")
+
+
+def _complaints(cells):
+    """Errors and warnings in the outputs of cells."""
+    return [
+        output
+        for cell in cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+
+
+def _has_picture(cells):
+    outputs = [output for cell in cells for output in cell.outputs]
+    return any("image/png" in output.get("data", {}) for output in outputs)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_notebook_is_its_source(source, execute):
+    """With outputs, from one run from top to bottom."""
+    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    expected = execute.read(source)
+    assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
+        (cell.cell_type, cell.source) for cell in expected.cells
+    ]
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    counts = [cell.execution_count for cell in code]
+    assert counts == list(range(1, len(code) + 1))
+    assert not _complaints(code)
+    assert _has_picture(code)
+
+
+def test_quickstart_runs_and_goes_on_after_interrupts(execute):
+    notebook = execute.read(FOLDER / "quickstart.py")
+    client = execute.make_client(notebook)
+    client.allow_errors = True
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    (fit,) = [cell for cell in code if "losses.IRIS()" in cell.source]
+    with client.setup_kernel():
+        for cell in code:
+            if cell is fit:
+                for method in METHODS:
+                    _interrupt(client, cell, method)
+            client.execute_cell(cell, notebook.cells.index(cell))
+            assert not _complaints([cell]), cell.source
+    assert _has_picture(code)
+
+
+def _interrupt(client, cell, method):
+    """Executes a cell that is interrupted in a method."""
+    patch = nbformat.v4.new_code_cell(INTERRUPT.format(method=method))
+    client.execute_cell(patch, 0)
+    assert not _complaints([patch])
+    client.execute_cell(cell, 0)
+    assert [o.ename for o in _complaints([cell])] == ["KeyboardInterrupt"]
