@@ -17,7 +17,7 @@ import keras
 from keras.src.backend import AutocastScope
 
 from keras_iris.backend.head import HeadOptions
-from keras_iris.backend.refusals import refuse_layer_losses
+from keras_iris.backend.refusals import count_layer_losses, refuse_layer_losses
 
 match keras.backend.backend():
     case "jax":
@@ -63,6 +63,7 @@ __all__ = [
     "AutocastScope",
     "HeadOptions",
     "Trainer",
+    "count_layer_losses",
     "dataset",
     "head_log_probs",
     "is_on_cpu",

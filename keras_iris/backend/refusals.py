@@ -6,7 +6,24 @@ from typing import Any
 import keras
 
 
-def refuse_layer_losses(model: keras.Model, losses: Sequence[Any]) -> None:
+def count_layer_losses(
+    layer: keras.layers.Layer, losses: Sequence[Any] | None = None
+) -> int:
+    """How many losses a forward pass added, beside weight regularizers.
+
+    Args:
+        layer: A layer or model.
+        losses: Its `losses` after the forward pass, where it has them no more.
+    """
+    losses = layer.losses if losses is None else losses
+    return len(losses) - sum(
+        bool(v.regularizer) for v in layer.trainable_weights
+    )
+
+
+def refuse_layer_losses(
+    model: keras.Model, losses: Sequence[Any] | None = None
+) -> None:
     """Refuses losses of layers in a forward pass of part of a batch.
 
     A router's loss is a product of means over all tokens, and what other
@@ -14,19 +31,17 @@ def refuse_layer_losses(model: keras.Model, losses: Sequence[Any]) -> None:
 
     Args:
         model: The model.
-        losses: `model.losses` after the forward pass.
+        losses: As in `count_layer_losses`.
 
     Raises:
-        ValueError: There are others than of weight regularizers.
+        ValueError: There are some.
     """
-    regularized = [v for v in model.trainable_weights if v.regularizer]
-    if len(losses) > len(regularized):
+    if number := count_layer_losses(model, losses):
         raise ValueError(
             "A layer adds a loss of its own (`add_loss`, a router's, an "
             "`activity_regularizer`'s), which depends on the whole batch: "
-            "micro-batches would change it. Received: "
-            f"{len(losses) - len(regularized)} such losses with "
-            f"micro_batch_size={model.micro_batch_size}. Compile with "
+            f"micro-batches would change it. Received: {number} such losses "
+            f"with micro_batch_size={model.micro_batch_size}. Compile with "
             "micro_batch_size=None and a smaller batch."
         )
 

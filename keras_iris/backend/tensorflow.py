@@ -200,7 +200,7 @@ class Trainer(keras.Model):
             )
             with tf.GradientTape() as tape:
                 y_pred = self(x_rows, training=True)
-                refuse_layer_losses(self, self.losses)
+                refuse_layer_losses(self)
                 objective, part, new_shift = stream.objective(
                     y_rows, y_pred, tf.gather(share, rows) * is_row, shift
                 )

@@ -126,7 +126,7 @@ class Trainer(keras.Model):
             rows = slice(start, start + size)
             x_rows = keras.tree.map_structure(lambda a, r=rows: a[r, read], x)
             y_pred = self(x_rows, training=True)
-            refuse_layer_losses(self, self.losses)
+            refuse_layer_losses(self)
             predictions.append(y_pred.detach())
             objective, part, new_shift = stream.objective(
                 y[rows, read], y_pred, share[rows], shift

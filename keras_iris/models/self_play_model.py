@@ -298,7 +298,7 @@ class SelfPlayModel(backend.Trainer):
 
         def part(inputs: dict[str, Tensor]) -> Tensor:
             log_probs = self._log_probs(sequence_log_probs, inputs, training)
-            backend.refuse_layer_losses(self, self.losses)
+            backend.refuse_layer_losses(self)
             return log_probs
 
         return backend.map_parts(part, dict(inputs), size)

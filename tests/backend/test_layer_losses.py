@@ -7,6 +7,7 @@ import pytest
 from tiny_models import VOCABULARY_SIZE, make_causal_lm, make_pairs
 
 import keras_iris
+from keras_iris.models.remat import remat_layers
 
 PAIRS, OPPONENT = make_pairs(), np.full((8, 2), -20.0, "float32")
 SIZES = dict(
@@ -64,6 +65,16 @@ def test_the_routers_loss(make):
     with pytest.raises(ValueError, match="1 such losses with micro_batch_size"):
         model.fit(PAIRS, OPPONENT, verbose=0)
     model.evaluate(PAIRS, OPPONENT, verbose=0)  # has none
+
+
+@pytest.mark.parametrize("make", [_qwen_moe, _mixtral])
+def test_the_routers_loss_of_rematerialised_layers(make):
+    causal_lm = make(1.0)
+    remat_layers(causal_lm.backbone)
+    model = _model(causal_lm, None)
+    with pytest.raises(ValueError, match="without rematerialisation"):
+        model.fit(PAIRS, OPPONENT, verbose=0)
+    model.evaluate(PAIRS, OPPONENT, verbose=0)
 
 
 def test_activity_regularizer():
