@@ -264,9 +264,11 @@ evaluate("self-play", model)
 # %% [markdown]
 # ## Curves
 #
-# The grey lines are where an iteration begins. There the values start anew,
-# which are means over the batches so far. The gap is estimated from the pairs
-# so far; it settles after some batches, and alpha with it.
+# The grey lines are where an iteration begins. Loss and NLLs are means over the
+# batches of the iteration so far. The gap is estimated from the pairs of the
+# iteration so far: it isn't known at the first batch, and settles over the next
+# ones. Alpha follows it; where alpha dips for a moment, a few answers outweighed
+# the rest of their batch.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")

@@ -21,7 +21,7 @@ def interrupt(self, *args, __method={method}, **kwargs):
 """
 # Inside the first step, before it has changed anything, and right after it.
 METHODS = [
-    "keras_iris.SelfPlayModel.compute_loss",
+    "keras.optimizers.AdamW.apply",
     "keras_iris.callbacks.AlphaScheduler.on_train_batch_end",
 ]
 
