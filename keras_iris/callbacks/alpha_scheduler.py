@@ -207,9 +207,11 @@ class AlphaScheduler(SelfPlayCallback):
         real, synthetic = pairs.log_ratio.T
         weight = pairs.sample_weight
         orders = np.linspace(alpha, 0.0, 101)
-        sizes = np.minimum(
-            effective_sample_size(real, orders - 1, weight),
-            effective_sample_size(synthetic, orders, weight),
+        sizes = keras.ops.convert_to_numpy(
+            keras.ops.minimum(
+                effective_sample_size(real, orders - 1, weight),
+                effective_sample_size(synthetic, orders, weight),
+            )
         )
         enough = np.flatnonzero(sizes >= self.min_effective_sample_size)
         best = enough[0] if len(enough) else np.argmax(sizes)

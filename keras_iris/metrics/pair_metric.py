@@ -29,12 +29,9 @@ class PairMetric(keras.metrics.Metric, abc.ABC):
 
     def __init__(self, name: str | None = None, dtype: Any = None) -> None:
         super().__init__(name=name or self.default_name, dtype=dtype)
-        self.numerator = self.add_variable(
-            self.shape, "zeros", name="numerator"
-        )
-        self.denominator = self.add_variable(
-            self.shape, "zeros", name="denominator"
-        )
+        # In one variable: of a denominator alone that is always 1, XLA (seen
+        # with JAX 0.11 on an H200) made another one's value.
+        self.sums = self.add_variable((2, *self.shape), "zeros", name="sums")
 
     @abc.abstractmethod
     def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
@@ -57,16 +54,12 @@ class PairMetric(keras.metrics.Metric, abc.ABC):
 
     def update_state(self, batch: PairBatch) -> None:
         """Adds a batch in float32 tensors."""
-        numerator, denominator = self.terms(batch)
-        self.numerator.assign_add(ops.cast(numerator, self.dtype))
-        self.denominator.assign_add(ops.cast(denominator, self.dtype))
+        self.sums.assign_add(ops.cast(ops.stack(self.terms(batch)), self.dtype))
 
     def result(self) -> Tensor:
         """The value over all batches, a scalar."""
-        return self.quotient(
-            ops.convert_to_tensor(self.numerator),
-            ops.convert_to_tensor(self.denominator),
-        )
+        sums = ops.convert_to_tensor(self.sums)
+        return self.quotient(sums[0], sums[1])
 
 
 class BatchMetric(PairMetric):

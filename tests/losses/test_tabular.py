@@ -4,13 +4,17 @@ Its one response is one of 50 symbols, and every mean over responses is an
 expectation: a tilted risk with the probabilities as weights.
 """
 
+import keras
 import numpy as np
 import oracles
 import pytest
 from backend_helpers import gradient, precision
 from keras import ops
 
+from keras_iris.callbacks import AlphaScheduler
+from keras_iris.callbacks.gap import gap_of_moments
 from keras_iris.losses import IRIS, tilted_risk
+from keras_iris.metrics import PairBatch
 
 NUM_SYMBOLS = 50
 ALPHAS = [0.25, 0.5, 0.75, 1, 1.5, 2, 3]
@@ -106,6 +110,56 @@ def test_iterated_self_play_finds_the_data(alpha):
     assert divergences[0] > 0.5
     assert (np.diff(divergences) < 1e-12).all()
     assert divergences[-1] < TOLERANCE
+
+
+def _gap(p_data, p_old):
+    """The estimate from as many pairs as have no noise."""
+    count, log_probs = 1e12, np.log(p_old)
+    means = [np.sum(p * log_probs) for p in (p_data, p_old)]
+    return gap_of_moments(
+        [
+            [count, mean, count * np.sum(p * (log_probs - mean) ** 2)]
+            for p, mean in zip((p_data, p_old), means, strict=True)
+        ]
+    )
+
+
+def test_the_gap_falls_to_zero_and_the_order_with_it():
+    """Never above the divergence of order 2 that it is a bound of."""
+    p_data, logits = _softmax(_logits(0)), _logits(1)
+    gaps, orders = [], []
+    for _ in range(5):
+        p_old = _softmax(logits)
+        gaps.append(_gap(p_data, p_old))
+        divergence = oracles.renyi_divergence(p_data, p_old, 2)
+        assert -1e-9 <= gaps[-1] <= divergence + 1e-9
+        orders.append(_order(gaps[-1]))
+        for _ in range(2):
+            logits = _descend(orders[-1], logits, p_old, p_data)
+    assert gaps[0] > 0.1
+    assert (np.diff(gaps) <= 0).all()
+    assert (np.diff(orders) <= 0).all()
+    assert gaps[-1] < 1e-3
+    assert orders[0] > 1.05 > orders[-1] + 0.04
+
+
+def _order(gap):
+    """What the scheduler makes of a gap, before it has seen a batch."""
+
+    class Model:
+        alpha = keras.Variable(1.0)
+        gap = keras.Variable(0.0)
+        gap_sums = keras.Variable(np.zeros((2, 3)))
+
+    class Estimate:
+        def gap(self, pairs):
+            return gap
+
+    scheduler = AlphaScheduler(gap=Estimate())
+    scheduler.set_model(Model)
+    ones = np.ones((2, 2))
+    scheduler.on_score_end(1, PairBatch(ones, ones, ones, np.ones(2)))
+    return float(keras.ops.convert_to_numpy(Model.alpha.value))
 
 
 def test_gradient_descent_reaches_the_minimum():
