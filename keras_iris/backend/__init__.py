@@ -1,10 +1,12 @@
 """The only folder that knows which backend Keras runs on.
 
-Each backend offers the same six names: `Trainer`, the base of
-`SelfPlayModel` with its train step, `head_log_probs`, log-probs from hidden
-states, `write`, which puts keys and values into a cache, `dataset`, what `fit`
-takes for batches, `seed_step`, which seeds a step's random numbers where no
-variable of the model does, and `is_on_cpu`, which tells where tensors are.
+Each backend offers the same eight names: `Trainer`, the base of
+`SelfPlayModel` with its train step, `map_parts`, a function of a batch's parts,
+`head_log_probs`, log-probs from hidden states, `write`, which puts keys and
+values into a cache, `dataset`, what `fit` takes for batches, `seed_step`, which
+seeds a step's random numbers where no variable of the model does, `is_on_cpu`,
+which tells where tensors are, and `prepare_remat`, what has to be done before
+layers are rematerialised.
 """
 
 # mypy: disable-error-code="assignment"
@@ -15,6 +17,7 @@ import keras
 from keras.src.backend import AutocastScope
 
 from keras_iris.backend.head import HeadOptions
+from keras_iris.backend.refusals import count_layer_losses, refuse_layer_losses
 
 match keras.backend.backend():
     case "jax":
@@ -22,6 +25,8 @@ match keras.backend.backend():
             Trainer,
             dataset,
             is_on_cpu,
+            map_parts,
+            prepare_remat,
             seed_step,
             write,
         )
@@ -31,6 +36,8 @@ match keras.backend.backend():
             Trainer,
             dataset,
             is_on_cpu,
+            map_parts,
+            prepare_remat,
             seed_step,
             write,
         )
@@ -40,6 +47,8 @@ match keras.backend.backend():
             Trainer,
             dataset,
             is_on_cpu,
+            map_parts,
+            prepare_remat,
             seed_step,
             write,
         )
@@ -54,9 +63,13 @@ __all__ = [
     "AutocastScope",
     "HeadOptions",
     "Trainer",
+    "count_layer_losses",
     "dataset",
     "head_log_probs",
     "is_on_cpu",
+    "map_parts",
+    "prepare_remat",
+    "refuse_layer_losses",
     "seed_step",
     "write",
 ]

@@ -1,6 +1,7 @@
 """The train step of `SelfPlayModel` on JAX."""
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import keras
 
 from keras_iris.backend.jax_products import fold_products
+from keras_iris.backend.refusals import refuse_layer_losses
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -34,6 +36,10 @@ def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 
 
+def prepare_remat() -> None:
+    """Does nothing: rematerialised layers are right as they are."""
+
+
 def write(cache: jax.Array, index: Any, new: jax.Array) -> jax.Array:
     """A cache with new positions.
 
@@ -46,6 +52,24 @@ def write(cache: jax.Array, index: Any, new: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
 
 
+def map_parts(
+    function: Callable[[Tree], jax.Array], x: Tree, size: int
+) -> jax.Array:
+    """A function of a batch's parts, one after another.
+
+    Args:
+        function: Maps a part of `x` to a tensor with as many rows.
+        x: Tensors with the batch as their first axis.
+        size: Rows of a part.
+
+    Returns:
+        The tensor for the whole batch.
+    """
+    num_rows = jax.tree.leaves(x)[0].shape[0]
+    parts = jax.tree.map(lambda a: _split(jnp.asarray(a), size, "edge"), x)
+    return _join(jax.lax.map(function, parts), num_rows)
+
+
 def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
     """Lets an interrupt leave the variables as they were.
 
@@ -55,6 +79,9 @@ def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         self._check_values()
+        options = inspect.signature(method).bind(self, *args, **kwargs)
+        options.apply_defaults()
+        _check_rows(**options.arguments)
         try:
             return method(self, *args, **kwargs)
         finally:
@@ -105,6 +132,9 @@ class Trainer(keras.Model):
             self._jax_state = None
         super().jax_state_sync()
 
+    def check_devices(self) -> None:
+        """Does nothing: batches may be cut over devices."""
+
     def _unshare_values(self) -> None:
         """Gives each variable memory of its own.
 
@@ -112,18 +142,18 @@ class Trainer(keras.Model):
         JAX gives the one's memory to would take the other's, too.
         """
         seen: set[int] = set()
-        for variable in [*self.variables, *self._optimizer_variables()]:
+        for variable in self._all_variables():
             if id(variable._value) in seen:
                 variable.assign(jnp.copy(variable._value))
             seen.add(id(variable._value))
 
-    def _optimizer_variables(self) -> list[keras.Variable]:
-        return self.optimizer.variables if self.compiled else []
+    def _all_variables(self) -> list[keras.Variable]:
+        optimizer = self.optimizer if self.compiled else None
+        return self.variables + (optimizer.variables if optimizer else [])
 
     def _check_values(self) -> None:
         """Refuses a model whose weights an interrupted step has taken."""
-        variables = [*self.variables, *self._optimizer_variables()]
-        values = [variable._value for variable in variables]
+        values = [variable._value for variable in self._all_variables()]
         if any(value is None for value in values) or _is_gone(values):
             raise RuntimeError(
                 "The model's weights are gone: an interrupt or an error in "
@@ -228,11 +258,15 @@ class Trainer(keras.Model):
 
         def step(carry: Tree, part: Tree) -> tuple[Tree, jax.Array]:
             (fixed, gradients, total, shift), ((x, y), share) = carry, part
-            y_pred, pullback, new_fixed = jax.vjp(
-                lambda t: self.stateless_call(t, fixed, x, training=True),
-                trainable,
-                has_aux=True,
-            )
+
+            def call(trainable: Tree) -> tuple[jax.Array, Tree]:
+                y_pred, new_fixed, losses = self.stateless_call(
+                    trainable, fixed, x, training=True, return_losses=True
+                )
+                refuse_layer_losses(self, losses)
+                return y_pred, new_fixed
+
+            y_pred, pullback, new_fixed = jax.vjp(call, trainable, has_aux=True)
 
             def objective(y_pred: jax.Array) -> Tree:
                 with self._fixed_scope(fixed):
@@ -267,6 +301,35 @@ class Trainer(keras.Model):
         """Where variables have these values; losses read alpha."""
         pairs = zip(self.non_trainable_variables, fixed, strict=True)
         return keras.StatelessScope(state_mapping=list(pairs))
+
+
+def _check_rows(x: Tree, batch_size: int | None = 0, **others: Any) -> None:
+    """Refuses batches that the devices of a distribution don't divide.
+
+    Args:
+        x: The inputs.
+        batch_size: Its size, None for Keras' own, 0 where `x` is a batch.
+        **others: Other arguments of `fit` and the like.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return
+    if isinstance(x, PairDataset):
+        sizes = {x.batch_size}
+    else:
+        arrays = [a for a in jax.tree.leaves(x) if hasattr(a, "shape")]
+        num_rows = arrays[0].shape[0] if arrays else 0
+        size = num_rows if batch_size == 0 else batch_size or 32
+        sizes = {min(size, num_rows), num_rows % size if size else 0}
+    mesh = distribution.device_mesh
+    axis = mesh.axis_names.index(distribution.batch_dim_name)
+    num_devices = max(1, mesh.shape[axis] // jax.process_count())
+    if any(size % num_devices for size in sizes):
+        raise ValueError(
+            f"{num_devices} devices have to divide every batch, the last one "
+            f"too. Received: batches of {sorted(sizes - {0})} rows. Choose "
+            "`batch_size` and the number of rows as multiples."
+        )
 
 
 def _is_gone(values: Tree) -> bool:

@@ -1,17 +1,27 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from keras_iris.backend.refusals import (
+    refuse_distribution,
+    refuse_layer_losses,
+)
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
-# This pass of Grappler (2.21) lets the optimizer write a variable before a
-# rematerialised layer has read it, in some traces: the gradient is wrong.
-tf.config.optimizer.set_experimental_options({"dependency_optimization": False})
+
+def prepare_remat() -> None:
+    """Switches a pass of Grappler off, in the whole process.
+
+    In some traces it (2.21) lets the optimizer write a variable before a
+    rematerialised layer has read it: the gradient is wrong.
+    """
+    options = {"dependency_optimization": False}
+    tf.config.optimizer.set_experimental_options(options)
 
 
 def dataset(batches: PairDataset) -> tf.data.Dataset:
@@ -71,11 +81,44 @@ def write(cache: tf.Tensor, index: Any, new: tf.Tensor) -> tf.Tensor:
     return keras.ops.slice_update(cache, (0, 0, index, 0), new)
 
 
+def map_parts(
+    function: Callable[[Any], tf.Tensor], x: Any, size: int
+) -> tf.Tensor:
+    """A function of a batch's parts: see `keras_iris.backend.jax.map_parts`."""
+    num_rows = tf.shape(keras.tree.flatten(x)[0])[0]
+
+    def part(start: tf.Tensor) -> tf.Tensor:
+        rows = tf.minimum(start + tf.range(size), num_rows - 1)
+        return function(
+            keras.tree.map_structure(lambda a: tf.gather(a, rows), x)
+        )
+
+    parts = tf.map_fn(
+        part,
+        tf.range(0, num_rows, size),
+        parallel_iterations=1,
+        fn_output_signature=tf.float32,
+    )
+    return tf.reshape(parts, (-1, *parts.shape[2:]))[:num_rows]
+
+
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 
     See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
+
+    def check_devices(self) -> None:
+        """Refuses strategies whose replicas would normalise on their own."""
+        if self.distribute_strategy.num_replicas_in_sync > 1:
+            raise ValueError(
+                "The loss is that of the whole batch, which the replicas of a "
+                "`tf.distribute` strategy don't see. Received: "
+                f"{type(self.distribute_strategy).__name__} with "
+                f"{self.distribute_strategy.num_replicas_in_sync} replicas. "
+                "Use one device, or JAX with keras.distribution."
+            )
+        refuse_distribution()
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch."""
@@ -157,6 +200,7 @@ class Trainer(keras.Model):
             )
             with tf.GradientTape() as tape:
                 y_pred = self(x_rows, training=True)
+                refuse_layer_losses(self)
                 objective, part, new_shift = stream.objective(
                     y_rows, y_pred, tf.gather(share, rows) * is_row, shift
                 )

@@ -1,11 +1,15 @@
 """The train step of `SelfPlayModel` on PyTorch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import torch
 
+from keras_iris.backend.refusals import (
+    refuse_distribution,
+    refuse_layer_losses,
+)
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -32,10 +36,29 @@ def seed_step(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def prepare_remat() -> None:
+    """Does nothing: rematerialised layers are right as they are."""
+
+
 def write(cache: torch.Tensor, index: Any, new: torch.Tensor) -> torch.Tensor:
     """A cache with new positions: see `keras_iris.backend.jax.write`."""
     cache[:, :, index : index + new.shape[2]] = new
     return cache
+
+
+def map_parts(
+    function: Callable[[Any], torch.Tensor], x: Any, size: int
+) -> torch.Tensor:
+    """A function of a batch's parts: see `keras_iris.backend.jax.map_parts`."""
+    num_rows = len(keras.tree.flatten(x)[0])
+    return torch.cat(
+        [
+            function(
+                keras.tree.map_structure(lambda a, s=start: a[s : s + size], x)
+            )
+            for start in range(0, num_rows, size)
+        ]
+    )
 
 
 class Trainer(keras.Model):
@@ -43,6 +66,10 @@ class Trainer(keras.Model):
 
     See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
+
+    def check_devices(self) -> None:
+        """Refuses distributions, which train on one device."""
+        refuse_distribution()
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch."""
@@ -99,6 +126,7 @@ class Trainer(keras.Model):
             rows = slice(start, start + size)
             x_rows = keras.tree.map_structure(lambda a, r=rows: a[r, read], x)
             y_pred = self(x_rows, training=True)
+            refuse_layer_losses(self)
             predictions.append(y_pred.detach())
             objective, part, new_shift = stream.objective(
                 y[rows, read], y_pred, share[rows], shift

@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from keras_iris import backend
+
 
 def remat_layers(backbone: keras.Model) -> None:
     """Makes the backward pass recompute each decoder layer's activations.
@@ -35,9 +37,10 @@ def remat_layers(backbone: keras.Model) -> None:
         )
     for layer in layers:
         _check_dropout(layer)
+    backend.prepare_remat()
     for layer in layers:
         if not isinstance(layer.call, _RematCall):
-            layer.call = _RematCall(layer.call)
+            layer.call = _RematCall(layer)
 
 
 def _check_dropout(layer: keras.layers.Layer) -> None:
@@ -55,11 +58,12 @@ class _RematCall:
     """A layer's `call` whose activations aren't kept.
 
     Args:
-        call: The layer's own `call`.
+        layer: The layer.
     """
 
-    def __init__(self, call: Any):
-        self._call = call
+    def __init__(self, layer: keras.layers.Layer):
+        self._layer = layer
+        self._call = layer.call
 
     def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         caches = ("self_attention_cache", "cache")
@@ -67,6 +71,13 @@ class _RematCall:
             return self._call(hidden_states, *args, **kwargs)
 
         def call(hidden_states: Any) -> Any:
-            return self._call(hidden_states, *args, **kwargs)
+            output = self._call(hidden_states, *args, **kwargs)
+            if backend.count_layer_losses(self._layer):
+                raise ValueError(
+                    f"{self._layer.name} adds a loss of its own, such as a "
+                    "router's, whose gradient rematerialisation would lose. "
+                    "Load the model without rematerialisation."
+                )
+            return output
 
         return keras.remat(call)(hidden_states)

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import inspect
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,6 +14,15 @@ from keras_iris import backend
 from keras_iris.data import PairDataset
 from keras_iris.losses import SelfPlayLoss
 from keras_iris.metrics import PairBatch, PairMetric, RecentLogProbs
+from keras_iris.models.checks import (
+    check_causal_lm,
+    check_fit,
+    check_inputs,
+    check_lora,
+    check_loss,
+    check_micro_batch_size,
+    check_optimizer,
+)
 from keras_iris.models.log_probs import sequence_log_probs, token_log_probs
 
 Tensor = Any
@@ -62,7 +70,7 @@ class SelfPlayModel(backend.Trainer):
     def __init__(
         self, causal_lm: keras.Model, *, name: str | None = None, **kwargs: Any
     ) -> None:
-        _check_causal_lm(causal_lm)
+        check_causal_lm(causal_lm)
         kwargs.setdefault("dtype", causal_lm.backbone.dtype_policy)
         super().__init__(name=name, **kwargs)
         self.causal_lm = causal_lm
@@ -104,15 +112,16 @@ class SelfPlayModel(backend.Trainer):
             micro_batch_size: Pairs per forward and backward pass, or twice
                 as many single responses. Loss, gradient and metrics are those
                 of the whole batch for every value; `None` takes the batch at
-                once.
+                once. `evaluate` and `predict` go by it, too. Layers that add
+                losses of their own, such as routers of experts, are refused
+                with it by the first step.
             loss_weights: Not taken: there is one loss.
             **kwargs: Other arguments of `keras.Model.compile`.
 
         Raises:
             ValueError: For a loss of another type, a `micro_batch_size`
-                below 1 or beside an `activity_regularizer`, metrics by output
-                name, `loss_weights`, or an optimizer that can't train the
-                dtype.
+                below 1, metrics by output name, `loss_weights`, or an
+                optimizer that can't train the dtype.
         """
         if loss is not None and not isinstance(loss, SelfPlayLoss):
             raise ValueError(
@@ -124,18 +133,10 @@ class SelfPlayModel(backend.Trainer):
                 "`loss_weights` is not taken, as there is one loss: scale the "
                 f"learning rate. Received: loss_weights={loss_weights!r}"
             )
-        micro_batch_size = _check_micro_batch_size(micro_batch_size)
-        if micro_batch_size is not None and any(
-            getattr(layer, "activity_regularizer", None)
-            for layer in self._flatten_layers()
-        ):
-            raise ValueError(
-                "`micro_batch_size` doesn't go with layers that have an "
-                "`activity_regularizer`: it counts activations of the whole "
-                "batch. Take the regularizer away, or micro_batch_size=None."
-            )
+        micro_batch_size = check_micro_batch_size(micro_batch_size)
         optimizer = keras.optimizers.get(optimizer)
-        _check_optimizer(optimizer, self.causal_lm.backbone)
+        check_optimizer(optimizer, self.trainable_variables)
+        self.check_devices()
         self.start_config = {"optimizer": optimizer.get_config()}
         if loss is not None:
             self.start_config["loss"] = loss.get_config()
@@ -201,6 +202,8 @@ class SelfPlayModel(backend.Trainer):
             A `keras.callbacks.History`.
         """
         options = _options(super().fit, x, *args, **kwargs)
+        check_fit(self.loss, options.get("class_weight"))
+        self.check_devices()
         if isinstance(x, PairDataset):
             callbacks = keras.tree.flatten(options.get("callbacks") or [])
             options |= {
@@ -224,6 +227,12 @@ class SelfPlayModel(backend.Trainer):
             The loss, a list of numbers, or a dictionary.
         """
         return super().evaluate(_fixed(x), *args, **kwargs)
+
+    def train_on_batch(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """A step, as `keras.Model.train_on_batch`."""
+        options = _options(super().train_on_batch, x, *args, **kwargs)
+        check_fit(self.loss, options.get("class_weight"))
+        return super().train_on_batch(**options)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """Log-probs of pairs, as `keras.Model.predict`.
@@ -281,7 +290,34 @@ class SelfPlayModel(backend.Trainer):
         Raises:
             ValueError: The inputs aren't such tensors.
         """
-        return self._log_probs(sequence_log_probs, inputs, training)
+        token_ids, _, _ = check_inputs(inputs)
+        size, num_rows = self.micro_batch_size, token_ids.shape[0]
+        is_small = size and num_rows is not None and num_rows <= size
+        if training is not False or size is None or is_small:
+            return self._log_probs(sequence_log_probs, inputs, training)
+
+        def part(inputs: dict[str, Tensor]) -> Tensor:
+            log_probs = self._log_probs(sequence_log_probs, inputs, training)
+            backend.refuse_layer_losses(self)
+            return log_probs
+
+        return backend.map_parts(part, dict(inputs), size)
+
+    def compute_output_spec(
+        self, inputs: dict[str, Any], training: bool | None = None
+    ) -> keras.KerasTensor:
+        """Shape and type of what `call` gives, for functional models."""
+        return keras.KerasTensor(inputs["token_ids"].shape[:2], "float32")
+
+    def save_own_variables(self, store: Any) -> None:
+        """Saves alpha and the gap; Keras calls it before it saves layers."""
+        check_lora(self)
+        super().save_own_variables(store)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Loads alpha and the gap; Keras calls it before it loads layers."""
+        check_lora(self)
+        super().load_own_variables(store)
 
     def token_log_probs(self, inputs: dict[str, Tensor]) -> Tensor:
         """Log-probs of the responses' tokens, for a look at few pairs.
@@ -302,7 +338,7 @@ class SelfPlayModel(backend.Trainer):
         training: bool | None,
     ) -> Tensor:
         """What `function` makes of the backbone's output, `(batch, n, ...)`."""
-        token_ids, padding_mask, response_mask = _check_inputs(inputs)
+        token_ids, padding_mask, response_mask = check_inputs(inputs)
         num_responses, time = ops.shape(token_ids)[1:]
 
         def flat(tensor: Tensor) -> Tensor:
@@ -342,8 +378,20 @@ class SelfPlayModel(backend.Trainer):
                 names.append(metric.name)
         return names
 
+    def _symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        # Keras (3.15) would find out the shape of log-probs by a forward pass
+        # of the whole batch, on PyTorch with real numbers.
+        log_probs = keras.KerasTensor((None, 2))
+        for part in (self._compile_loss, self._compile_metrics):
+            if part is not None and not part.built:
+                part.build(log_probs, log_probs)
+        super()._symbolic_build(iterator, data_batch)
+
     def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
         """The loss of a batch, as in `keras.Model`."""
+        check_loss(self.loss)
         # On JAX, metrics see the model's variables nowhere else.
         self.recent.alpha.assign(self.alpha)
         self.recent.gap.assign(self.gap)
@@ -427,46 +475,6 @@ def _options(
     return dict(inspect.signature(method).bind(*args, **kwargs).arguments)
 
 
-def _check_causal_lm(causal_lm: Any) -> None:
-    # KerasHub's causal LMs are functional models: inputs -> backbone ->
-    # token embedding in reverse. `operations` is in order of depth.
-    operations = getattr(causal_lm, "operations", [])
-    backbone = getattr(causal_lm, "backbone", None)
-    head = getattr(backbone, "token_embedding", None)
-    if (
-        not isinstance(head, keras.layers.ReversibleEmbedding)
-        or operations[-1] is not head
-        or backbone not in operations
-    ):
-        raise ValueError(
-            "`causal_lm` has to be a KerasHub `CausalLM` whose logits are its "
-            "`backbone.token_embedding` applied in reverse to its backbone's "
-            "output (Qwen, Mistral, Llama 3, Gemma, ...): log-probs are made "
-            "from these parts. Received: "
-            f"{type(causal_lm).__name__} with operations "
-            f"{[operation.name for operation in operations]}. Pass the causal "
-            "LM itself, not its backbone, or one of another architecture."
-        )
-    if head.quantization_mode:
-        raise ValueError(
-            "The output layer of `causal_lm` has to be in float. Received: "
-            f"{head.quantization_mode!r}. Use `keras_iris.load(..., "
-            "quantize=...)`, which quantizes the decoder layers only."
-        )
-
-
-def _check_micro_batch_size(size: Any) -> int | None:
-    if size is None:
-        return None
-    is_integer = isinstance(size, numbers.Integral)
-    if not is_integer or isinstance(size, bool) or size < 1:
-        raise ValueError(
-            "`micro_batch_size` has to be an integer of at least 1, or None "
-            f"for the whole batch. Received: {size!r}"
-        )
-    return int(size)
-
-
 def _metric_list(metrics: Any) -> list[Any]:
     if isinstance(metrics, dict):
         raise ValueError(
@@ -475,39 +483,3 @@ def _metric_list(metrics: Any) -> list[Any]:
         )
     # Keras takes a list for each output, too.
     return [m for m in keras.tree.flatten(metrics) if m is not None]
-
-
-def _check_inputs(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    names = ("token_ids", "padding_mask", "response_mask")
-    if not isinstance(inputs, dict) or any(n not in inputs for n in names):
-        received = list(inputs) if isinstance(inputs, dict) else type(inputs)
-        raise ValueError(
-            f"Inputs have to be a dictionary of {', '.join(names)}. "
-            f"Received: {received}"
-        )
-    shapes = {name: tuple(inputs[name].shape) for name in names}
-    if any(len(shape) != 3 for shape in shapes.values()):
-        raise ValueError(
-            "Inputs have to be of shape (batch, 2, time), with (annotated, "
-            f"synthetic) as the second axis. Received: {shapes}"
-        )
-    return inputs[names[0]], inputs[names[1]], inputs[names[2]]
-
-
-def _check_optimizer(optimizer: Any, backbone: keras.Model) -> None:
-    """Refuses Adam moments that can't move: bfloat16(0.999) is 1."""
-    adam = (
-        keras.optimizers.Adam,  # and AdamW
-        keras.optimizers.Nadam,
-        keras.optimizers.Adamax,
-    )
-    if not isinstance(optimizer, adam):
-        return
-    is_half = any(v.dtype == "bfloat16" for v in backbone.trainable_variables)
-    if is_half and float(ops.cast(optimizer.beta_2, "bfloat16")) == 1.0:
-        raise ValueError(
-            f"{type(optimizer).__name__} with beta_2={optimizer.beta_2} "
-            "trains nothing in bfloat16 variables, where beta_2 rounds to 1. "
-            "Load the model with dtype='mixed_bfloat16', or use beta_2=0.99, "
-            "Lion, Adafactor or RMSprop."
-        )

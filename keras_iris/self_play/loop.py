@@ -5,7 +5,6 @@ used, whatever isn't is made. It knows nothing of text beyond a tokenizer and
 nothing of objectives beyond what the model was compiled with.
 """
 
-import json
 import time
 import warnings
 import weakref
@@ -16,41 +15,29 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_iris import backend
 from keras_iris.arguments import check_count, check_positive
 from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import ChatTemplate, PairDataset, Tokenizer
 from keras_iris.data.buckets import choose_bucket_lengths
 from keras_iris.data.tokenize import OnOverflow
-from keras_iris.evaluation import read_metrics, score_mode
-from keras_iris.files import replaced
+from keras_iris.evaluation import score_mode
 from keras_iris.generation import Engine, KerasEngine
 from keras_iris.generation.engine import check_prompts
 from keras_iris.metrics import PairBatch, self_play_metrics
 from keras_iris.models import SelfPlayModel
-from keras_iris.self_play.checkpoints import (
-    Position,
-    read_variables,
-    write_variables,
-)
+from keras_iris.self_play.best import find_best, keep_best, load_best
+from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.examples import prepare_examples
 from keras_iris.self_play.opponent import Opponent, check_engine
-from keras_iris.self_play.rest import Rest
 from keras_iris.self_play.run_dir import LostShard, RunDir
+from keras_iris.self_play.seeds import combine_seeds
 from keras_iris.self_play.settings import (
     WeightsHash,
     execution_settings,
     hash_examples,
     objective_settings,
 )
-from keras_iris.self_play.step_callbacks import (
-    CheckpointWriter,
-    EpochOrder,
-    Progress,
-    ShortProgress,
-    StepLogger,
-    combine_seeds,
-)
+from keras_iris.self_play.training import Training
 
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
 
@@ -316,27 +303,7 @@ class SelfPlay:
         Raises:
             ValueError: There is no such score, or its mode isn't known.
         """
-        mode = score_mode(score, self.score_modes)
-        values = {
-            line["iteration"]: line[score]
-            for line in read_metrics(self.folder.path)
-            if line["kind"] == "evaluation"
-            and np.isfinite(line.get(score, np.nan))
-        }
-        if mode is None or not values:
-            raise ValueError(
-                f"There is no finite score {score!r} whose mode is known in "
-                f"{self.folder.path}. Expected one that `evaluate` gives, with "
-                '"min" or "max" in `score_modes`.'
-            )
-        pick = min if mode == "min" else max
-        iteration = pick(sorted(values), key=values.__getitem__)
-        return {
-            "score": score,
-            "mode": mode,
-            "iteration": iteration,
-            "value": values[iteration],
-        }
+        return find_best(self.folder.path, score, self.score_modes)
 
     def load_best(self) -> dict[str, Any]:
         """Gives the model the weights that `keep_best` kept.
@@ -347,14 +314,7 @@ class SelfPlay:
         Raises:
             ValueError: None are kept.
         """
-        file = self.folder.path / "best.safetensors"
-        if not file.exists():
-            raise ValueError(
-                f"{file} isn't there. Run with `keep_best`, the name of a "
-                "score of `evaluate`."
-            )
-        metadata = read_variables(file, self.model.trainable_variables)
-        return json.loads(metadata["best"])
+        return load_best(self.folder.path, self.model.trainable_variables)
 
     def _was_left(self, path: Path) -> bool:
         """Whether a run of this folder left the model as it is."""
@@ -432,18 +392,36 @@ class SelfPlay:
         if not is_started:
             pairs = self._pairs(log_probs, num_tokens)
             self._notify("on_score_end", iteration, pairs, timing)
-        logger, is_stopped = self._fit(
-            {**position, "key": key}, responses, log_probs
+        dataset = PairDataset(
+            self.examples,
+            responses,
+            log_probs,
+            batch_size=self.batch_size,
+            bucket_lengths=self.bucket_lengths,
+            seed=combine_seeds(self.seed, iteration),
         )
-        if is_stopped:
+        training = Training(
+            self.model,
+            dataset,
+            epochs=self.epochs,
+            seed=self.seed,
+            callbacks=self.callbacks,
+            log=self.folder.log,
+            save=lambda new: self._save({**new, "key": key}),
+            every_steps=self.checkpoint_every_steps,
+            every_minutes=self.checkpoint_every_minutes,
+        )
+        if not training.run(position):
             return False
         seconds = time.perf_counter() - scored
         timing["fit_seconds"] = round(seconds, 3)
-        timing["tokens_per_second"] = round(logger.num_tokens / seconds, 1)
+        timing["tokens_per_second"] = round(
+            training.logger.num_tokens / seconds, 1
+        )
         self.folder.log("iteration", iteration=iteration, **timing)
         scores = self._evaluate(iteration)
         self._notify("on_iteration_end", iteration, scores | timing)
-        print(_line(iteration, scores | logger.means() | timing))
+        print(_line(iteration, scores | training.logger.means() | timing))
         self._save(_start(iteration + 1))
         return True
 
@@ -465,83 +443,6 @@ class SelfPlay:
             if isinstance(callback, SelfPlayCallback):
                 getattr(callback, hook)(*arguments)
 
-    def _fit(
-        self,
-        position: Position,
-        responses: list[np.ndarray],
-        log_probs: np.ndarray,
-    ) -> tuple[StepLogger, bool]:
-        """Trains from `position` to the end of the iteration.
-
-        Returns:
-            What has logged the steps, and whether a callback has stopped the
-            run.
-        """
-        dataset = PairDataset(
-            self.examples,
-            responses,
-            log_probs,
-            batch_size=self.batch_size,
-            bucket_lengths=self.bucket_lengths,
-            seed=combine_seeds(self.seed, position["iteration"]),
-            epoch=position["epoch"],
-        )
-        here = Progress(
-            iteration=position["iteration"],
-            epochs=self.epochs,
-            dataset=dataset,
-            epoch=position["epoch"],
-            first_batch=position["batch"],
-        )
-        logger = StepLogger(self.folder.log, here)
-        keep = CheckpointWriter(
-            lambda new: self._save({**position, **new}),
-            here,
-            every_steps=self.checkpoint_every_steps,
-            every_minutes=self.checkpoint_every_minutes,
-        )
-        # The checkpoint last: with all that the others have set.
-        callbacks = [
-            EpochOrder(here, self.seed),
-            logger,
-            ShortProgress(),
-            *self.callbacks,
-            keep,
-        ]
-
-        def fit(batches: keras.utils.PyDataset, first: int, end: int) -> None:
-            self.model.fit(
-                backend.dataset(batches),
-                shuffle=False,
-                initial_epoch=here.first_epoch + first,
-                epochs=here.first_epoch + end,
-                callbacks=callbacks,
-            )
-
-        first_epoch = position["epoch"]
-        is_over = first_epoch == self.epochs
-        if position["batch"]:
-            # To Keras that is the end of training, where averages of the
-            # weights, if there are any, take their place.
-            with self.model.without_finalizing():
-                fit(
-                    Rest(dataset, position["batch"]),
-                    first_epoch,
-                    first_epoch + 1,
-                )
-            here.first_batch = 0
-            first_epoch += 1
-            is_over = self.model.stop_training or first_epoch == self.epochs
-            if is_over and not here.is_stopped:
-                self.model.optimizer.finalize_variable_values(
-                    self.model.trainable_variables
-                )
-        if not is_over:
-            fit(dataset, first_epoch, self.epochs)
-        if logger.num_steps and (here.is_at_end or not here.is_stopped):
-            self._save({**position, "epoch": self.epochs, "batch": 0})
-        return logger, here.is_stopped
-
     def _evaluate(self, iteration: int) -> dict[str, float]:
         if self.evaluate is None:
             return {}
@@ -554,27 +455,17 @@ class SelfPlay:
             step=iteration * steps,
             seconds=round(time.perf_counter() - start, 3),
         )
-        self._keep_best(iteration, scores)
-        return scores
-
-    def _keep_best(self, iteration: int, scores: dict[str, float]) -> None:
-        """Keeps the weights if they are the best so far."""
-        if self.keep_best is None:
-            return
-        if self.keep_best not in scores:
-            raise ValueError(
-                f"keep_best={self.keep_best!r} isn't a score of `evaluate`. "
-                f"Received: {sorted(scores)}"
-            )
-        best = self.best(self.keep_best)
-        if best["iteration"] == iteration:
-            write_variables(
-                self.folder.path / "best.safetensors",
+        if self.keep_best is not None:
+            keep_best(
+                self.folder.path,
                 self.model.trainable_variables,
-                {"best": json.dumps(best), "weights": self._hash()},
+                iteration=iteration,
+                scores=scores,
+                score=self.keep_best,
+                score_modes=self.score_modes,
+                weights=self._hash(),
             )
-            with replaced(self.folder.path / "best.json") as temporary:
-                temporary.write_text(json.dumps(best))
+        return scores
 
     def _variables(self) -> list[keras.Variable]:
         """All that training changes."""

@@ -14,7 +14,7 @@ from keras_iris.hub import export
 from keras_iris.models import SelfPlayModel, TokenScorer, score_pairs
 from keras_iris.self_play.arrays import Arrays
 from keras_iris.self_play.run_dir import RunDir
-from keras_iris.self_play.step_callbacks import combine_seeds
+from keras_iris.self_play.seeds import combine_seeds
 
 
 class Opponent:

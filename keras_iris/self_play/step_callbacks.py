@@ -12,12 +12,7 @@ from keras_iris import backend
 from keras_iris.data import PairDataset
 from keras_iris.metrics import step_values
 from keras_iris.self_play.checkpoints import Position
-
-
-def combine_seeds(*seeds: int) -> int:
-    """One seed from several, different for all of them."""
-    state = np.random.SeedSequence(seeds).generate_state(1)
-    return int(state[0] >> 1)
+from keras_iris.self_play.seeds import combine_seeds
 
 
 @dataclass
@@ -25,22 +20,28 @@ class Progress:
     """How far the `fit` of an iteration is.
 
     Attributes:
-        iteration: Number of the iteration.
         epochs: Epochs of an iteration.
         dataset: The batches of an epoch.
+        iteration: Number of the iteration.
         epoch: Epoch of the iteration, from 0.
         first_batch: Batches of the epoch that an earlier process did.
         num_batches: Batches of the epoch that are done.
         is_stopped: Whether a callback has stopped training at a batch.
     """
 
-    iteration: int
     epochs: int
     dataset: PairDataset
-    epoch: int
-    first_batch: int
+    iteration: int = 1
+    epoch: int = 0
+    first_batch: int = 0
     num_batches: int = 0
     is_stopped: bool = False
+
+    def start(self, position: Position) -> None:
+        """Goes to where a `fit` begins."""
+        self.iteration = position["iteration"]
+        self.epoch = self.dataset.epoch = position["epoch"]
+        self.first_batch = position["batch"]
 
     @property
     def is_at_end(self) -> bool:

@@ -205,13 +205,6 @@ class TestErrors:
         with pytest.raises(ValueError, match="scale the learning rate"):
             model.compile(loss=keras_iris.losses.SPIN(), loss_weights=2.0)
 
-    def test_activity_regularizer(self):
-        model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
-        layer = model.causal_lm.backbone.token_embedding
-        layer.activity_regularizer = keras.regularizers.L2(0.1)
-        with pytest.raises(ValueError, match="activity_regularizer"):
-            model.compile(loss=keras_iris.losses.IRIS(), micro_batch_size=2)
-
     def test_metrics_by_name_of_output(self):
         model = keras_iris.SelfPlayModel(make_causal_lm())
         with pytest.raises(ValueError, match="have to be a list"):
@@ -224,7 +217,7 @@ class TestErrors:
 
     def test_adam_in_bfloat16_variables(self):
         model = keras_iris.SelfPlayModel(make_causal_lm(dtype="bfloat16"))
-        with pytest.raises(ValueError, match="beta_2"):
+        with pytest.raises(ValueError, match="moves no bfloat16"):
             model.compile(optimizer="adam", loss=keras_iris.losses.IRIS())
 
     def test_inputs_without_a_pair_axis(self):

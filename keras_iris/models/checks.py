@@ -1,0 +1,154 @@
+"""What a `SelfPlayModel` refuses, and why."""
+
+import numbers
+from typing import Any
+
+import keras
+import numpy as np
+
+Tensor = Any
+
+# A weight as they are, gradients from small to large, and a few steps.
+_WEIGHT = 0.02
+_GRADIENTS = (1e-3, 1e-2, 1e-1, 1.0)
+_NUM_STEPS = 5
+
+
+def check_optimizer(
+    optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
+) -> None:
+    """Refuses an optimizer that can't move half-precision variables.
+
+    Its own update is tried on a small variable of their type, at its largest
+    learning rate: bfloat16 has 8 bits, which most steps are too small for,
+    and moments whose decay rounds to 1 don't move at all.
+    """
+    for dtype in {v.dtype for v in variables} & {"bfloat16", "float16"}:
+        rate = _largest_rate(optimizer)
+        if not _moves(optimizer, rate, dtype):
+            raise ValueError(
+                f"{type(optimizer).__name__} at a learning rate of {rate:.3g} "
+                f"moves no {dtype} variable of {_WEIGHT}: its steps are "
+                f"rounded away. Load the model with dtype='mixed_{dtype}', "
+                "which keeps variables in float32."
+            )
+
+
+def _largest_rate(optimizer: Any) -> float:
+    """The largest learning rate of an optimizer's schedule."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return _largest_rate(optimizer.inner_optimizer)
+    schedule = optimizer.get_config()["learning_rate"]
+    if isinstance(schedule, dict):
+        schedule = keras.optimizers.schedules.deserialize(schedule)
+    if not callable(schedule):
+        return float(schedule)
+    steps = [0, *np.geomspace(1, 1e6, 200).astype(int).tolist()]
+    return max(float(schedule(step)) for step in steps)
+
+
+def _moves(optimizer: Any, rate: float, dtype: str) -> bool:
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = optimizer.inner_optimizer
+    config = optimizer.get_config() | {"learning_rate": rate}
+    config["gradient_accumulation_steps"] = None
+    copy = type(optimizer).from_config(config)
+    size = len(_GRADIENTS)
+    variable = keras.Variable(np.full((size, size), _WEIGHT), dtype=dtype)
+    gradient = np.repeat(_GRADIENTS, size).reshape(size, size)
+    start = variable.numpy()
+    for _ in range(_NUM_STEPS):
+        copy.apply([keras.ops.cast(gradient, dtype)], [variable])
+    return not np.array_equal(variable.numpy(), start)
+
+
+def check_lora(model: keras.Model) -> None:
+    """Refuses to save or load layers with LoRA in Keras' way."""
+    for layer in model._flatten_layers():
+        if getattr(layer, "lora_enabled", False):
+            raise ValueError(
+                "Keras adds LoRA's factors to the weights when it saves, and "
+                "sets both to 0 when it loads: they would never train again. "
+                f"Received: a layer with LoRA, {layer.path}. Use "
+                "`keras_iris.hub.save_adapter` and `load_adapter`, or the run "
+                "folder of `keras_iris.SelfPlay`."
+            )
+
+
+def check_fit(loss: Any, class_weight: Any) -> None:
+    """Refuses to train without a loss, or with weights of classes."""
+    if class_weight is not None:
+        raise ValueError(
+            "`class_weight` is not taken, as log-probs have no classes. "
+            f"Received: {class_weight}. Weigh pairs by `sample_weight`."
+        )
+    check_loss(loss)
+
+
+def check_loss(loss: Any) -> None:
+    """Refuses to compute one where there is none."""
+    if loss is None:
+        raise ValueError(
+            "The model was compiled without a loss. Call `model.compile(loss="
+            "keras_iris.losses.IRIS(), ...)` first."
+        )
+
+
+def check_causal_lm(causal_lm: Any) -> None:
+    """Refuses a model that log-probs can't be made from."""
+    # KerasHub's causal LMs are functional models: inputs -> backbone ->
+    # token embedding in reverse. `operations` is in order of depth.
+    operations = getattr(causal_lm, "operations", [])
+    backbone = getattr(causal_lm, "backbone", None)
+    head = getattr(backbone, "token_embedding", None)
+    if (
+        not isinstance(head, keras.layers.ReversibleEmbedding)
+        or operations[-1] is not head
+        or backbone not in operations
+    ):
+        raise ValueError(
+            "`causal_lm` has to be a KerasHub `CausalLM` whose logits are its "
+            "`backbone.token_embedding` applied in reverse to its backbone's "
+            "output (Qwen, Mistral, Llama 3, Gemma, ...): log-probs are made "
+            "from these parts. Received: "
+            f"{type(causal_lm).__name__} with operations "
+            f"{[operation.name for operation in operations]}. Pass the causal "
+            "LM itself, not its backbone, or one of another architecture."
+        )
+    if head.quantization_mode:
+        raise ValueError(
+            "The output layer of `causal_lm` has to be in float. Received: "
+            f"{head.quantization_mode!r}. Use `keras_iris.load(..., "
+            "quantize=...)`, which quantizes the decoder layers only."
+        )
+
+
+def check_micro_batch_size(size: Any) -> int | None:
+    """The size as an integer."""
+    if size is None:
+        return None
+    is_integer = isinstance(size, numbers.Integral)
+    if not is_integer or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            "`micro_batch_size` has to be an integer of at least 1, or None "
+            f"for the whole batch. Received: {size!r}"
+        )
+    return int(size)
+
+
+def check_inputs(inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors of an input."""
+    names = ("token_ids", "padding_mask", "response_mask")
+    if not isinstance(inputs, dict) or any(n not in inputs for n in names):
+        received = list(inputs) if isinstance(inputs, dict) else type(inputs)
+        raise ValueError(
+            f"Inputs have to be a dictionary of {', '.join(names)}. "
+            f"Received: {received}"
+        )
+    shapes = {name: tuple(inputs[name].shape) for name in names}
+    if any(len(shape) != 3 for shape in shapes.values()):
+        raise ValueError(
+            "Inputs have to be of shape (batch, 2, time), with (annotated, "
+            f"synthetic) as the second axis. Received: {shapes}"
+        )
+    return inputs[names[0]], inputs[names[1]], inputs[names[2]]

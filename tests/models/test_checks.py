@@ -1,0 +1,236 @@
+"""What a model refuses by name, and what Keras' own ways keep."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from tiny_models import make_causal_lm, make_pairs
+
+import keras_iris
+from keras_iris.losses import IRIS
+
+optimizers = keras.optimizers
+PAIRS, OPPONENT = make_pairs(), np.full((8, 2), -20.0, "float32")
+name = keras.backend.backend()
+
+
+def _model(dtype="float32", **options):
+    causal_lm = make_causal_lm(num_layers=1, dtype=dtype)
+    model = keras_iris.SelfPlayModel(causal_lm)
+    if options:
+        model.compile(**options)
+    return model
+
+
+STUCK = {
+    "adam": lambda: optimizers.Adam(1e-3),
+    "rmsprop": lambda: optimizers.RMSprop(5e-7),
+    "wrapped": lambda: optimizers.LossScaleOptimizer(optimizers.Adam(1e-3)),
+    "muon": lambda: optimizers.Muon(1e-5),
+    "lion": lambda: optimizers.Lion(1e-6),
+    "schedule": lambda: optimizers.RMSprop(
+        optimizers.schedules.CosineDecay(0.0, 100, 0, "c", 1e-6, 10)
+    ),
+}
+MOVING = {
+    "adam": lambda: optimizers.Adam(1e-3, beta_2=0.99),
+    "rmsprop": lambda: optimizers.RMSprop(1e-3),
+    "sgd": lambda: optimizers.SGD(0.01, gradient_accumulation_steps=4),
+    "lion": lambda: optimizers.Lion(1e-3),
+    "schedule": lambda: optimizers.RMSprop(
+        optimizers.schedules.CosineDecay(0.0, 100, 0, "c", 1e-3, 10)
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STUCK)
+def test_optimizers_that_cannot_move_bfloat16(case):
+    model = _model("bfloat16")
+    with pytest.raises(ValueError, match="moves no bfloat16.*mixed_bfloat16"):
+        model.compile(STUCK[case](), IRIS())
+
+
+@pytest.mark.parametrize("case", MOVING)
+def test_optimizers_that_can(case):
+    _model("bfloat16").compile(MOVING[case](), IRIS())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+def test_small_rates_in_float32_variables(dtype):
+    _model(dtype).compile(optimizers.AdamW(5e-7), IRIS())
+
+
+@pytest.mark.parametrize("kind", ["weights", "whole"])
+def test_lora_is_not_saved_in_keras_way(kind, tmp_path):
+    model = _model(optimizer="sgd", loss=IRIS())
+    path = tmp_path / "model.weights.h5"
+    model.save_weights(path)
+    model.causal_lm.backbone.enable_lora(2)
+    with pytest.raises(ValueError, match="LoRA.*save_adapter"):
+        if kind == "weights":
+            model.save_weights(tmp_path / "lora.weights.h5")
+        else:
+            model.save(tmp_path / "model.keras")
+    with pytest.raises(ValueError, match="LoRA.*save_adapter"):
+        model.load_weights(path)
+
+
+def test_lora_under_backup_and_restore(tmp_path):
+    causal_lm = make_causal_lm(num_layers=1)
+    causal_lm.backbone.enable_lora(2)
+    model = keras_iris.SelfPlayModel(causal_lm)
+    model.compile("sgd", IRIS())
+    backup = keras.callbacks.BackupAndRestore(tmp_path)
+    with pytest.raises(ValueError, match="LoRA.*save_adapter"):
+        model.fit(PAIRS, OPPONENT, callbacks=[backup], verbose=0)
+
+
+def test_whole_models_keep_how_they_were_compiled(tmp_path):
+    options = {
+        "jit_compile": False,
+        "run_eagerly": True,
+        "auto_scale_loss": False,
+        "steps_per_execution": 1 if name == "torch" else 3,
+        "micro_batch_size": 5,
+    }
+    model = _model(
+        optimizer=optimizers.Adam(0.01),
+        loss=IRIS(1.5),
+        metrics=["mse", keras_iris.metrics.Margin()],
+        **options,
+    )
+    model.train_on_batch(PAIRS, OPPONENT)
+    model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    for option, value in options.items():
+        if option != "auto_scale_loss":
+            assert getattr(other, option) == value, option
+    assert other.get_compile_config() == model.get_compile_config()
+    assert other.get_compile_config()["auto_scale_loss"] is False
+    assert float(other.alpha.value) == 1.5
+    for variable, expected in zip(
+        other.optimizer.variables, model.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(variable.numpy(), expected.numpy())
+    assert model.train_on_batch(PAIRS, OPPONENT) == pytest.approx(
+        other.train_on_batch(PAIRS, OPPONENT)
+    )
+
+
+def test_class_weight():
+    model = _model(optimizer="sgd", loss=IRIS())
+    for method in (model.fit, model.train_on_batch):
+        with pytest.raises(ValueError, match="`sample_weight`"):
+            method(PAIRS, OPPONENT, class_weight={0: 1.0, 1: 2.0})
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_no_loss(size):
+    model = _model(optimizer="sgd", micro_batch_size=size)
+    for method in (model.fit, model.evaluate, model.train_on_batch):
+        with pytest.raises(ValueError, match="compiled without a loss"):
+            method(PAIRS, OPPONENT)
+
+
+def test_functional_use():
+    model = _model()
+    inputs = {
+        name: keras.Input((2, None), dtype=array.dtype.name, name=name)
+        for name, array in PAIRS.items()
+    }
+    log_probs = model(inputs)
+    assert log_probs.shape == (None, 2)
+    margin = keras.layers.Lambda(lambda x: x[:, 0] - x[:, 1], output_shape=())(
+        log_probs
+    )
+    expected = model.predict(PAIRS, verbose=0)
+    actual = keras.Model(inputs, margin).predict(PAIRS, verbose=0)
+    np.testing.assert_allclose(
+        np.ravel(actual), expected[:, 0] - expected[:, 1], atol=1e-4
+    )
+
+
+DISTRIBUTED = """
+import keras, numpy as np, pytest
+import keras_iris
+from tiny_models import make_causal_lm, make_pairs
+
+pairs, opponent = make_pairs(), np.zeros((8, 2), "float32")
+"""
+STRATEGY = """
+import tensorflow as tf
+devices = tf.config.list_physical_devices("CPU")
+two = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(devices[0], two)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    with pytest.raises(ValueError, match="MirroredStrategy with 2 replicas"):
+        model.compile("sgd", keras_iris.losses.IRIS())
+"""
+PARALLEL = """
+mesh = keras.distribution.DeviceMesh((2,), ["batch"], ["cpu:0", "cpu:1"])
+model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+model.compile("sgd", keras_iris.losses.IRIS())
+keras.distribution.set_distribution(
+    keras.distribution.DataParallel(device_mesh=mesh)
+)
+with pytest.raises(ValueError, match="DataParallel needs JAX"):
+    model.fit(pairs, opponent)
+with pytest.raises(ValueError, match="DataParallel needs JAX"):
+    model.compile("sgd", keras_iris.losses.IRIS())
+"""
+INDIVISIBLE = """
+keras.distribution.set_distribution(keras.distribution.DataParallel())
+model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+model.compile("sgd", keras_iris.losses.IRIS())
+for call in (
+    lambda: model.fit(pairs, opponent, batch_size=3),
+    lambda: model.evaluate(pairs, opponent, batch_size=6),
+    lambda: model.predict({k: v[:7] for k, v in pairs.items()}),
+    lambda: model.train_on_batch(
+        {k: v[:7] for k, v in pairs.items()}, opponent[:7]
+    ),
+):
+    with pytest.raises(ValueError, match="4 devices have to divide"):
+        call()
+model.fit(pairs, opponent, batch_size=4)
+"""
+
+
+@pytest.mark.parametrize(
+    ("backends", "program"),
+    [
+        (("tensorflow",), STRATEGY),
+        (("torch",), PARALLEL),
+        (("jax",), INDIVISIBLE),
+    ],
+    ids=["strategy", "parallel", "indivisible"],
+)
+def test_distributions(backends, program, monkeypatch, request):
+    if name not in backends:
+        pytest.skip(f"of {backends}")
+    flags = "--xla_force_host_platform_device_count=4"
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    monkeypatch.setenv("PYTHONPATH", f"{request.config.rootpath / 'tests'}")
+    result = subprocess.run(
+        [sys.executable, "-c", DISTRIBUTED + program],
+        capture_output=True,
+        text=True,
+        cwd=request.config.rootpath,
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(name != "tensorflow", reason="TensorFlow's")
+def test_import_leaves_grappler_as_it_is():
+    program = (
+        "import keras_iris, tensorflow as tf; "
+        "print(tf.config.optimizer.get_experimental_options())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert "dependency_optimization" not in result.stdout
+    assert result.returncode == 0, result.stderr
