@@ -265,10 +265,9 @@ evaluate("self-play", model)
 # ## Curves
 #
 # Iteration 2 begins at the grey line. Loss and NLLs are means over the batches
-# of the iteration so far. The gap is estimated from the pairs of the
-# iteration so far: it isn't known at the first batch, and settles over the next
-# ones. Alpha follows it; where alpha dips for a moment, a few answers outweighed
-# the rest of their batch.
+# of the iteration so far. The gap is estimated from its pairs so far: it isn't
+# known at the first batch, and settles over the next ones. Alpha follows it.
+# Where alpha dips for a moment, a few answers outweighed the rest of a batch.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
