@@ -116,7 +116,7 @@ f"{causal_lm.count_params():,} parameters"
 # have rows of 16 tokens, so that Keras compiles one step only.
 
 # %%
-BATCHES = {"batch_size": 64, "bucket_lengths": [16]}
+BATCHES = {"batch_size": 32, "bucket_lengths": [16]}
 
 
 def make_optimizer(learning_rate, epochs):
@@ -127,8 +127,8 @@ def make_optimizer(learning_rate, epochs):
 
 annotated = [example.response_ids for example in train]
 pairs = keras_iris.data.PairDataset(train, annotated, **BATCHES)
-model.compile(make_optimizer(2e-3, epochs=6), keras_iris.losses.SFT())
-history = model.fit(pairs, epochs=6, verbose=0)
+model.compile(make_optimizer(2e-3, epochs=5), keras_iris.losses.SFT())
+history = model.fit(pairs, epochs=5, verbose=0)
 [round(loss, 2) for loss in history.history["loss"]]
 
 # %% [markdown]
@@ -231,7 +231,7 @@ opponent[:3]
 
 # %%
 model.compile(
-    make_optimizer(1e-4, epochs=3),
+    make_optimizer(1e-4, epochs=2),
     keras_iris.losses.IRIS(),
     metrics=keras_iris.metrics.self_play_metrics(),
 )
@@ -245,14 +245,14 @@ callbacks = [
 pairs = keras_iris.data.PairDataset(train, synthetic, opponent, **BATCHES)
 history = model.fit(pairs, callbacks=callbacks, verbose=0)
 # %% [markdown]
-# ## Iterations 2 and 3
+# ## Iteration 2
 #
 # The same again, with answers of the model as it is by now. The whole loop in
 # one call is `keras_iris.SelfPlay`, with a folder from which it resumes after a
 # crash.
 
 # %%
-for iteration in (2, 3):
+for iteration in [2]:  # and so on
     synthetic = draw_answers(iteration)
     pairs = keras_iris.data.PairDataset(train, synthetic, **BATCHES)
     opponent = model.predict(pairs, verbose=0)
@@ -264,11 +264,10 @@ evaluate("self-play", model)
 # %% [markdown]
 # ## Curves
 #
-# The grey lines are where an iteration begins. Loss and NLLs are means over the
-# batches of the iteration so far. The gap is estimated from the pairs of the
-# iteration so far: it isn't known at the first batch, and settles over the next
-# ones. Alpha follows it; where alpha dips for a moment, a few answers outweighed
-# the rest of their batch.
+# Iteration 2 begins at the grey line. Loss and NLLs are means over the batches
+# of the iteration so far. The gap is estimated from its pairs so far: it isn't
+# known at the first batch, and settles over the next ones. Alpha follows it.
+# Where alpha dips for a moment, a few answers outweighed the rest of a batch.
 
 # %%
 figure, axes = plt.subplots(1, 4, figsize=(12, 2.8), layout="constrained")
@@ -276,8 +275,7 @@ groups = [["loss"], ["alpha"], ["gap"], ["real_nll", "synthetic_nll"]]
 for axis, names in zip(axes, groups, strict=True):
     for name in names:
         axis.plot([logs[name] for logs in steps], label=name)
-    for start in (32, 64):
-        axis.axvline(start, color="lightgrey", zorder=0)
+    axis.axvline(len(steps) / 2, color="lightgrey", zorder=0)
     axis.set_xlabel("step")
     axis.legend()
 
@@ -288,8 +286,8 @@ for axis, names in zip(axes, groups, strict=True):
 # the same learning rate.
 
 # %%
-control.compile(make_optimizer(1e-4, epochs=3), keras_iris.losses.SFT())
-control.fit(pairs, epochs=3, verbose=0)
+control.compile(make_optimizer(1e-4, epochs=2), keras_iris.losses.SFT())
+control.fit(pairs, epochs=2, verbose=0)
 evaluate("control", control)
 scores
 
