@@ -43,7 +43,8 @@ def load(  # noqa: PLR0913 (by keyword only)
             one.
         lora_rank: Trains LoRA adapters of this rank on the query and value
             projections, and nothing else. In KerasHub the rank counts per
-            head.
+            head. Adapters of a rank start with the same values in every
+            process, so that a run of self-play finds its own model again.
         quantize: `"int8"` or `"int4"`: quantizes the decoder layers'
             matrices, but no embeddings, before LoRA. int8 also rounds
             activations when it computes, so that an export is a slightly
@@ -177,6 +178,10 @@ def _enable_lora(backbone: keras.Model, rank: int) -> None:
     `save_lora_weights` doesn't save them.
     """
     backbone.enable_lora(rank)
-    for variable in backbone.trainable_variables:
+    for number, variable in enumerate(backbone.trainable_variables):
         if variable.name == "bias":
             variable.trainable = False
+        elif variable.name == "lora_kernel_a":
+            # Keras' own initializer, which draws another seed each time.
+            start = keras.initializers.HeUniform(seed=number)
+            variable.assign(start(variable.shape, variable.dtype))

@@ -43,6 +43,22 @@ def test_lora_trains_adapters_only(checkpoint, architecture):
 
 
 @pytest.mark.slow
+def test_adapters_start_the_same_in_every_process(checkpoint):
+    """Else a run that is taken up again would refuse its own model."""
+    starts = []
+    for seed in (1, 2):
+        keras.utils.set_random_seed(seed)
+        causal_lm = load(checkpoint("qwen2"), dtype="float32", lora_rank=2)
+        starts.append(
+            [keras.ops.convert_to_numpy(v) for v in causal_lm.trainable_weights]
+        )
+    for left, right in zip(*starts, strict=True):
+        np.testing.assert_array_equal(left, right)
+    # As different from each other as before.
+    values = np.concatenate([a.ravel() for a in starts[0] if a.any()])
+    assert len(np.unique(values)) == len(values)
+
+
 @pytest.mark.parametrize(
     "quantize, tolerance",
     [("int8", INT8_TOLERANCE), ("int4", INT4_TOLERANCE)],
