@@ -13,17 +13,16 @@ from keras_iris.self_play.checkpoints import Checkpoints
 END = 1
 
 
-def make_examples(number=24, seed=0):
+def make_examples(number=24, seed=0, num_prompt_tokens=(4, 5)):
+    """Of about one length, so that there is one shape to compile."""
     rng = np.random.default_rng(seed)
+
+    def ids(low, high):
+        size = rng.integers(low, high)
+        return rng.integers(2, VOCABULARY_SIZE, size).astype("int32")
+
     return [
-        Example(
-            rng.integers(2, VOCABULARY_SIZE, rng.integers(2, 6)).astype(
-                "int32"
-            ),
-            np.append(
-                rng.integers(2, VOCABULARY_SIZE, rng.integers(1, 6)), END
-            ).astype("int32"),
-        )
+        Example(ids(*num_prompt_tokens), np.append(ids(4, 6), np.int32(END)))
         for _ in range(number)
     ]
 

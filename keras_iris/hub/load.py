@@ -68,7 +68,7 @@ def load(  # noqa: PLR0913 (by keyword only)
 
     Example:
     ```python
-    causal_lm = keras_iris.load("path/to/folder", dtype="bfloat16")
+    causal_lm = keras_iris.load("path/to/folder", dtype="mixed_bfloat16")
     prompt = causal_lm.chat_template.render_prompt(messages)
     token_ids = causal_lm.tokenizer.encode(prompt)
     ```

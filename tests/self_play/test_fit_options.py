@@ -30,8 +30,10 @@ OPTIONS = {
         "optimizer": keras.optimizers.LossScaleOptimizer(_adam())
     },
     "averages": lambda: {"optimizer": _adam(use_ema=True, ema_momentum=0.5)},
-    "schedule": lambda: {"optimizer": keras.optimizers.Adam(_cosine())},
-    "schedule of the order": lambda: {"callbacks": [AlphaSchedule(_cosine())]},
+    "schedules": lambda: {
+        "optimizer": keras.optimizers.Adam(_cosine()),
+        "callbacks": [AlphaSchedule(_cosine())],
+    },
     "plateau": lambda: {
         "callbacks": [
             keras.callbacks.ReduceLROnPlateau(
