@@ -24,6 +24,7 @@ match keras.backend.backend():
         from keras_iris.backend.jax import (
             Trainer,
             dataset,
+            device_names,
             is_on_cpu,
             map_parts,
             prepare_remat,
@@ -35,6 +36,7 @@ match keras.backend.backend():
         from keras_iris.backend.tensorflow import (
             Trainer,
             dataset,
+            device_names,
             is_on_cpu,
             map_parts,
             prepare_remat,
@@ -46,6 +48,7 @@ match keras.backend.backend():
         from keras_iris.backend.torch import (
             Trainer,
             dataset,
+            device_names,
             is_on_cpu,
             map_parts,
             prepare_remat,
@@ -65,6 +68,7 @@ __all__ = [
     "Trainer",
     "count_layer_losses",
     "dataset",
+    "device_names",
     "head_log_probs",
     "is_on_cpu",
     "map_parts",

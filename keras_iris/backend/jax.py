@@ -32,6 +32,11 @@ def is_on_cpu(tensor: jax.Array) -> bool:
     return jax.default_backend() == "cpu"
 
 
+def device_names() -> list[str]:
+    """Names of the devices, for people to read."""
+    return [device.device_kind for device in jax.devices()]
+
+
 def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 

@@ -72,6 +72,11 @@ def is_on_cpu(tensor: tf.Tensor) -> bool:
     return not any(d.device_type in ("GPU", "TPU") for d in devices)
 
 
+def device_names() -> list[str]:
+    """Names of the devices, for people to read."""
+    return [device.name for device in tf.config.list_logical_devices()]
+
+
 def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 

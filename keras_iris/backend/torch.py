@@ -27,6 +27,12 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cpu
 
 
+def device_names() -> list[str]:
+    """Names of the devices, for people to read."""
+    numbers = range(torch.cuda.device_count())
+    return [torch.cuda.get_device_name(n) for n in numbers] or ["cpu"]
+
+
 def seed_step(seed: int) -> None:
     """Seeds PyTorch's own random numbers, which dropout is drawn from.
 

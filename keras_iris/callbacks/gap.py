@@ -53,10 +53,12 @@ def pair_moments(pairs: PairBatch) -> np.ndarray:
 
     Returns:
         Float64 array of shape `(2, 3)`. For annotated and synthetic responses:
-        the sum of weights, the mean of the log-probs per token, and the sum of
+        the number of pairs, the mean of the log-probs per token, and the sum of
         their squared deviations from it.
     """
     weight = pairs.sample_weight[:, None]
+    # As many as there are pairs: their scale says nothing.
+    weight = weight * len(weight) / max(weight.sum(), 1e-30)
     values = pairs.opponent / np.maximum(pairs.num_tokens, 1)
     total = np.broadcast_to(weight.sum(axis=0), (2,))
     mean = (weight * values).sum(axis=0) / np.maximum(total, 1e-30)

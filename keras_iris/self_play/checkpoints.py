@@ -43,7 +43,10 @@ class Checkpoints:
 
     def files(self) -> list[Path]:
         """All that are there; those of an iteration before its start."""
-        starts = sorted(self.folder.glob("starts/iteration_*.safetensors"))
+        starts = sorted(
+            self.folder.glob("starts/iteration_*.safetensors"),
+            key=lambda file: int(file.stem.removeprefix("iteration_")),
+        )
         within = [self.within] if self.within.exists() else []
         return within + starts[::-1]
 

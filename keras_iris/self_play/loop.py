@@ -209,7 +209,7 @@ class SelfPlay:
             longest=int(lengths.max()) + max_response_length,
         )
         self.evaluate = evaluate
-        self.callbacks = list(callbacks)
+        self.callbacks = list(callbacks or ())
         self.checkpoint_every_minutes = checkpoint_every_minutes
         self.checkpoint_every_steps = checkpoint_every_steps
         self.seed = seed
@@ -242,7 +242,6 @@ class SelfPlay:
             was_left=self._was_left,
             about={"title": title, "score_modes": score_modes},
         )
-        model.add_metrics(self_play_metrics())
         self.opponent = Opponent(
             model,
             self.engine,
@@ -329,11 +328,13 @@ class SelfPlay:
             _LEFT.pop(self.model, None)
 
     def _run(self) -> None:
+        self.model.add_metrics(self_play_metrics())
         for callback in self.callbacks:
             callback.set_model(self.model)
         self.model.optimizer.build(self.model.trainable_variables)
         position = self.folder.checkpoints.load(self._variables())
         if position is None:
+            self._reset_order()
             scores = self._evaluate(0)
             if scores:
                 print(_line(0, scores))
@@ -349,6 +350,13 @@ class SelfPlay:
                 print("Stopped by a callback; `run` goes on from here.")
                 return
             position = _start(position["iteration"] + 1)
+
+    def _reset_order(self) -> None:
+        """Nothing of another run of this model is left."""
+        model = self.model
+        model.alpha.assign(model.start_config["loss"].get("alpha", 1.0))
+        model.gap.assign(0.0)
+        model.gap_sums.assign(np.zeros((2, 3)))
 
     def _go_back(self, position: Position, error: LostShard) -> Position:
         """The start of the iteration, where lost shards can be made again."""

@@ -12,7 +12,7 @@ from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export
 from keras_iris.models import SelfPlayModel, TokenScorer, score_pairs
-from keras_iris.self_play.arrays import Arrays
+from keras_iris.self_play.arrays import Arrays, hash_arrays
 from keras_iris.self_play.run_dir import RunDir
 from keras_iris.self_play.seeds import combine_seeds
 
@@ -162,7 +162,7 @@ class Opponent:
                 "log_probs": np.array(log_probs, "float32"),
             }
 
-        shards = self._read_or_make(iteration, "synthetic", key, make)
+        shards = self._read_or_make(iteration, "synthetic", lambda _: key, make)
         responses = [
             ids
             for shard in shards
@@ -250,6 +250,13 @@ class Opponent:
         """Log-probs of both responses, `(examples, 2)`."""
         starts = np.cumsum([0] + [len(shard) for shard in self._shards])
 
+        def key_of(number: int) -> str:
+            """Scores are of these responses, and of no others."""
+            own = responses[starts[number] : starts[number + 1]]
+            lengths = np.array([len(ids) for ids in own])
+            ids = np.concatenate(own)
+            return f"{key}-{hash_arrays({'ids': ids, 'lengths': lengths})[:16]}"
+
         def make(number: int) -> Arrays:
             first, end = starts[number], starts[number + 1]
             log_probs = score_pairs(
@@ -262,17 +269,17 @@ class Opponent:
             _check_finite(log_probs, np.arange(first, end))
             return {"log_probs": log_probs}
 
-        shards = self._read_or_make(iteration, "opponent", key, make)
+        shards = self._read_or_make(iteration, "opponent", key_of, make)
         return np.concatenate([shard["log_probs"] for shard in shards])
 
     def _read_or_make(
         self,
         iteration: int,
         kind: str,
-        key: str,
+        key_of: Callable[[int], str],
         make: Callable[[int], Arrays],
     ) -> list[Arrays]:
-        """All shards of one kind; `make` makes one, from its number."""
+        """All shards of one kind; key and content follow from the number."""
         verb = {"synthetic": "generate", "opponent": "score"}[kind]
         print(f"Iteration {iteration}: {verb}")
         progress = keras.utils.Progbar(len(self._shards), unit_name="shard")
@@ -282,7 +289,7 @@ class Opponent:
                 self.folder.shard(
                     _folder(iteration, kind),
                     number,
-                    key=key,
+                    key=key_of(number),
                     size=len(self._shards[0]),
                     make=None if self._is_over else partial(make, number),
                 )

@@ -131,9 +131,19 @@ class RunDir:
         """Holds the folder for this process, and writes the manifest.
 
         Raises:
-            ValueError: Another process holds it.
+            ValueError: Another process holds it, or another run has begun in
+                it meanwhile.
         """
         with locked(self.path):
+            if self.manifest.exists():
+                there = _read_manifest(self.manifest)["settings"]
+                lines = _differences(there, self.content["settings"])
+                if lines:
+                    raise ValueError(
+                        f"Another run has begun in {self.path} since this one "
+                        f"was made: {'; '.join(lines)}. Pass another "
+                        "`run_dir`."
+                    )
             shards = self.path.glob("iteration_*/*")
             for folder in (self.path, self.path / "starts", *shards):
                 remove_unfinished(folder)

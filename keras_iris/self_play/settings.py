@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_iris import backend
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler
 from keras_iris.data import Example
 from keras_iris.generation import Engine
@@ -28,6 +29,8 @@ def objective_settings(
         **_named("optimizer", model.optimizer, model.start_config["optimizer"]),
         "parameters": model.causal_lm.count_params(),
         "dtype": model.dtype_policy.name,
+        # The order changes between executions.
+        "steps_per_execution": model.steps_per_execution,
         "backend": keras.backend.backend(),
     }
     for callback in callbacks:
@@ -49,10 +52,9 @@ def execution_settings(
     """What changes time and memory of a run, not what it computes."""
     return {
         "micro_batch_size": model.micro_batch_size,
-        "steps_per_execution": model.steps_per_execution,
         **_named("engine", engine, engine.get_config()),
         "callbacks": [type(callback).__name__ for callback in callbacks],
-        "device": ", ".join(sorted(set(keras.distribution.list_devices()))),
+        "device": ", ".join(sorted(set(backend.device_names()))),
         "processor": platform.processor() or platform.machine(),
         "cpus": os.cpu_count(),
     }
@@ -60,8 +62,8 @@ def execution_settings(
 
 def versions() -> dict[str, str]:
     """The versions of what a run depends on."""
-    backend = keras.backend.backend()
-    names = ("keras_iris", "keras", "keras-hub", "numpy", backend)
+    packages = ["keras_iris", "keras", "keras-hub", "numpy"]
+    names = [*packages, keras.backend.backend()]
     found = {"python": platform.python_version()}
     for name in names:
         try:

@@ -188,7 +188,8 @@ class ShortProgress(keras.callbacks.ProgbarLogger):
         super().on_epoch_end(epoch, self._short(logs))
 
     def _short(self, logs: dict[str, Any] | None) -> dict[str, Any]:
-        return {name: (logs or {})[name] for name in self._NAMES}
+        logs = logs or {}
+        return {name: logs[name] for name in self._NAMES if name in logs}
 
 
 class CheckpointWriter(keras.callbacks.Callback):

@@ -86,7 +86,7 @@ class Training:
             is_over = self.model.stop_training or epoch + 1 == here.epochs
             if not is_over:
                 here.start({**position, "epoch": epoch + 1, "batch": 0})
-            elif not here.is_stopped:
+            elif here.is_at_end or not here.is_stopped:
                 self.model.optimizer.finalize_variable_values(
                     self.model.trainable_variables
                 )

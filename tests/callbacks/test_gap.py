@@ -63,10 +63,10 @@ def test_by_hand():
     # -14/3, variance 4/3).
     d2 = ((7 / 3) ** 2 - (1 / 3) / 3 - (4 / 3) / 3) / (4 / 3)
     assert RenyiGap().gap(pairs) == pytest.approx(np.log(1 + d2))
-    # A row counts as often as its weight says.
-    twice = PairBatch(*(np.concatenate([a, a[:1]]) for a in pairs[:4]))
-    weighted = pairs._replace(sample_weight=np.array([2.0, 1.0, 1.0]))
-    assert RenyiGap().gap(weighted) == pytest.approx(RenyiGap().gap(twice))
+    # The scale of weights says nothing, as in the loss.
+    for scale in (0.01, 100.0):
+        scaled = pairs._replace(sample_weight=np.full(3, scale))
+        assert RenyiGap().gap(scaled) == pytest.approx(np.log(1 + d2))
 
 
 def test_own_samples_have_no_gap():

@@ -46,6 +46,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_run_that_is_cut_off_ends_the_same(name, tmp_path):
+    if name == "steps per execution" and keras.backend.backend() == "torch":
+        pytest.skip("which has one step an execution")
+
     def make(run_dir, *more):
         options = {"callbacks": [AlphaScheduler()], **OPTIONS[name]()}
         options["callbacks"] = [*options["callbacks"], *more]

@@ -102,6 +102,15 @@ class TestWeights:
             self_play.run()
 
 
+def test_another_run_that_began_meanwhile(tmp_path):
+    first = make_self_play(tmp_path)
+    second = make_self_play(tmp_path, seed=1)
+    with first.folder.open():
+        pass
+    with pytest.raises(ValueError, match="begun.*seed: 0 there, 1 here"):
+        second.run()
+
+
 class TestManifest:
     def test_versions(self, finished):
         manifest = json.loads((finished / "manifest.json").read_text())
