@@ -54,4 +54,4 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .jax_cache runs
