@@ -1,7 +1,6 @@
 """The train step of `SelfPlayModel` on JAX."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,14 @@ import jax.numpy as jnp
 import keras
 
 from keras_iris.backend.jax_products import fold_products
+from keras_iris.backend.jax_state import SafeModel
 from keras_iris.backend.refusals import refuse_layer_losses
+from keras_iris.backend.routers import (
+    has_routers,
+    router_loss,
+    router_sums,
+    split_sums,
+)
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -75,29 +81,7 @@ def map_parts(
     return _join(jax.lax.map(function, parts), num_rows)
 
 
-def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets an interrupt leave the variables as they were.
-
-    Keras (3.15) takes their values out and hands them to the compiled step.
-    """
-
-    @functools.wraps(method)
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        self._check_values()
-        options = inspect.signature(method).bind(self, *args, **kwargs)
-        options.apply_defaults()
-        _check_rows(**options.arguments)
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            self.jax_state_sync()
-            self._jax_state = None
-            self._unshare_values()
-
-    return wrapper
-
-
-class Trainer(keras.Model):
+class Trainer(SafeModel):
     """A `keras.Model` with the micro-batched train step.
 
     The gradient of a batch-coupled loss weighs every example against all
@@ -109,62 +93,8 @@ class Trainer(keras.Model):
     gradients is kept.
     """
 
-    fit = _keep_state(keras.Model.fit)
-    evaluate = _keep_state(keras.Model.evaluate)
-    predict = _keep_state(keras.Model.predict)
-    train_on_batch = _keep_state(keras.Model.train_on_batch)
-    test_on_batch = _keep_state(keras.Model.test_on_batch)
-    predict_on_batch = _keep_state(keras.Model.predict_on_batch)
-
-    def _get_jax_state(
-        self, purge_model_variables: bool = False, **is_taken: bool
-    ) -> tuple[Tree, ...]:
-        """Keras' own (3.15), which has no public name.
-
-        What is handed out is kept until the step gives the next state.
-        """
-        state = super()._get_jax_state(**is_taken)
-        names = [name for name, is_in in is_taken.items() if is_in]
-        self._jax_state: Tree = dict(zip(names, state, strict=True))
-        self._jax_state_synced = False
-        if purge_model_variables:
-            self._purge_model_variables(**is_taken)
-        return state
-
-    def jax_state_sync(self) -> None:
-        """Puts the values back into the variables, if the step left any."""
-        if _is_gone(getattr(self, "_jax_state", None)):
-            self._jax_state = None
-        super().jax_state_sync()
-
     def check_devices(self) -> None:
         """Does nothing: batches may be cut over devices."""
-
-    def _unshare_values(self) -> None:
-        """Gives each variable memory of its own.
-
-        Moving averages that became the weights have theirs, and a step that
-        JAX gives the one's memory to would take the other's, too.
-        """
-        seen: set[int] = set()
-        for variable in self._all_variables():
-            if id(variable._value) in seen:
-                variable.assign(jnp.copy(variable._value))
-            seen.add(id(variable._value))
-
-    def _all_variables(self) -> list[keras.Variable]:
-        optimizer = self.optimizer if self.compiled else None
-        return self.variables + (optimizer.variables if optimizer else [])
-
-    def _check_values(self) -> None:
-        """Refuses a model whose weights an interrupted step has taken."""
-        values = [variable._value for variable in self._all_variables()]
-        if any(value is None for value in values) or _is_gone(values):
-            raise RuntimeError(
-                "The model's weights are gone: an interrupt or an error in "
-                "the middle of a step, which JAX gives their memory to, took "
-                "them. Load the model, or its checkpoint, again."
-            )
 
     def stateless_call(self, *arguments: Any, **options: Any) -> Any:
         """Keras' own; when it trains on one CPU, with folded products."""
@@ -205,13 +135,28 @@ class Trainer(keras.Model):
     ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
         """Loss, log-probs, gradients, new fixed and metric variables."""
         trainable, fixed, optimizer_state, metrics_state = state
-        share = shares(sample_weight, y)
 
         def scale(loss: jax.Array) -> jax.Array:
             pairs = zip(self.optimizer.variables, optimizer_state, strict=True)
             with keras.StatelessScope(state_mapping=list(pairs)):
                 return self.optimizer.scale_loss(loss)
 
+        def batch_loss(trainable: Tree, y_pred: jax.Array) -> Tree:
+            loss, variables = self.stateless_compute_loss(
+                trainable,
+                fixed,
+                metrics_state,
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                training=True,
+            )
+            return loss, variables[2]
+
+        if has_routers(self):
+            return self._two_passes(trainable, fixed, x, batch_loss, scale)
+        share = shares(sample_weight, y)
         with self._fixed_scope(fixed):
             streams = self.loss.streams()
         terms = []
@@ -224,24 +169,77 @@ class Trainer(keras.Model):
             columns |= dict(zip(stream.columns, y_pred.T, strict=True))
         y_pred = jnp.stack([columns[0], columns[1]], axis=1)
 
-        def batch_loss(trainable: Tree) -> Tree:
-            loss, variables = self.stateless_compute_loss(
-                trainable,
-                fixed,
-                metrics_state,
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                training=True,
-            )
-            return scale(loss), (loss, variables[2])
+        def direct_loss(trainable: Tree) -> Tree:
+            loss, metrics_state = batch_loss(trainable, y_pred)
+            return scale(loss), (loss, metrics_state)
 
         # What the loss depends on beside the log-probs: weight regularisers.
-        direct, (loss, metrics_state) = jax.grad(batch_loss, has_aux=True)(
+        direct, (loss, metrics_state) = jax.grad(direct_loss, has_aux=True)(
             trainable
         )
         gradients = jax.tree.map(lambda *parts: sum(parts), direct, *terms)
+        return loss, y_pred, gradients, fixed, metrics_state
+
+    def _two_passes(
+        self,
+        trainable: Tree,
+        fixed: Tree,
+        x: Tree,
+        batch_loss: Callable[[Tree, jax.Array], Tree],
+        scale: Callable[[jax.Array], jax.Array],
+    ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
+        """As `_micro_batched_gradients`, of a model with routers.
+
+        A first pass gives the log-probs and the routers' sums, of which the
+        loss is made; a second one, with the same dropout, the gradient.
+        """
+        num_rows, size = len(x["token_ids"]), self.micro_batch_size
+        parts = (
+            jax.tree.map(lambda a: _split(jnp.asarray(a), size, "edge"), x),
+            _split(jnp.ones(x["token_ids"].shape[:2]), size),
+        )
+        num_parts = len(parts[1])
+
+        def call(trainable: Tree, fixed: Tree, part: Tree) -> Tree:
+            rows, row_weights = part
+            with router_sums(self, row_weights):
+                y_pred, fixed, losses = self.stateless_call(
+                    trainable, fixed, rows, training=True, return_losses=True
+                )
+            sums, others = split_sums(losses)
+            refuse_layer_losses(self, others)
+            return (y_pred, sums), fixed
+
+        def first(fixed: Tree, part: Tree) -> Tree:
+            outputs, fixed = call(trainable, fixed, part)
+            return fixed, outputs
+
+        def whole_loss(trainable: Tree, outputs: Tree) -> Tree:
+            y_pred = _join(outputs[0], num_rows)
+            loss, metrics_state = batch_loss(trainable, y_pred)
+            loss += router_loss(outputs[1].sum(axis=0), num_parts)
+            return scale(loss), (loss, y_pred, metrics_state)
+
+        def second(carry: Tree, part: Tree) -> Tree:
+            (fixed, gradients), (part, coefficients) = carry, part
+            _, pullback, fixed = jax.vjp(
+                lambda trainable: call(trainable, fixed, part),
+                trainable,
+                has_aux=True,
+            )
+            new = pullback(coefficients)[0]
+            return (fixed, jax.tree.map(jnp.add, gradients, new)), None
+
+        _, outputs = jax.lax.scan(first, fixed, parts)
+        (direct, coefficients), (loss, y_pred, metrics_state) = jax.grad(
+            whole_loss, argnums=(0, 1), has_aux=True
+        )(trainable, outputs)
+        gradients = [
+            g.astype(jnp.promote_types(g.dtype, "float32")) for g in direct
+        ]
+        (fixed, gradients), _ = jax.lax.scan(
+            second, (fixed, gradients), (parts, coefficients)
+        )
         return loss, y_pred, gradients, fixed, metrics_state
 
     def _accumulate(
@@ -306,41 +304,6 @@ class Trainer(keras.Model):
         """Where variables have these values; losses read alpha."""
         pairs = zip(self.non_trainable_variables, fixed, strict=True)
         return keras.StatelessScope(state_mapping=list(pairs))
-
-
-def _check_rows(x: Tree, batch_size: int | None = 0, **others: Any) -> None:
-    """Refuses batches that the devices of a distribution don't divide.
-
-    Args:
-        x: The inputs.
-        batch_size: Its size, None for Keras' own, 0 where `x` is a batch.
-        **others: Other arguments of `fit` and the like.
-    """
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return
-    if isinstance(x, PairDataset):
-        sizes = {x.batch_size}
-    else:
-        arrays = [a for a in jax.tree.leaves(x) if hasattr(a, "shape")]
-        num_rows = arrays[0].shape[0] if arrays else 0
-        size = num_rows if batch_size == 0 else batch_size or 32
-        sizes = {min(size, num_rows), num_rows % size if size else 0}
-    mesh = distribution.device_mesh
-    axis = mesh.axis_names.index(distribution.batch_dim_name)
-    num_devices = max(1, mesh.shape[axis] // jax.process_count())
-    if any(size % num_devices for size in sizes):
-        raise ValueError(
-            f"{num_devices} devices have to divide every batch, the last one "
-            f"too. Received: batches of {sorted(sizes - {0})} rows. Choose "
-            "`batch_size` and the number of rows as multiples."
-        )
-
-
-def _is_gone(values: Tree) -> bool:
-    """Whether a step has taken an array's memory."""
-    arrays = [a for a in jax.tree.leaves(values) if isinstance(a, jax.Array)]
-    return any(array.is_deleted() for array in arrays)
 
 
 def _split(array: jax.Array, size: int, padding: str = "constant") -> jax.Array:

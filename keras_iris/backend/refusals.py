@@ -26,8 +26,9 @@ def refuse_layer_losses(
 ) -> None:
     """Refuses losses of layers in a forward pass of part of a batch.
 
-    A router's loss is a product of means over all tokens, and what other
-    layers add is as unknown. Weight regularizers don't depend on the batch.
+    What it has to do with the whole batch's is unknown, but for KerasHub's
+    routers (`keras_iris.backend.routers`). Weight regularizers don't depend on
+    the batch.
 
     Args:
         model: The model.
@@ -38,8 +39,8 @@ def refuse_layer_losses(
     """
     if number := count_layer_losses(model, losses):
         raise ValueError(
-            "A layer adds a loss of its own (`add_loss`, a router's, an "
-            "`activity_regularizer`'s), which depends on the whole batch: "
+            "A layer adds a loss of its own (`add_loss`, an "
+            "`activity_regularizer`), which depends on the whole batch: "
             f"micro-batches would change it. Received: {number} such losses "
             f"with micro_batch_size={model.micro_batch_size}. Compile with "
             "micro_batch_size=None and a smaller batch."

@@ -1,6 +1,6 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -9,6 +9,12 @@ import tensorflow as tf
 from keras_iris.backend.refusals import (
     refuse_distribution,
     refuse_layer_losses,
+)
+from keras_iris.backend.routers import (
+    has_routers,
+    router_loss,
+    router_sums,
+    split_sums,
 )
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
@@ -133,27 +139,102 @@ class Trainer(keras.Model):
         num_rows = y.shape[0]  # None where the data has no fixed batch size
         if num_rows is not None and self.micro_batch_size >= num_rows:
             return super().train_step(data)
-        y_pred, gradients = self._micro_batched_gradients(x, y, sample_weight)
-        variables = self.trainable_weights
-        # What the loss depends on beside the log-probs: weight regularisers.
-        with tf.GradientTape() as tape:
+
+        def batch_loss(y_pred: tf.Tensor) -> tf.Tensor:
             # `_compute_loss` is the hook of Keras' own step (3.15).
-            loss = self._compute_loss(
+            return self._compute_loss(
                 x=x,
                 y=y,
                 y_pred=y_pred,
                 sample_weight=sample_weight,
                 training=True,
             )
-            scaled = self.optimizer.scale_loss(loss)
-        direct = tape.gradient(scaled, variables)
-        gradients = [
-            g if d is None else g + d
-            for g, d in zip(gradients, direct, strict=True)
-        ]
+
+        variables = self.trainable_weights
+        if has_routers(self):
+            loss, y_pred, gradients = self._two_passes(x, batch_loss)
+        else:
+            y_pred, gradients = self._micro_batched_gradients(
+                x, y, sample_weight
+            )
+            # What the loss depends on beside them: weight regularisers.
+            with tf.GradientTape() as tape:
+                loss = batch_loss(y_pred)
+                scaled = self.optimizer.scale_loss(loss)
+            direct = tape.gradient(scaled, variables)
+            gradients = [
+                g if d is None else g + d
+                for g, d in zip(gradients, direct, strict=True)
+            ]
         self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         self._loss_tracker.update_state(loss, sample_weight=tf.shape(y)[0])
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _two_passes(
+        self, x: Any, batch_loss: Callable[[tf.Tensor], tf.Tensor]
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """Loss, log-probs and gradients: see the one of JAX."""
+        # TensorFlow's own: of Keras' it makes no zeros.
+        variables = [variable.value for variable in self.trainable_weights]
+        size = self.micro_batch_size
+        num_rows, num_responses = tf.unstack(tf.shape(x["token_ids"])[:2])
+        starts = tf.range(0, num_rows, size)
+
+        def call(start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            rows = start + tf.range(size)
+            row_weights = tf.cast(rows < num_rows, "float32")[:, None]
+            rows = tf.minimum(rows, num_rows - 1)
+            part = keras.tree.map_structure(lambda a: tf.gather(a, rows), x)
+            with router_sums(self, tf.repeat(row_weights, num_responses, 1)):
+                y_pred = self(part, training=True)
+            sums, others = split_sums(self.losses)
+            refuse_layer_losses(self, others)
+            self._clear_losses()
+            return y_pred, sums
+
+        # The second pass draws the same dropout.
+        seeds = [v for v in self.variables if v.name == "seed_generator_state"]
+        before = [tf.identity(seed.value) for seed in seeds]
+        y_pred, sums = tf.map_fn(
+            call,
+            starts,
+            parallel_iterations=1,
+            fn_output_signature=(tf.float32, tf.float32),
+        )
+        for seed, value in zip(seeds, before, strict=True):
+            seed.assign(value)
+        y_pred = tf.reshape(y_pred, (-1, y_pred.shape[-1]))[:num_rows]
+        sums = tf.reduce_sum(sums, axis=0)
+        with tf.GradientTape() as tape:
+            tape.watch([y_pred, sums])
+            loss = batch_loss(y_pred) + router_loss(sums, tf.size(starts))
+            scaled = self.optimizer.scale_loss(loss)
+        d_pred, d_sums, *gradients = tape.gradient(
+            scaled, [y_pred, sums, *variables], unconnected_gradients="zero"
+        )
+        d_pred = tf.pad(d_pred, ((0, -num_rows % size), (0, 0)))
+
+        def body(start: tf.Tensor, gradients: list[tf.Tensor]) -> Any:
+            with tf.GradientTape() as tape:
+                outputs = call(start)
+            updates = tape.gradient(
+                outputs,
+                variables,
+                output_gradients=(d_pred[start : start + size], d_sums),
+                unconnected_gradients="zero",
+            )
+            return start + size, _add(gradients, updates)
+
+        _, gradients = tf.while_loop(
+            lambda start, _: start < num_rows,
+            body,
+            (
+                tf.constant(0),
+                [tf.cast(g, _sum_dtype(g.dtype)) for g in gradients],
+            ),
+            parallel_iterations=1,
+        )
+        return loss, y_pred, gradients
 
     def _micro_batched_gradients(
         self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor | None
@@ -185,7 +266,7 @@ class Trainer(keras.Model):
         Micro-batch after micro-batch, never two at once. The last is filled
         with copies of the last row, as XLA needs one shape.
         """
-        variables = self.trainable_weights
+        variables = [variable.value for variable in self.trainable_weights]
         size = stream.part_size(self.micro_batch_size, y.shape[0])
         num_rows, num_columns = tf.shape(y)[0], len(stream.columns)
 
@@ -217,10 +298,7 @@ class Trainer(keras.Model):
             return (
                 start + size,
                 tf.tensor_scatter_nd_update(log_probs, rows[:, None], y_pred),
-                [
-                    shrink * g + tf.cast(tf.convert_to_tensor(u), g.dtype)
-                    for g, u in zip(gradients, updates, strict=True)
-                ],
+                _add([shrink * g for g in gradients], updates),
                 shrink * total + part,
                 new_shift,
             )
@@ -242,6 +320,17 @@ class Trainer(keras.Model):
         ]
 
 
-def _sum_dtype(dtype: str) -> str:
+def _add(
+    sums: list[tf.Tensor], updates: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+    """Adds gradients, rows of an embedding as well."""
+    return [
+        g + tf.cast(tf.convert_to_tensor(u), g.dtype)
+        for g, u in zip(sums, updates, strict=True)
+    ]
+
+
+def _sum_dtype(dtype: Any) -> tf.DType:
     """Half-precision gradients are summed in float32."""
-    return "float32" if dtype in ("bfloat16", "float16") else dtype
+    dtype = tf.as_dtype(dtype)
+    return tf.float32 if dtype.size == 2 else dtype

@@ -10,6 +10,12 @@ from keras_iris.backend.refusals import (
     refuse_distribution,
     refuse_layer_losses,
 )
+from keras_iris.backend.routers import (
+    has_routers,
+    router_loss,
+    router_sums,
+    split_sums,
+)
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -84,11 +90,24 @@ class Trainer(keras.Model):
         if (self.micro_batch_size or num_rows) >= num_rows:
             return super().train_step(data)
         y = keras.ops.convert_to_tensor(y)
-        y_pred, gradients = self._micro_batched_gradients(x, y, sample_weight)
-        # `_compute_loss` is the hook of Keras' own step (3.15).
-        loss = self._compute_loss(
-            x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True
-        )
+
+        def batch_loss(y_pred: torch.Tensor) -> torch.Tensor:
+            # `_compute_loss` is the hook of Keras' own step (3.15).
+            return self._compute_loss(
+                x=x,
+                y=y,
+                y_pred=y_pred,
+                sample_weight=sample_weight,
+                training=True,
+            )
+
+        if has_routers(self):
+            loss, y_pred, gradients = self._two_passes(x, batch_loss)
+        else:
+            y_pred, gradients = self._micro_batched_gradients(
+                x, y, sample_weight
+            )
+            loss = batch_loss(y_pred)
         variables = self.trainable_weights[:]
         # What the loss depends on beside the log-probs: weight regularisers.
         if loss.requires_grad:
@@ -102,6 +121,48 @@ class Trainer(keras.Model):
         with torch.no_grad():
             self.optimizer.apply(gradients, variables)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _two_passes(
+        self, x: Any, batch_loss: Callable[[torch.Tensor], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+        """Loss, log-probs and gradients: see the one of JAX."""
+        size = self.micro_batch_size
+        starts = range(0, len(x["token_ids"]), size)
+
+        def call(start: int) -> tuple[torch.Tensor, torch.Tensor]:
+            rows = keras.tree.map_structure(
+                lambda a: keras.ops.convert_to_tensor(a[start : start + size]),
+                x,
+            )
+            row_weights = torch.ones_like(rows["token_ids"][..., 0]).float()
+            with router_sums(self, row_weights):
+                y_pred = self(rows, training=True)
+            sums, others = split_sums(self.losses)
+            refuse_layer_losses(self, others)
+            self._clear_losses()
+            return y_pred, sums
+
+        # The second pass draws the same dropout.
+        with torch.no_grad(), torch.random.fork_rng():
+            outputs = [call(start) for start in starts]
+        y_pred = torch.cat([row[0] for row in outputs]).requires_grad_()
+        sums = torch.stack([row[1] for row in outputs]).sum(0).requires_grad_()
+        loss = batch_loss(y_pred) + router_loss(sums, len(starts))
+        values = [variable.value for variable in self.trainable_weights]
+        d_pred, d_sums, *direct = torch.autograd.grad(
+            self.optimizer.scale_loss(loss),
+            [y_pred, sums, *values],
+            allow_unused=True,
+        )
+        gradients: Gradients = [None] * len(values)
+        self.zero_grad()
+        for start in starts:
+            torch.autograd.backward(
+                call(start), [d_pred[start : start + size], d_sums]
+            )
+            _take_gradients(values, gradients)
+        self.zero_grad()
+        return loss.detach(), y_pred.detach(), _add(gradients, direct)
 
     def _micro_batched_gradients(
         self, x: Any, y: torch.Tensor, sample_weight: torch.Tensor | None
@@ -144,22 +205,29 @@ class Trainer(keras.Model):
                 if gradient is not None:
                     gradient *= shrink
             self.optimizer.scale_loss(objective).backward()
-            for i, value in enumerate(values):
-                if value.grad is None or value.grad is gradients[i]:
-                    continue  # which `backward` added to
-                if value.dtype.itemsize > 2:
-                    gradients[i] = value.grad
-                    continue
-                # Half-precision gradients are summed in float32.
-                new, value.grad = value.grad.float(), None
-                old = gradients[i]
-                gradients[i] = new if old is None else old.add_(new)
+            _take_gradients(values, gradients)
         total = torch.where(total == 0, 1, total)
         for gradient in gradients:
             if gradient is not None:
                 gradient /= total
         self.zero_grad()
         return torch.cat(predictions), gradients
+
+
+def _take_gradients(
+    values: Sequence[torch.Tensor], gradients: Gradients
+) -> None:
+    """Adds what `backward` has given to `gradients`, in place."""
+    for i, value in enumerate(values):
+        if value.grad is None or value.grad is gradients[i]:
+            continue  # which `backward` added to
+        if value.dtype.itemsize > 2:
+            gradients[i] = value.grad
+            continue
+        # Half-precision gradients are summed in float32.
+        new, value.grad = value.grad.float(), None
+        old = gradients[i]
+        gradients[i] = new if old is None else old.add_(new)
 
 
 def _add(

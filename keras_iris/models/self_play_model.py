@@ -112,9 +112,9 @@ class SelfPlayModel(backend.Trainer):
             micro_batch_size: Pairs per forward and backward pass, or twice
                 as many single responses. Loss, gradient and metrics are those
                 of the whole batch for every value; `None` takes the batch at
-                once. `evaluate` and `predict` go by it, too. Layers that add
-                losses of their own, such as routers of experts, are refused
-                with it by the first step.
+                once. `evaluate` and `predict` go by it, too. The losses of
+                KerasHub's routers of experts cost one more forward pass; of
+                other layers that add losses the first step is refused.
             loss_weights: Not taken: there is one loss.
             **kwargs: Other arguments of `keras.Model.compile`.
 
