@@ -31,3 +31,18 @@ def check_count(name: str, value: Any, at_least: int = 1) -> int:
             f"{value!r}"
         )
     return int(value)
+
+
+def check_between(name: str, value: Any, low: float, high: float) -> float:
+    """Returns `value` if it is a number in `[low, high]`.
+
+    Raises:
+        ValueError: It isn't.
+    """
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not (is_number and low <= value <= high):
+        raise ValueError(
+            f"`{name}` has to be a number in [{low}, {high}]. Received: "
+            f"{value!r}"
+        )
+    return float(value)

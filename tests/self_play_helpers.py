@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 import keras_iris
@@ -32,14 +33,14 @@ def make_self_play(  # noqa: PLR0913
     *,
     examples=None,
     learning_rate=0.01,
-    dropout=0.0,
+    lm_options=None,
     optimizer=None,
     compile_options=None,
     seed_of_weights=0,
     **options,
 ):
     model = keras_iris.SelfPlayModel(
-        make_causal_lm(num_layers=1, dropout=dropout, seed=seed_of_weights)
+        make_causal_lm(num_layers=1, seed=seed_of_weights, **(lm_options or {}))
     )
     model.compile(
         optimizer=optimizer or keras.optimizers.Adam(learning_rate),
@@ -63,6 +64,40 @@ def make_self_play(  # noqa: PLR0913
         run_dir,
         **options,
     )
+
+
+def make_again(self_play, run_dir=None, **options):
+    """Another run of the same model, by default in the same folder."""
+    options = {
+        "iterations": self_play.iterations,
+        "epochs": self_play.epochs,
+        "batch_size": 8,
+        "max_response_length": 6,
+        "shard_size": 10,
+        "callbacks": [AlphaScheduler()],
+        **options,
+    }
+    run_dir = run_dir or self_play.folder.path
+    return keras_iris.SelfPlay(
+        self_play.model, self_play.examples, run_dir, **options
+    )
+
+
+def begin(self_play):
+    """Leaves a folder as a run that is cut off before its first step does."""
+
+    def interrupt(model):
+        raise KeyboardInterrupt
+
+    self_play.evaluate = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        self_play.run()
+
+
+def lines_of(run_dir, kind):
+    """What is in the metrics: `step`, `iteration` or `evaluation`."""
+    lines = keras_iris.evaluation.read_metrics(run_dir)
+    return [line for line in lines if line["kind"] == kind]
 
 
 class Stop(keras.callbacks.Callback):

@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from keras_iris.callbacks.self_play_callback import Logs
 from keras_iris.losses.iris import check_alpha
 
 
@@ -43,9 +44,11 @@ class AlphaSchedule(keras.callbacks.Callback):
             )
         self.schedule = schedule
 
-    def on_train_batch_begin(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def get_config(self) -> dict[str, Any]:
+        """The arguments."""
+        return {"schedule": self.schedule}
+
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Sets the order for the batch."""
         model = self.model
         step = keras.ops.cast(model.optimizer.iterations, "float32")

@@ -1,11 +1,11 @@
 """The adaptive order of IRIS."""
 
-import numbers
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import numpy as np
 
+from keras_iris.arguments import check_between
 from keras_iris.callbacks.gap import (
     GapEstimator,
     RenyiGap,
@@ -13,8 +13,12 @@ from keras_iris.callbacks.gap import (
     gap_of_moments,
     pair_moments,
 )
-from keras_iris.callbacks.self_play_callback import SelfPlayCallback
+from keras_iris.callbacks.self_play_callback import Logs, SelfPlayCallback
 from keras_iris.metrics import PairBatch, effective_sample_size
+
+# By `SelfPlay` before each `fit`; not yet known; a mean over the batches so
+# far; of the first epoch.
+_GapIs = Literal["given", "unknown", "streamed", "final"]
 
 
 class AlphaScheduler(SelfPlayCallback):
@@ -36,12 +40,14 @@ class AlphaScheduler(SelfPlayCallback):
     it is final after the first epoch, and the first batch of all has the order
     that the loss was compiled with. The gap is in `model.gap` and what it was
     made from in `model.gap_sums`: both are saved with the weights, so a resumed
-    `fit` goes on with the same orders. A `fit` from epoch 0 starts anew.
+    `fit` goes on with the same orders. A `fit` from epoch 0 starts anew, with
+    that first order and no gap.
 
     Args:
-        coefficient: How much alpha rises for a nat of gap, at least 0.
-        min_alpha: The smallest order of the rule.
-        max_alpha: The largest order of the rule.
+        coefficient: How much alpha rises for a nat of gap, in [0, 1000]; the
+            paper's are from 0.1 to 1.
+        min_alpha: The smallest order of the rule, in [0, max_alpha].
+        max_alpha: The largest order of the rule, in [0, 100].
         min_effective_sample_size: Share of the batch, in [0, 1]; 0 turns the
             guard off.
         gap: A `GapEstimator`, an object with a method `gap(pairs)` that
@@ -74,31 +80,6 @@ class AlphaScheduler(SelfPlayCallback):
         gap: GapEstimator | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (
-            ("coefficient", coefficient),
-            ("min_alpha", min_alpha),
-            ("max_alpha", max_alpha),
-            ("min_effective_sample_size", min_effective_sample_size),
-        ):
-            if not isinstance(value, numbers.Real) or isinstance(value, bool):
-                raise ValueError(
-                    f"`{name}` has to be a number. Received: {value!r}"
-                )
-        if not 0 <= coefficient < float("inf"):
-            raise ValueError(
-                "`coefficient` has to be at least 0 and finite. Received: "
-                f"{coefficient}. The paper's are from 0.1 to 1."
-            )
-        if not 0 <= min_alpha <= max_alpha <= 100:
-            raise ValueError(
-                "Orders have to satisfy 0 <= min_alpha <= max_alpha <= 100. "
-                f"Received: min_alpha={min_alpha}, max_alpha={max_alpha}"
-            )
-        if not 0 <= min_effective_sample_size <= 1:
-            raise ValueError(
-                "`min_effective_sample_size` is a share of the batch, in "
-                f"[0, 1]. Received: {min_effective_sample_size}"
-            )
         gap = RenyiGap() if gap is None else gap
         if isinstance(gap, type) or not isinstance(gap, GapEstimator):
             raise ValueError(
@@ -106,60 +87,54 @@ class AlphaScheduler(SelfPlayCallback):
                 "returns nats, such as `keras_iris.callbacks.RenyiGap()`. "
                 f"Received: {gap!r}"
             )
-        self.coefficient = coefficient
-        self.min_alpha = min_alpha
-        self.max_alpha = max_alpha
-        self.min_effective_sample_size = min_effective_sample_size
+        self.coefficient = check_between("coefficient", coefficient, 0, 1000)
+        self.max_alpha = check_between("max_alpha", max_alpha, 0, 100)
+        self.min_alpha = check_between("min_alpha", min_alpha, 0, max_alpha)
+        self.min_effective_sample_size = check_between(
+            "min_effective_sample_size", min_effective_sample_size, 0, 1
+        )
         self.gap = gap
-        self._is_self_play = False
-        self._is_first_epoch = True
-        self._is_streaming = False
+        self._gap_is: _GapIs = "unknown"
         self._num_seen = 0
 
-    def on_iteration_begin(
-        self, iteration: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def get_config(self) -> dict[str, Any]:
+        """The arguments."""
+        names = "coefficient min_alpha max_alpha min_effective_sample_size gap"
+        return {name: getattr(self, name) for name in names.split()}
+
+    def on_iteration_begin(self, iteration: int, logs: Logs = None) -> None:
         """From here on the gap is that of all pairs of the iteration."""
-        self._is_self_play = True
+        self._gap_is = "given"
+
+    def on_run_end(self, logs: Logs = None) -> None:
+        """A `fit` outside of `SelfPlay` streams the gap again."""
+        self._gap_is = "unknown"
 
     def on_score_end(
-        self,
-        iteration: int,
-        pairs: PairBatch,
-        logs: dict[str, Any] | None = None,
+        self, iteration: int, pairs: PairBatch, logs: Logs = None
     ) -> None:
         """Sets the gap of the iteration, and the order of its first step."""
         self.model.gap_sums.assign(pair_moments(pairs))
         self._set_gap(self.gap.gap(pairs))
         self.model.alpha.assign(self._order())
 
-    def on_iteration_end(
-        self, iteration: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        """A `fit` outside of `SelfPlay` streams the gap again."""
-        self._is_self_play = False
-
-    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+    def on_train_begin(self, logs: Logs = None) -> None:
         """A `fit` starts."""
-        self._is_first_epoch = True
+        self._num_seen = self.model.recent.num_batches
+        if self._gap_is != "given":
+            self._gap_is = "unknown"
 
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """The first epoch of all is the one in which the gap is streamed."""
-        self._num_seen = 0
-        self._is_streaming = False
-        if self._is_first_epoch and not self._is_self_play:
-            sums = keras.ops.convert_to_numpy(self.model.gap_sums.value)
+        if self._gap_is == "unknown":
             if epoch == 0:
-                self.model.gap_sums.assign(np.zeros((2, 3)))
-                self.model.gap.assign(0.0)
-            self._is_streaming = epoch == 0 or not sums[:, 0].any()
-        self._is_first_epoch = False
+                self.model.reset_order()
+            sums = keras.ops.convert_to_numpy(self.model.gap_sums.value)
+            self._gap_is = "final" if sums[:, 0].any() else "streamed"
+        elif self._gap_is == "streamed":
+            self._gap_is = "final"
 
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Sets the order for the batches to come."""
         # Several at once where Keras executes several steps.
         batches = self.model.recent.since(self._num_seen)
@@ -168,7 +143,7 @@ class AlphaScheduler(SelfPlayCallback):
         batches = [pairs for pairs in batches if len(pairs.sample_weight)]
         if not batches:
             return
-        if self._is_streaming:
+        if self._gap_is == "streamed":
             for pairs in batches:
                 self._stream(pairs)
         self.model.alpha.assign(self._capped(self._order(), batches[-1]))

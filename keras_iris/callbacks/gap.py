@@ -9,7 +9,11 @@ from keras_iris.metrics import PairBatch
 
 @runtime_checkable
 class GapEstimator(Protocol):
-    """Estimates the gap between the opponent and the data."""
+    """Estimates the gap between the opponent and the data.
+
+    An estimator with arguments tells `SelfPlay` what they are by a method
+    `get_config`, so that a run doesn't go on with others.
+    """
 
     def gap(self, pairs: PairBatch) -> float:
         """The gap in nats: 0 for none, larger for further apart."""

@@ -8,6 +8,8 @@ import numpy as np
 
 from keras_iris.metrics import PairBatch
 
+Logs = dict[str, Any] | None
+
 
 class SelfPlayCallback(keras.callbacks.Callback):
     """A Keras callback that is also told of the phases of an iteration.
@@ -18,6 +20,9 @@ class SelfPlayCallback(keras.callbacks.Callback):
     `on_iteration_end` when it is done, but not the two between, which were
     called before it was cut off.
 
+    A callback with arguments that change the result tells what they are by a
+    method `get_config`: then a run doesn't go on with others.
+
     Example:
     ```python
     class Announce(keras_iris.callbacks.SelfPlayCallback):
@@ -26,9 +31,7 @@ class SelfPlayCallback(keras.callbacks.Callback):
     ```
     """
 
-    def on_iteration_begin(
-        self, iteration: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_iteration_begin(self, iteration: int, logs: Logs = None) -> None:
         """Called before anything of an iteration.
 
         Args:
@@ -40,7 +43,7 @@ class SelfPlayCallback(keras.callbacks.Callback):
         self,
         iteration: int,
         responses: Sequence[np.ndarray],
-        logs: dict[str, Any] | None = None,
+        logs: Logs = None,
     ) -> None:
         """Called when all prompts are answered.
 
@@ -54,7 +57,7 @@ class SelfPlayCallback(keras.callbacks.Callback):
         self,
         iteration: int,
         pairs: PairBatch,
-        logs: dict[str, Any] | None = None,
+        logs: Logs = None,
     ) -> None:
         """Called when the opponent's log-probs are there, before `fit`.
 
@@ -65,12 +68,17 @@ class SelfPlayCallback(keras.callbacks.Callback):
             logs: `score_seconds`.
         """
 
-    def on_iteration_end(
-        self, iteration: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_iteration_end(self, iteration: int, logs: Logs = None) -> None:
         """Called after `fit` and the evaluation on held-out data.
 
         Args:
             iteration: Number of the iteration.
             logs: The held-out scores and what the phases took.
+        """
+
+    def on_run_end(self, logs: Logs = None) -> None:
+        """Called when `run` ends, by an error or an interrupt, too.
+
+        Args:
+            logs: Empty.
         """

@@ -11,39 +11,42 @@ from keras_iris.metrics.pair_metric import PairMetric
 Tensor = Any
 
 
-def _nats_and_tokens(batch: PairBatch) -> tuple[Tensor, Tensor]:
-    """Sums over the batch of annotated and synthetic, each of shape (2,)."""
-    weight = batch.sample_weight[:, None]
-    nats = -ops.sum(weight * batch.policy, axis=0)
-    return nats, ops.sum(weight * batch.num_tokens, axis=0)
+class _NLL(PairMetric):
+    """NLL per token of annotated and of synthetic responses."""
+
+    shape = (2,)
+
+    def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """Nats and tokens, annotated and synthetic."""
+        weight = batch.sample_weight[:, None]
+        nats = -ops.sum(weight * batch.policy, axis=0)
+        return nats, ops.sum(weight * batch.num_tokens, axis=0)
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
-class RealNLL(PairMetric):
+class RealNLL(_NLL):
     """NLL per token of annotated responses, in nats."""
 
     default_name = "real_nll"
 
-    def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Nats and tokens."""
-        nats, tokens = _nats_and_tokens(batch)
-        return nats[0], tokens[0]
+    def quotient(self, numerator: Tensor, denominator: Tensor) -> Tensor:
+        """That of annotated responses."""
+        return super().quotient(numerator, denominator)[0]
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
-class SyntheticNLL(PairMetric):
+class SyntheticNLL(_NLL):
     """NLL per token of synthetic responses, in nats."""
 
     default_name = "synthetic_nll"
 
-    def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Nats and tokens."""
-        nats, tokens = _nats_and_tokens(batch)
-        return nats[1], tokens[1]
+    def quotient(self, numerator: Tensor, denominator: Tensor) -> Tensor:
+        """That of synthetic responses."""
+        return super().quotient(numerator, denominator)[1]
 
 
 @keras.saving.register_keras_serializable(package="keras_iris")
-class NLLGap(PairMetric):
+class NLLGap(_NLL):
     """NLL per token of annotated minus that of synthetic responses, in nats.
 
     Cross-entropy minus entropy, of either sign. It falls where the policy
@@ -51,11 +54,6 @@ class NLLGap(PairMetric):
     """
 
     default_name = "nll_gap"
-    shape = (2,)
-
-    def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Nats and tokens, annotated and synthetic."""
-        return _nats_and_tokens(batch)
 
     def quotient(self, numerator: Tensor, denominator: Tensor) -> Tensor:
         """The difference of the two."""

@@ -15,6 +15,9 @@ Tensor = Any
 class RecentLogProbs(keras.metrics.Metric):
     """Keeps the rows of the latest batches; adds nothing to the logs.
 
+    Resetting, which Keras does at each epoch and in each `evaluate`, leaves
+    them as they are.
+
     Args:
         num_rows: Rows kept. Of a larger batch these are the last.
         name: Name of the metric.
@@ -25,10 +28,9 @@ class RecentLogProbs(keras.metrics.Metric):
     ) -> None:
         super().__init__(name=name, dtype="float32")
         self.num_rows = num_rows
-        # opponent (2), policy (2), tokens (2), weight, number of the batch,
-        # its rows
-        self.rows = self.add_variable((num_rows, 9), "zeros", name="rows")
-        self.num_batches = self.add_variable((), "zeros", name="num_batches")
+        # opponent (2), policy (2), tokens (2), weight, rows of the batch
+        self.rows = self.add_variable((num_rows, 8), "zeros", name="rows")
+        self.count = self.add_variable((), "zeros", dtype="int", name="count")
         # Alpha and gap of the model: on JAX, metrics see no variables but
         # their own.
         self.alpha = self.add_variable((), "ones", name="alpha")
@@ -36,44 +38,55 @@ class RecentLogProbs(keras.metrics.Metric):
 
     def update_state(self, batch: PairBatch) -> None:
         """Adds a batch in float32 tensors."""
-        self.num_batches.assign_add(1.0)
+        self.count.assign_add(1)
         weight = batch.sample_weight[:, None]
         ones = ops.ones_like(weight)
         columns = [batch.opponent, batch.policy, batch.num_tokens, weight]
-        columns += [ones * self.num_batches, ones * ops.sum(ones)]
-        new = ops.concatenate(columns, axis=1)
+        new = ops.concatenate([*columns, ones * ops.sum(ones)], axis=1)
         kept = ops.concatenate([self.rows.value, new], axis=0)
         self.rows.assign(kept[-self.num_rows :])
+
+    def reset_state(self) -> None:
+        """Does nothing."""
 
     def result(self) -> dict[str, Tensor]:
         """Nothing for the logs."""
         return {}
 
+    @property
+    def num_batches(self) -> int:
+        """How many batches there have been."""
+        return int(ops.convert_to_numpy(self.count.value))
+
     def latest(self) -> PairBatch:
         """The latest batch, in float64 NumPy; rows of weight 0 are left out."""
-        rows = self._rows()
-        return self._batch(rows[rows[:, 7] == rows[-1, 7]])
+        return self.since(self.num_batches - 1)[0]
 
     def since(self, num_seen: int) -> list[PairBatch]:
-        """The batches of this epoch but for the first ones.
+        """The batches but for the first ones.
 
         Args:
             num_seen: How many to leave out.
 
         Returns:
-            Batches as `latest` gives them, the newest last. Those of which not
-            all rows are kept are missing.
-        """
-        rows = self._rows()
-        batches = []
-        for number in np.arange(num_seen + 1, rows[-1, 7] + 1):
-            batch = rows[rows[:, 7] == number]
-            if len(batch) and len(batch) == batch[0, 8]:
-                batches.append(self._batch(batch))
-        return batches
+            Batches as `latest` gives them, the newest last.
 
-    def _rows(self) -> np.ndarray:
-        return ops.convert_to_numpy(self.rows.value).astype("float64")
+        Raises:
+            ValueError: Not all their rows are kept.
+        """
+        rows = ops.convert_to_numpy(self.rows.value).astype("float64")
+        batches: list[PairBatch] = []
+        for _ in range(self.num_batches - num_seen):
+            size = int(rows[-1, 7]) if len(rows) else 0
+            if not 0 < size <= len(rows):
+                raise ValueError(
+                    f"The log-probs of {self.num_rows} pairs are kept, and "
+                    "the latest batches have more. Expected batch_size * "
+                    f"steps_per_execution to be {self.num_rows} at most."
+                )
+            rows, batch = np.split(rows, [len(rows) - size])
+            batches.insert(0, self._batch(batch))
+        return batches
 
     def _batch(self, rows: np.ndarray) -> PairBatch:
         rows = rows[rows[:, 6] > 0]

@@ -82,10 +82,11 @@ class SelfPlayModel(backend.Trainer):
         self.gap_sums = self._add_state("gap_sums", (2, 3), "zeros")
         self.micro_batch_size: int | None = None
         self.recent = RecentLogProbs()
+        self._is_training = False
         self._set_metrics([])
         self._compile_options: dict[str, Any] = {}
-        # Loss and optimizer before training changes their numbers.
-        self.start_config: dict[str, Any] = {}
+        # As compiled: training changes the order of `loss`.
+        self.loss_config: dict[str, Any] = {}
         self.built = True
 
     def compile(  # noqa: PLR0913
@@ -137,9 +138,8 @@ class SelfPlayModel(backend.Trainer):
         optimizer = keras.optimizers.get(optimizer)
         check_optimizer(optimizer, self.trainable_variables)
         self.check_devices()
-        self.start_config = {"optimizer": optimizer.get_config()}
         if loss is not None:
-            self.start_config["loss"] = loss.get_config()
+            self.loss_config = loss.get_config()
             loss = copy.copy(loss)  # which may be another model's as well
             loss.bind_alpha(self.alpha)
         self.micro_batch_size = micro_batch_size
@@ -260,15 +260,26 @@ class SelfPlayModel(backend.Trainer):
             np.argsort(indices[indices >= 0])
         ]
 
+    def reset_order(self) -> None:
+        """Sets the order that the loss was compiled with, and no gap."""
+        self.alpha.assign(self.loss_config.get("alpha", 1.0))
+        self.gap.assign(0.0)
+        self.gap_sums.assign(np.zeros((2, 3)))
+
     @contextlib.contextmanager
-    def without_finalizing(self) -> Iterator[None]:
+    def finalizing_if(self, is_over: Callable[[], bool]) -> Iterator[None]:
         """Lets a `fit` end in the middle of a training that goes on.
 
-        What the optimizer does to the weights at the end of a `fit`, such as
-        `use_ema` making them its averages, is left to a later one.
+        Args:
+            is_over: Whether the training is over as a `fit` ends. If not,
+                what the optimizer then does to the weights, such as `use_ema`
+                making them its averages, is left to a later one.
         """
         optimizer = self.optimizer
-        optimizer.finalize_variable_values = lambda variables: None
+        finalize = optimizer.finalize_variable_values
+        optimizer.finalize_variable_values = lambda variables: (
+            finalize(variables) if is_over() else None
+        )
         try:
             yield
         finally:
@@ -389,13 +400,22 @@ class SelfPlayModel(backend.Trainer):
                 part.build(log_probs, log_probs)
         super()._symbolic_build(iterator, data_batch)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
+    def compute_loss(  # noqa: PLR0913 (the arguments of Keras)
+        self,
+        x: Any = None,
+        y: Tensor = None,
+        y_pred: Tensor = None,
+        sample_weight: Tensor = None,
+        training: bool = True,
+    ) -> Tensor:
         """The loss of a batch, as in `keras.Model`."""
         check_loss(self.loss)
         # On JAX, metrics see the model's variables nowhere else.
         self.recent.alpha.assign(self.alpha)
         self.recent.gap.assign(self.gap)
-        return super().compute_loss(*args, **kwargs)
+        # What comes next in any step are the metrics, which aren't told.
+        self._is_training = training
+        return super().compute_loss(x, y, y_pred, sample_weight, training)
 
     def compute_metrics(
         self, x: Any, y: Tensor, y_pred: Tensor, sample_weight: Tensor = None
@@ -408,7 +428,9 @@ class SelfPlayModel(backend.Trainer):
         batch = PairBatch(
             y, y_pred, num_tokens, sample_weight, recent.alpha, recent.gap
         ).to_tensors()
-        for metric in (recent, *self._pair_metrics):
+        if self._is_training:
+            recent.update_state(batch)
+        for metric in self._pair_metrics:
             metric.update_state(batch)
         return super().compute_metrics(x, y, y_pred, sample_weight)
 

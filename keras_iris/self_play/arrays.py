@@ -14,19 +14,7 @@ from keras_iris.files import replaced
 
 Arrays = dict[str, np.ndarray]
 
-_TYPES = {
-    "bool": "BOOL",
-    "uint8": "U8",
-    "int8": "I8",
-    "int32": "I32",
-    "uint32": "U32",
-    "int64": "I64",
-    "uint64": "U64",
-    "float16": "F16",
-    "bfloat16": "BF16",
-    "float32": "F32",
-    "float64": "F64",
-}
+_NO_CHECKSUM = "0" * 32  # in its place while it is made
 
 
 class Source(NamedTuple):
@@ -45,12 +33,7 @@ def write_arrays(
     """Writes arrays and strings to a safetensors file, atomically.
 
     The library's own writer takes all arrays at once. This one takes one
-    after the other, and the file has a checksum.
-
-    Args:
-        path: The file.
-        arrays: By name.
-        metadata: Strings by name.
+    after the other, and the file has a checksum of header and arrays.
 
     Reference:
         The format of safetensors: the header's length in 8 bytes, the header
@@ -58,11 +41,11 @@ def write_arrays(
     """
     sources = {name: _source(arrays[name]) for name in sorted(arrays)}
     with replaced(path) as temporary, open(temporary, "r+b") as file:
-        header = _header(sources, {**metadata, "xxh3": "0" * 32})
+        header = _header(sources, {**metadata, "xxh3": _NO_CHECKSUM})
         file.write(header)
-        digest = xxhash.xxh3_128()
+        digest = xxhash.xxh3_128(header)
         for source in sources.values():
-            data = _bytes(source.read())
+            data = as_bytes(source.read())
             digest.update(data)
             file.write(data)
             del data  # before the next one is read
@@ -71,25 +54,22 @@ def write_arrays(
 
 
 def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
-    """Reads what `write_arrays` wrote.
-
-    Raises:
-        ValueError: The file isn't whole.
-    """
+    """Reads what `write_arrays` wrote; a damaged file is a `ValueError`."""
     metadata = read_metadata(path)
     with safe_open(path, framework="numpy") as file:
         arrays = {name: file.get_tensor(name) for name in file.keys()}
-    if metadata.get("xxh3") != hash_arrays(arrays):
+    with open(path, "rb") as file:
+        size = file.read(8)
+        header = size + file.read(*struct.unpack("<Q", size))
+    there = metadata.get("xxh3", "")
+    header = header.replace(there.encode(), _NO_CHECKSUM.encode())
+    if there != _checksum(arrays, xxhash.xxh3_128(header)):
         raise ValueError(f"{path} is damaged: its checksum is another one")
     return arrays, metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The strings of a file of `write_arrays`.
-
-    Raises:
-        ValueError: The file isn't whole.
-    """
+    """The strings of a file of `write_arrays`; the checksum isn't checked."""
     try:
         with safe_open(path, framework="numpy") as file:
             return file.metadata() or {}
@@ -99,10 +79,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """A hash of the values, in the order of the names."""
-    digest = xxhash.xxh3_128()
+    return _checksum(arrays, xxhash.xxh3_128())
+
+
+def _checksum(arrays: Mapping[str, np.ndarray], digest: Any) -> str:
     for _, array in sorted(arrays.items()):
-        digest.update(_bytes(array))
-    return digest.hexdigest()
+        digest.update(as_bytes(array))
+    return str(digest.hexdigest())
 
 
 def _source(array: np.ndarray | Source) -> Source:
@@ -118,12 +101,12 @@ def _header(
     end = 0
     for name, source in sources.items():
         start = end
-        size = (
-            2 if source.dtype == "bfloat16" else np.dtype(source.dtype).itemsize
-        )
-        end += int(np.prod(source.shape, dtype="int64")) * size
+        # Keras brings the library by which NumPy knows bfloat16.
+        dtype = np.dtype(source.dtype)
+        end += int(np.prod(source.shape, dtype="int64")) * dtype.itemsize
+        kind = {"bool": "BOOL", "bfloat16": "BF16"}.get(dtype.name)
         header[name] = {
-            "dtype": _TYPES[source.dtype],
+            "dtype": kind or f"{dtype.kind.upper()}{8 * dtype.itemsize}",
             "shape": source.shape,
             "data_offsets": [start, end],
         }
@@ -132,7 +115,7 @@ def _header(
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes(array: np.ndarray) -> Any:
+def as_bytes(array: np.ndarray) -> Any:
     """An array's bytes, not copied."""
     # Through bytes, as bfloat16 has no buffer.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

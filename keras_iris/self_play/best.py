@@ -1,90 +1,109 @@
-"""The best iteration of a run, by a held-out score."""
+"""The weights of a run that are best in a held-out score.
+
+They are in `best.safetensors`, and so is which iteration's they are: nothing
+else on disk says so.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_iris.evaluation import read_metrics, score_mode
-from keras_iris.files import replaced
+from keras_iris.evaluation import score_mode
+from keras_iris.self_play.arrays import read_arrays, read_metadata
 from keras_iris.self_play.checkpoints import read_variables, write_variables
 
-_WEIGHTS = "best.safetensors"
 
-
-def find_best(
-    folder: Path, score: str, score_modes: Mapping[str, str]
-) -> dict[str, Any]:
-    """The best evaluation so far: see `SelfPlay.best`."""
-    mode = score_mode(score, score_modes)
-    values = {
-        line["iteration"]: line[score]
-        for line in read_metrics(folder)
-        if line["kind"] == "evaluation" and np.isfinite(line.get(score, np.nan))
-    }
-    if mode is None or not values:
-        raise ValueError(
-            f"There is no finite score {score!r} whose mode is known in "
-            f'{folder}. Expected one that `evaluate` gives, with "min" or '
-            '"max" in `score_modes`.'
-        )
-    pick = min if mode == "min" else max
-    iteration = pick(sorted(values), key=values.__getitem__)
-    return {
-        "score": score,
-        "mode": mode,
-        "iteration": iteration,
-        "value": values[iteration],
-    }
-
-
-def keep_best(  # noqa: PLR0913 (by keyword only)
-    folder: Path,
-    variables: Sequence[keras.Variable],
-    *,
-    iteration: int,
-    scores: Mapping[str, float],
-    score: str,
-    score_modes: Mapping[str, str],
-    weights: str,
-) -> None:
-    """Keeps the weights after an evaluation if it is the best so far.
+class Best:
+    """The best weights so far.
 
     Args:
         folder: The run's folder.
-        variables: The trained weights.
-        iteration: That was evaluated.
-        scores: What came out.
-        score: Name of the one that counts.
+        score: Name of the score, None to keep nothing.
         score_modes: As in `SelfPlay`.
-        weights: Hash of the weights.
     """
-    if score not in scores:
-        raise ValueError(
-            f"keep_best={score!r} isn't a score of `evaluate`. Received: "
-            f"{sorted(scores)}"
-        )
-    if not np.isfinite(scores[score]):
-        return
-    best = find_best(folder, score, score_modes)
-    if best["iteration"] == iteration:
-        metadata = {"best": json.dumps(best), "weights": weights}
-        write_variables(folder / _WEIGHTS, variables, metadata)
-        with replaced(folder / "best.json") as temporary:
-            temporary.write_text(json.dumps(best))
 
+    def __init__(
+        self,
+        folder: Path,
+        score: str | None,
+        score_modes: Mapping[str, str] | None,
+    ) -> None:
+        self.file = folder / "best.safetensors"
+        self.score = score
+        self.mode = score_mode(score or "", score_modes)
 
-def load_best(
-    folder: Path, variables: Sequence[keras.Variable]
-) -> dict[str, Any]:
-    """Assigns the weights that are kept: see `SelfPlay.load_best`."""
-    file = folder / _WEIGHTS
-    if not file.exists():
-        raise ValueError(
-            f"{file} isn't there. Run with `keep_best`, the name of a score of "
-            "`evaluate`."
-        )
-    return json.loads(read_variables(file, variables)["best"])
+    def check(self) -> None:
+        """Removes a damaged file, with a warning."""
+        try:
+            if self.file.exists():
+                read_arrays(self.file)
+        except ValueError as error:
+            warnings.warn(
+                f"{error}. It is removed, and the best weights from now on "
+                "are kept.",
+                stacklevel=2,
+            )
+            self.file.unlink()
+
+    def keep(
+        self,
+        variables: Sequence[keras.Variable],
+        iteration: int,
+        scores: Mapping[str, float],
+        get_hash: Callable[[], str],
+    ) -> None:
+        """Keeps the weights after an evaluation if they are the best so far.
+
+        Args:
+            variables: The trained weights.
+            iteration: That was evaluated.
+            scores: What came out.
+            get_hash: Gives the hash of the weights.
+        """
+        if self.score is None:
+            return
+        if self.score not in scores:
+            raise ValueError(
+                f"keep_best={self.score!r} isn't a score of `evaluate`. "
+                f"Received: {sorted(scores)}"
+            )
+        new = {
+            "score": self.score,
+            "mode": self.mode,
+            "iteration": iteration,
+            "value": scores[self.score],
+        }
+        if self._is_best(new):
+            metadata = {"best": json.dumps(new), "weights": get_hash()}
+            write_variables(self.file, variables, metadata)
+
+    def _is_best(self, new: dict[str, Any]) -> bool:
+        if not np.isfinite(new["value"]):
+            return False
+        if not self.file.exists():
+            return True
+        old = self.read()
+        if (old["score"], old["mode"]) != (new["score"], new["mode"]):
+            return True
+        sign = 1 if self.mode == "max" else -1
+        return bool(sign * new["value"] > sign * old["value"])
+
+    def read(self) -> dict[str, Any]:
+        """Whose weights are kept: see `SelfPlay.best`."""
+        if not self.file.exists():
+            raise ValueError(
+                f"{self.file} isn't there. Run with `keep_best`, the name of a "
+                "score of `evaluate`."
+            )
+        return json.loads(read_metadata(self.file)["best"])
+
+    def load(self, variables: Sequence[keras.Variable]) -> dict[str, Any]:
+        """Assigns the weights that are kept."""
+        best = self.read()
+        read_variables(self.file, variables)
+        return best

@@ -41,14 +41,18 @@ class Checkpoints:
         """The file of an iteration's start."""
         return self.folder / "starts" / f"iteration_{iteration:03d}.safetensors"
 
-    def files(self) -> list[Path]:
-        """All that are there; those of an iteration before its start."""
-        starts = sorted(
+    def starts(self) -> list[Path]:
+        """Files of the iterations' starts that are there, the latest first."""
+        return sorted(
             self.folder.glob("starts/iteration_*.safetensors"),
             key=lambda file: int(file.stem.removeprefix("iteration_")),
+            reverse=True,
         )
+
+    def files(self) -> list[Path]:
+        """All that are there; those of an iteration before its start."""
         within = [self.within] if self.within.exists() else []
-        return within + starts[::-1]
+        return within + self.starts()
 
     def save(
         self,
@@ -58,13 +62,7 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint, and removes those that it makes useless.
 
-        Args:
-            variables: All that training changes.
-            position: Where to go on.
-            **metadata: More to know of it.
-
-        Raises:
-            FloatingPointError: A value isn't finite; nothing is changed.
+        Where a value isn't finite, it raises and nothing is changed.
         """
         is_start = position["epoch"] == position["batch"] == 0
         file = self.start(position["iteration"]) if is_start else self.within
@@ -73,27 +71,28 @@ class Checkpoints:
         )
         if is_start:
             self.within.unlink(missing_ok=True)
-            for old in self.files()[_NUM_STARTS:]:
+            for old in self.starts()[_NUM_STARTS:]:
                 old.unlink()
 
-    def load(self, variables: Sequence[keras.Variable]) -> Position | None:
+    def load(
+        self, variables: Sequence[keras.Variable], *, is_back: bool = False
+    ) -> Position | None:
         """Assigns the latest whole checkpoint; returns its position, if any.
 
-        A damaged one is passed over, with a warning.
-
-        Args:
-            variables: As in `save`.
-
-        Raises:
-            ValueError: All are damaged, or of another model.
+        A damaged one is passed over, with a warning; where all are, or are of
+        another model, it raises. With `is_back` it is that of an iteration's
+        start, and a checkpoint within the iteration is removed.
         """
+        files = self.starts() if is_back else self.files()
         errors = []
-        for file in sorted(self.files(), key=_progress, reverse=True):
+        for file in sorted(files, key=_progress, reverse=True):
             try:
                 metadata = read_variables(file, variables)
             except ValueError as error:
                 errors.append(str(error))
                 continue
+            if is_back:
+                self.within.unlink(missing_ok=True)
             position: Position = json.loads(metadata["position"])
             for damage in errors:
                 warnings.warn(
@@ -109,15 +108,6 @@ class Checkpoints:
             )
         return None
 
-    def load_start(
-        self, iteration: int, variables: Sequence[keras.Variable]
-    ) -> Position | None:
-        """Assigns the weights as an iteration began, if they are kept."""
-        file = self.start(iteration)
-        if not file.exists():
-            return None
-        return json.loads(read_variables(file, variables)["position"])
-
     def weights(self) -> set[str]:
         """Hashes of the weights that the run has had, as far as known."""
         hashes = set()
@@ -132,11 +122,7 @@ class Checkpoints:
 def write_variables(
     file: Path, variables: Sequence[keras.Variable], metadata: dict[str, str]
 ) -> None:
-    """Writes variables to a file, atomically.
-
-    Raises:
-        FloatingPointError: A value isn't finite; nothing is written.
-    """
+    """Writes variables to a file, whole or not at all."""
 
     def source(variable: keras.Variable) -> Source:
         return Source(
@@ -150,11 +136,7 @@ def write_variables(
 def read_variables(
     file: Path, variables: Sequence[keras.Variable]
 ) -> dict[str, str]:
-    """Assigns what `write_variables` wrote; returns the metadata.
-
-    Raises:
-        ValueError: The file is damaged or holds other variables.
-    """
+    """Assigns what `write_variables` wrote; returns the metadata."""
     arrays, metadata = read_arrays(file)
     values = [array for _, array in sorted(arrays.items())]
     if [a.shape for a in values] != [tuple(v.shape) for v in variables]:

@@ -5,7 +5,6 @@ from typing import Any
 import keras
 
 from keras_iris.data import (
-    ChatTemplate,
     Example,
     HubTokenizer,
     Tokenizer,
@@ -13,29 +12,15 @@ from keras_iris.data import (
     read_conversations,
     tokenize,
 )
-from keras_iris.data.tokenize import OnOverflow
+from keras_iris.self_play.options import Options
 
 
-def prepare_examples(  # noqa: PLR0913 (by keyword only)
-    causal_lm: keras.Model,
-    data: Any,
-    *,
-    tokenizer: Tokenizer | None,
-    template: ChatTemplate | None,
-    max_prompt_length: int,
-    max_response_length: int,
-    on_overflow: OnOverflow,
+def prepare_examples(
+    data: Any, options: Options
 ) -> tuple[list[Example], tuple[int, ...], str]:
-    """Tokenises data for a causal LM.
+    """Makes examples for a run's model.
 
-    Args:
-        causal_lm: The model; its own tokenizer and template are the defaults.
-        data: Rows, a path or a data set, or a list of `Example`.
-        tokenizer: The tokenizer, or None.
-        template: The chat template, or None.
-        max_prompt_length: Tokens of a prompt.
-        max_response_length: Tokens of a response.
-        on_overflow: `"drop"`, `"truncate"` or `"error"`.
+    The model's own tokenizer and template are the defaults.
 
     Returns:
         The examples, the ids that end a response, and a fingerprint of the
@@ -43,9 +28,11 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
 
     Raises:
         ValueError: There is no tokenizer, the data are empty or can't be
-            read, or hold ids that the model doesn't know.
+            read, hold ids that the model doesn't know or fewer rows than a
+            batch.
     """
-    tokenizer = tokenizer or _own_tokenizer(causal_lm)
+    causal_lm = options.model.causal_lm
+    tokenizer = options.tokenizer or _own_tokenizer(causal_lm)
     is_list = isinstance(data, list | tuple)
     if is_list and not data:
         raise ValueError("The data are empty. Expected at least one row.")
@@ -58,18 +45,23 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
             "`keras_iris.data.Example`."
         )
     else:
-        template = template or getattr(causal_lm, "chat_template", None)
+        template = options.template or getattr(causal_lm, "chat_template", None)
         if template is not None:
             template.check()
         examples = tokenize(
             read_conversations(data),
             tokenizer,
             template=template,
-            max_prompt_length=max_prompt_length,
-            max_response_length=max_response_length,
-            on_overflow=on_overflow,
+            max_prompt_length=options.max_prompt_length,
+            max_response_length=options.max_response_length,
+            on_overflow=options.on_overflow,
         )
     check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
+    if len(examples) < options.batch_size:
+        raise ValueError(
+            f"The data have {len(examples)} usable rows, fewer than "
+            f"batch_size={options.batch_size}. Lower `batch_size` or add rows."
+        )
     if tokenizer is not None:
         return examples, tokenizer.end_token_ids, tokenizer.fingerprint()
     return examples, _common_end(examples), "ids"

@@ -7,47 +7,36 @@ nothing of objectives beyond what the model was compiled with.
 
 import time
 import warnings
-import weakref
-from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_iris.arguments import check_count, check_positive
 from keras_iris.callbacks import SelfPlayCallback
-from keras_iris.data import ChatTemplate, PairDataset, Tokenizer
+from keras_iris.data import PairDataset
 from keras_iris.data.buckets import choose_bucket_lengths
-from keras_iris.data.tokenize import OnOverflow
-from keras_iris.evaluation import score_mode
-from keras_iris.generation import Engine, KerasEngine
-from keras_iris.generation.engine import check_prompts
+from keras_iris.generation import KerasEngine
 from keras_iris.metrics import PairBatch, self_play_metrics
-from keras_iris.models import SelfPlayModel
-from keras_iris.self_play.best import find_best, keep_best, load_best
+from keras_iris.self_play.best import Best
 from keras_iris.self_play.checkpoints import Position
+from keras_iris.self_play.engine_checks import check_engine
 from keras_iris.self_play.examples import prepare_examples
-from keras_iris.self_play.opponent import Opponent, check_engine
-from keras_iris.self_play.run_dir import LostShard, RunDir
+from keras_iris.self_play.opponent import Opponent
+from keras_iris.self_play.options import Options
+from keras_iris.self_play.run_dir import LostShard, Manifest, RunDir
 from keras_iris.self_play.seeds import combine_seeds
 from keras_iris.self_play.settings import (
     WeightsHash,
     execution_settings,
     hash_examples,
-    objective_settings,
+    result_settings,
+    versions,
 )
 from keras_iris.self_play.training import Training
 
-Evaluate = Callable[[SelfPlayModel], dict[str, float]]
 
-# With which weights a run of this process left a model, and in which folder.
-_LEFT: weakref.WeakKeyDictionary[SelfPlayModel, tuple[Path, str]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
-class SelfPlay:
+class SelfPlay(Options):
     """Self-play fine-tuning of a compiled `SelfPlayModel`.
 
     In each iteration the model answers the training prompts itself, its
@@ -56,9 +45,12 @@ class SelfPlay:
     that was cut off goes on with it, and ends in the same weights on the same
     machine and backend. More `iterations` extend a finished run.
 
-    The folder belongs to one run: other data, weights to start from, loss,
+    The folder belongs to one run, whose settings are those of `model` when
+    `run` begins: other data, weights to start from, architecture, loss,
     optimizer or seed are refused. What doesn't change the result, such as
-    `micro_batch_size`, may change.
+    `micro_batch_size`, may change. In a new folder a model that has been
+    trained before starts with its weights and learning rate, but with a new
+    optimizer's state and with the order that its loss was compiled with.
 
     Args:
         model: A compiled `SelfPlayModel`. Its optimizer goes on through all
@@ -90,7 +82,10 @@ class SelfPlay:
             `SelfPlayCallback`s. There is one `fit` an iteration, and epochs
             count on over the iterations. A callback that stops training at
             the end of an epoch, as `EarlyStopping` does, ends the iteration;
-            within an epoch it ends `run`, which goes on from there.
+            within an epoch it ends `run`, which goes on from there. What
+            callbacks of Keras remember, such as the best value and the
+            patience of `EarlyStopping` and `ReduceLROnPlateau`, isn't saved:
+            they start anew where a run is resumed.
         shard_size: Responses of a file; what a crash loses at most.
         checkpoint_every_minutes: Longest time between checkpoints within an
             epoch; there is one after each epoch in any case.
@@ -103,163 +98,42 @@ class SelfPlay:
             `run_dir` holds another run.
     """
 
-    def __init__(  # noqa: PLR0913 (options of a run, by keyword only)
-        self,
-        model: SelfPlayModel,
-        data: Any,
-        run_dir: str | Path,
-        *,
-        iterations: int = 5,
-        epochs: int = 2,
-        batch_size: int = 64,
-        max_prompt_length: int = 1024,
-        max_response_length: int = 256,
-        on_overflow: OnOverflow = "drop",
-        tokenizer: Tokenizer | None = None,
-        template: ChatTemplate | None = None,
-        engine: Engine | None = None,
-        evaluate: Evaluate | None = None,
-        score_modes: Mapping[str, str] | None = None,
-        keep_best: str | None = None,
-        callbacks: keras.callbacks.Callback
-        | Sequence[keras.callbacks.Callback] = (),
-        shard_size: int = 512,
-        checkpoint_every_minutes: float = 10.0,
-        checkpoint_every_steps: int | None = None,
-        seed: int = 0,
-        title: str = "Self-play",
-    ) -> None:
-        if not model.compiled or model.loss is None:
-            raise ValueError(
-                "`model` has to be compiled with a loss before self-play. "
-                "Call `model.compile(optimizer=..., "
-                "loss=keras_iris.losses.IRIS())` first."
-            )
-        if isinstance(callbacks, keras.callbacks.Callback):
-            callbacks = [callbacks]
-        counts = {
-            "iterations": iterations,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "max_prompt_length": max_prompt_length,
-            "max_response_length": max_response_length,
-            "shard_size": shard_size,
-        }
-        for name, value in counts.items():
-            check_count(name, value)
-        check_positive("checkpoint_every_minutes", checkpoint_every_minutes)
-        if checkpoint_every_steps is not None:
-            check_count("checkpoint_every_steps", checkpoint_every_steps)
-        seed = check_count("seed", seed, at_least=0)
-        num_rows = batch_size * model.steps_per_execution
-        if num_rows > model.recent.num_rows:
-            raise ValueError(
-                "Every step is logged, so batch_size * steps_per_execution may "
-                f"be {model.recent.num_rows} pairs at most. Received: "
-                f"{batch_size} * {model.steps_per_execution}"
-            )
-        score_modes = dict(score_modes or {})
-        for name in [*score_modes, *([keep_best] if keep_best else [])]:
-            if score_mode(name, score_modes) is None:
-                raise ValueError(
-                    f"Whether a high or a low {name!r} is better isn't known. "
-                    f'Pass score_modes={{"{name}": "max"}}, or "min".'
-                )
-        if keep_best and evaluate is None:
-            raise ValueError(
-                f"keep_best={keep_best!r} needs `evaluate`, which has to give "
-                "that score."
-            )
-        self.model = model
-        self.examples, end_token_ids, fingerprint = prepare_examples(
-            model.causal_lm,
-            data,
-            tokenizer=tokenizer,
-            template=template,
-            max_prompt_length=max_prompt_length,
-            max_response_length=max_response_length,
-            on_overflow=on_overflow,
+    def __post_init__(self, data: Any, run_dir: str | Path) -> None:
+        """Checks all arguments, and that the run may go on in its folder."""
+        self.check()
+        causal_lm = self.model.causal_lm
+        self.examples, self.end_token_ids, fingerprint = prepare_examples(
+            data, self
         )
-        if len(self.examples) < batch_size:
-            raise ValueError(
-                f"The data have {len(self.examples)} usable rows, fewer than "
-                f"batch_size={batch_size}. Lower `batch_size` or add rows."
-            )
-        self.iterations = iterations
-        self.epochs = epochs
-        self.batch_size = batch_size
-        self.engine = engine or KerasEngine(
-            model.causal_lm,
-            end_token_ids=end_token_ids,
-            max_new_tokens=max_response_length,
+        self._data_key = f"{fingerprint}-{hash_examples(self.examples)}"
+        engine = self.engine = self.engine or KerasEngine(
+            causal_lm,
+            end_token_ids=self.end_token_ids,
+            max_new_tokens=self.max_response_length,
         )
-        check_engine(
-            self.engine,
-            model.causal_lm,
-            end_token_ids=end_token_ids,
-            max_response_length=max_response_length,
-        )
-        prompts = [example.prompt_ids.tolist() for example in self.examples]
-        buckets = self.engine.get_config().get("bucket_lengths", [None])
-        check_prompts(prompts, buckets[-1])
+        check_engine(engine, self)
         # Few shapes, the same in all iterations.
-        lengths = np.array([len(prompt) for prompt in prompts])
+        lengths = np.array([len(e.prompt_ids) for e in self.examples])
         self.bucket_lengths = choose_bucket_lengths(
             lengths + [len(e.response_ids) for e in self.examples],
-            longest=int(lengths.max()) + max_response_length,
+            longest=int(lengths.max()) + self.max_response_length,
         )
-        self.evaluate = evaluate
-        self.callbacks = list(callbacks or ())
-        self.checkpoint_every_minutes = checkpoint_every_minutes
-        self.checkpoint_every_steps = checkpoint_every_steps
-        self.seed = seed
-        self._data_key = f"{fingerprint}-{hash_examples(self.examples)}"
-        self.score_modes = score_modes
-        self.keep_best = keep_best
-        self.folder = RunDir(
-            run_dir,
-            settings={
-                "data": self._data_key,
-                "num_examples": len(self.examples),
-                "end_token_ids": list(end_token_ids),
-                "epochs": epochs,
-                "batch_size": batch_size,
-                "max_response_length": max_response_length,
-                "seed": seed,
-                **objective_settings(model, self.callbacks),
-            },
-            execution={
-                "iterations": iterations,
-                "shard_size": shard_size,
-                "max_prompt_length": max_prompt_length,
-                "on_overflow": on_overflow,
-                "checkpoint_every_minutes": checkpoint_every_minutes,
-                "checkpoint_every_steps": checkpoint_every_steps,
-                "keep_best": keep_best,
-                **execution_settings(model, self.engine, self.callbacks),
-            },
-            weights=WeightsHash(model.causal_lm)(),
-            was_left=self._was_left,
-            about={"title": title, "score_modes": score_modes},
-        )
-        self.opponent = Opponent(
-            model,
-            self.engine,
-            self.examples,
-            self.folder,
-            end_token_ids=end_token_ids,
-            batch_size=batch_size,
-            bucket_lengths=self.bucket_lengths,
-            max_response_length=max_response_length,
-            shard_size=shard_size,
-            seed=seed,
-        )
+        self.folder = RunDir(run_dir)
+        self._best = Best(self.folder.path, self.keep_best, self.score_modes)
+        # Early, so that nobody waits in vain; `run` asks again.
+        if not self.folder.is_new():
+            self._hash = WeightsHash(causal_lm)
+            self.folder.join(self._describe())
+        self.opponent = Opponent(self, engine, self.folder)
 
     @property
     def num_steps(self) -> int:
         """Batches of the whole run, which learning-rate schedules count."""
+        return self._num_steps(self.iterations)
+
+    def _num_steps(self, iterations: int) -> int:
         steps = -(-len(self.examples) // self.batch_size)
-        return steps * self.epochs * self.iterations
+        return steps * self.epochs * iterations
 
     def run(self) -> Path:
         """Runs all iterations that aren't done yet.
@@ -273,73 +147,62 @@ class SelfPlay:
             ValueError: Another process runs in the folder, or what is there
                 is damaged and can't be made again.
         """
+        self.check_model()
         self._hash = WeightsHash(self.model.causal_lm)
-        weights = self._hash()
-        known = self.folder.checkpoints.weights()
-        known.add(self.folder.content["settings"]["weights"])
-        if weights not in known and not self._was_left(self.folder.path):
-            raise ValueError(
-                "The model has other weights than when this `SelfPlay` was "
-                "made. Make it again."
-            )
-        with self.folder.open():
+        with self.folder.open(self._describe):
             try:
                 self._run()
             finally:
-                self._remember()
+                self._notify("on_run_end", {})
         return self.folder.path
 
-    def best(self, score: str) -> dict[str, Any]:
-        """The iteration with the best value of a held-out score so far.
+    def best(self) -> dict[str, Any]:
+        """Of which iteration `keep_best` has kept the weights.
 
-        Args:
-            score: Its name.
+        It is the best of those that were evaluated since the folder's runs
+        have kept the best in that score.
 
         Returns:
             `{"score", "mode", "iteration", "value"}`; iteration 0 is before
             self-play.
 
         Raises:
-            ValueError: There is no such score, or its mode isn't known.
-        """
-        return find_best(self.folder.path, score, self.score_modes)
-
-    def load_best(self) -> dict[str, Any]:
-        """Gives the model the weights that `keep_best` kept.
-
-        Returns:
-            As `best` does for them.
-
-        Raises:
             ValueError: None are kept.
         """
-        return load_best(self.folder.path, self.model.trainable_variables)
+        return self._best.read()
 
-    def _was_left(self, path: Path) -> bool:
-        """Whether a run of this folder left the model as it is."""
-        left = _LEFT.get(self.model)
-        return left == (path, WeightsHash(self.model.causal_lm)())
+    def load_best(self) -> dict[str, Any]:
+        """Gives the model the weights that `keep_best` has kept.
 
-    def _remember(self) -> None:
-        """Notes how the run leaves the model."""
-        try:
-            _LEFT[self.model] = (self.folder.path, self._hash())
-        except Exception:  # an interrupt or a NaN left no whole weights
-            _LEFT.pop(self.model, None)
+        Returns:
+            As `best`.
+
+        Raises:
+            ValueError: None are kept, or the file is damaged.
+        """
+        return self._best.load(self.model.trainable_variables)
+
+    def _describe(self) -> Manifest:
+        """What the run is, with the model as it is."""
+        return {
+            "title": self.title,
+            "score_modes": dict(self.score_modes or {}),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": {
+                "data": self._data_key,
+                **result_settings(self),
+                "weights": self._hash(),
+            },
+            "execution": execution_settings(self),
+            "versions": versions(),
+        }
 
     def _run(self) -> None:
         self.model.add_metrics(self_play_metrics())
         for callback in self.callbacks:
             callback.set_model(self.model)
-        self.model.optimizer.build(self.model.trainable_variables)
-        position = self.folder.checkpoints.load(self._variables())
-        if position is None:
-            self._reset_order()
-            scores = self._evaluate(0)
-            if scores:
-                print(_line(0, scores))
-            position = _start(1)
-            self._save(position)
+        self._best.check()
+        position = self._begin()
         while position["iteration"] <= self.iterations:
             try:
                 is_whole = self._run_iteration(position)
@@ -351,22 +214,32 @@ class SelfPlay:
                 return
             position = _start(position["iteration"] + 1)
 
-    def _reset_order(self) -> None:
-        """Nothing of another run of this model is left."""
-        model = self.model
-        model.alpha.assign(model.start_config["loss"].get("alpha", 1.0))
-        model.gap.assign(0.0)
-        model.gap_sums.assign(np.zeros((2, 3)))
+    def _begin(self) -> Position:
+        """Where the run goes on, or the start of a new one."""
+        variables = self.model.trainable_variables
+        optimizer = self.model.optimizer
+        is_used = optimizer.built
+        optimizer.build(variables)
+        position = self.folder.checkpoints.load(self._variables())
+        if position is None:
+            # Nothing of another run of this model is left.
+            self.model.reset_order()
+            if is_used:
+                _reset(optimizer, variables)
+            scores = self._evaluate(0)
+            if scores:
+                print(_line(0, scores))
+            position = _start(1)
+            self._save(position)
+        return position
 
     def _go_back(self, position: Position, error: LostShard) -> Position:
-        """The start of the iteration, where lost shards can be made again."""
-        start = self.folder.checkpoints.load_start(
-            position["iteration"], self._variables()
-        )
+        """The start of an iteration, where lost shards can be made again."""
+        start = self.folder.checkpoints.load(self._variables(), is_back=True)
         if start is None:
             raise error
         warnings.warn(
-            f"Iteration {position['iteration']} starts again: {error}",
+            f"Iteration {start['iteration']} starts again: {error}",
             stacklevel=4,
         )
         return start
@@ -374,33 +247,57 @@ class SelfPlay:
     def _run_iteration(self, position: Position) -> bool:
         """Runs the rest of an iteration; false where a callback stops it."""
         iteration = position["iteration"]
-        is_started = position["epoch"] > 0 or position["batch"] > 0
         self._notify("on_iteration_begin", iteration, {})
         # Shards of a half-trained iteration are the opponent's, which the
         # weights in memory are not any more: their key is in the checkpoint.
-        key = position.get("key") if is_started else None
-        key = key or f"{self._data_key}-{self._hash()}"
+        key = position.get("key") or f"{self._data_key}-{self._hash()}"
+        timing: dict[str, float] = {}
+        dataset = self._make_pairs(position, key, timing)
+        means = {}
+        if position["epoch"] < self.epochs:
+
+            def save(new: Position) -> None:
+                self._save({**new, "key": key})
+
+            training = Training(self, dataset, position, self.folder.log, save)
+            start = time.perf_counter()
+            if not training.run():
+                return False
+            seconds = time.perf_counter() - start
+            tokens_per_second = training.logger.num_tokens / seconds
+            timing["fit_seconds"] = round(seconds, 3)
+            timing["tokens_per_second"] = round(tokens_per_second, 1)
+            means = training.logger.means()
+            self.folder.log("iteration", iteration=iteration, **timing)
+            save({**position, "epoch": self.epochs, "batch": 0})
+        scores = self._evaluate(iteration)
+        self._notify("on_iteration_end", iteration, scores | timing)
+        print(_line(iteration, scores | means | timing))
+        self._save(_start(iteration + 1))
+        return True
+
+    def _make_pairs(
+        self, position: Position, key: str, timing: dict[str, float]
+    ) -> PairDataset:
+        """The pairs of an iteration; adds to `timing` what they took."""
+        iteration, is_started = position["iteration"], "key" in position
         start = time.perf_counter()
-        responses, engine_log_probs = self.opponent.answer(
-            iteration, key, is_over=is_started
-        )
+        answers = self.opponent.answer(iteration, key, is_over=is_started)
+        responses = [ids for shard in answers for ids in shard.responses]
         generated = time.perf_counter()
         num_tokens = np.array([len(ids) for ids in responses])
-        timing: dict[str, float] = {
-            "generate_seconds": round(generated - start, 3),
-            "generated_tokens": int(num_tokens.sum()),
-        }
+        timing["generate_seconds"] = round(generated - start, 3)
+        timing["generated_tokens"] = int(num_tokens.sum())
         if not is_started:
             self._notify("on_generate_end", iteration, responses, timing)
         log_probs = self.opponent.score(
-            iteration, key, responses, engine_log_probs
+            iteration, key, answers, is_over=is_started
         )
-        scored = time.perf_counter()
-        timing["score_seconds"] = round(scored - generated, 3)
+        timing["score_seconds"] = round(time.perf_counter() - generated, 3)
         if not is_started:
             pairs = self._pairs(log_probs, num_tokens)
             self._notify("on_score_end", iteration, pairs, timing)
-        dataset = PairDataset(
+        return PairDataset(
             self.examples,
             responses,
             log_probs,
@@ -408,30 +305,6 @@ class SelfPlay:
             bucket_lengths=self.bucket_lengths,
             seed=combine_seeds(self.seed, iteration),
         )
-        training = Training(
-            self.model,
-            dataset,
-            epochs=self.epochs,
-            seed=self.seed,
-            callbacks=self.callbacks,
-            log=self.folder.log,
-            save=lambda new: self._save({**new, "key": key}),
-            every_steps=self.checkpoint_every_steps,
-            every_minutes=self.checkpoint_every_minutes,
-        )
-        if not training.run(position):
-            return False
-        seconds = time.perf_counter() - scored
-        timing["fit_seconds"] = round(seconds, 3)
-        timing["tokens_per_second"] = round(
-            training.logger.num_tokens / seconds, 1
-        )
-        self.folder.log("iteration", iteration=iteration, **timing)
-        scores = self._evaluate(iteration)
-        self._notify("on_iteration_end", iteration, scores | timing)
-        print(_line(iteration, scores | training.logger.means() | timing))
-        self._save(_start(iteration + 1))
-        return True
 
     def _pairs(
         self, log_probs: np.ndarray, num_synthetic_tokens: np.ndarray
@@ -456,23 +329,15 @@ class SelfPlay:
             return {}
         start = time.perf_counter()
         scores = self.evaluate(self.model)
-        steps = self.num_steps // self.iterations
         scores = self.folder.log_scores(
             scores,
             iteration=iteration,
-            step=iteration * steps,
+            step=self._num_steps(iteration),
             seconds=round(time.perf_counter() - start, 3),
         )
-        if self.keep_best is not None:
-            keep_best(
-                self.folder.path,
-                self.model.trainable_variables,
-                iteration=iteration,
-                scores=scores,
-                score=self.keep_best,
-                score_modes=self.score_modes,
-                weights=self._hash(),
-            )
+        self._best.keep(
+            self.model.trainable_variables, iteration, scores, self._hash
+        )
         return scores
 
     def _variables(self) -> list[keras.Variable]:
@@ -495,6 +360,17 @@ class SelfPlay:
 
 def _start(iteration: int) -> Position:
     return {"iteration": iteration, "epoch": 0, "batch": 0}
+
+
+def _reset(
+    optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
+) -> None:
+    """Gives an optimizer the state of a new one; the learning rate stays."""
+    new = type(optimizer).from_config(optimizer.get_config())
+    new.build(variables)
+    pairs = zip(optimizer.variables, new.variables, strict=True)
+    for variable, fresh in pairs:
+        variable.assign(fresh)
 
 
 def _line(iteration: int, values: dict[str, float]) -> str:

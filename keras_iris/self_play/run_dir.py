@@ -2,9 +2,8 @@
 
 import json
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from keras_iris.self_play.arrays import (
     write_arrays,
 )
 from keras_iris.self_play.checkpoints import Checkpoints
-from keras_iris.self_play.settings import versions
+
+Manifest = dict[str, Any]
 
 
 class LostShard(ValueError):
@@ -35,54 +35,15 @@ class RunDir:
         iteration_001/synthetic/  responses of the opponent, in shards
         iteration_001/opponent/   log-probs of the opponent, in shards
 
-    Args:
-        path: The folder; made where it isn't there.
-        settings: What makes the run's result, as strings and numbers. A
-            folder with others is refused.
-        execution: How it is carried out: others are simply taken, but fewer
-            `iterations`.
-        weights: Hash of the model's weights.
-        was_left: Whether a run of this folder left the model with them.
-        about: More for the manifest.
-
-    Raises:
-        ValueError: The folder holds a run with other or unknown settings or
-            weights, or can't be written to.
+    It is made where it isn't there; one that can't be written to is refused.
     """
 
-    def __init__(  # noqa: PLR0913 (by keyword only)
-        self,
-        path: str | Path,
-        *,
-        settings: Mapping[str, Any],
-        execution: Mapping[str, Any],
-        weights: str,
-        was_left: Callable[[Path], bool],
-        about: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser().absolute()
         self.manifest = self.path / "manifest.json"
         self.checkpoints = Checkpoints(self.path)
-        new = {
-            **about,
-            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": {**settings, "weights": weights},
-            "execution": execution,
-            "versions": versions(),
-        }
-        # As JSON gives them back.
-        text = json.dumps(new, default=lambda number: number.item())
-        self.content: dict[str, Any] = json.loads(text)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.manifest.exists():
-                self._go_on(was_left(self.path))
-            elif self.checkpoints.files():
-                raise ValueError(
-                    f"{self.path} holds a checkpoint without its manifest.json,"
-                    " so its settings are unknown. Put the manifest back, or "
-                    "pass another `run_dir`."
-                )
             open(self.path / "metrics.jsonl", "a").close()
             tempfile.TemporaryFile(dir=self.path).close()
         except OSError as error:
@@ -91,14 +52,41 @@ class RunDir:
                 "Pass another `run_dir`."
             ) from error
 
-    def _go_on(self, was_left: bool) -> None:
-        """Makes the manifest on disk this one's, if it is the same run."""
-        old, new = _read_manifest(self.manifest), self.content
-        known = self.checkpoints.weights()
-        if was_left or new["settings"]["weights"] in known:
-            new["settings"]["weights"] = old["settings"].get("weights")
-        differences = _differences(old["settings"], new["settings"])
-        there, here = (c["execution"]["iterations"] for c in (old, new))
+    def is_new(self) -> bool:
+        """Whether no run has begun here."""
+        return not (self.manifest.exists() or self.checkpoints.files())
+
+    def join(self, new: Manifest) -> Manifest:
+        """The manifest with which a run may go on here.
+
+        Args:
+            new: With `settings`, which make the run's result and can't be
+                others than before, `execution`, how it is carried out, and
+                `versions`; numbers and strings by name in each.
+
+        Raises:
+            ValueError: The folder holds a run with other or unknown settings
+                or weights, or with more iterations.
+        """
+        new = json.loads(json.dumps(new))
+        if self.is_new():
+            return new
+        if not self.manifest.exists():
+            raise ValueError(
+                f"{self.path} holds a checkpoint without its manifest.json,"
+                " so its settings are unknown. Put the manifest back, or "
+                "pass another `run_dir`."
+            )
+        old = _read_manifest(self.manifest)
+        # Training changes weights and learning rate: those of a checkpoint,
+        # and as a run has left its model, are this run's as well.
+        left, settings = old.get("left", {}), new["settings"]
+        for name, value in settings.items():
+            is_known = name == "weights" and value in self.checkpoints.weights()
+            if is_known or (name in left and left[name] == value):
+                settings[name] = old["settings"].get(name)
+        differences = _differences(old["settings"], settings)
+        there, here = (m["execution"]["iterations"] for m in (old, new))
         if here < there:
             differences.append(
                 f"iterations: {there} there, {here} here; more can be added"
@@ -110,46 +98,46 @@ class RunDir:
                 "Continue it with its own settings and the model it started "
                 "from, or pass another `run_dir`."
             )
-        new["created"] = old.get("created")
-        new["earlier"] = old.get("earlier", [])
-        changed = {
-            part: old[part]
-            for part in ("execution", "versions")
-            if old[part] != new[part]
-        }
-        if changed:
-            new["earlier"].append(changed)
-        for line in _differences(old["versions"], new["versions"]):
-            warnings.warn(
-                f"The run in {self.path} goes on with another version, "
-                f"{line}: it may not end in the same weights.",
-                stacklevel=5,
-            )
+        parts = ("execution", "versions")
+        changed = {part: old[part] for part in parts if old[part] != new[part]}
+        earlier = [*old.get("earlier", []), *([changed] if changed else [])]
+        return {**new, "created": old.get("created"), "earlier": earlier}
 
     @contextmanager
-    def open(self) -> Iterator[None]:
-        """Holds the folder for this process, and writes the manifest.
+    def open(self, describe: Callable[[], Manifest]) -> Iterator[None]:
+        """Holds the folder for this process, and tells of the run in it.
+
+        Args:
+            describe: What the run is at that moment, as in `join`.
 
         Raises:
-            ValueError: Another process holds it, or another run has begun in
-                it meanwhile.
+            ValueError: Another process holds it, or as in `join`.
         """
         with locked(self.path):
+            manifest = self.join(describe())
             if self.manifest.exists():
-                there = _read_manifest(self.manifest)["settings"]
-                lines = _differences(there, self.content["settings"])
-                if lines:
-                    raise ValueError(
-                        f"Another run has begun in {self.path} since this one "
-                        f"was made: {'; '.join(lines)}. Pass another "
-                        "`run_dir`."
-                    )
+                self._warn_of_versions(manifest["versions"])
             shards = self.path.glob("iteration_*/*")
             for folder in (self.path, self.path / "starts", *shards):
                 remove_unfinished(folder)
-            with replaced(self.manifest) as temporary:
-                temporary.write_text(json.dumps(self.content, indent=2))
-            yield
+            self._write(manifest)
+            try:
+                yield
+            finally:
+                self._write(manifest | {"left": _left(manifest, describe)})
+
+    def _warn_of_versions(self, here: dict[str, Any]) -> None:
+        there = _read_manifest(self.manifest)["versions"]
+        for line in _differences(there, here):
+            warnings.warn(
+                f"The run in {self.path} goes on with another version, {line}: "
+                "it may not end in the same weights.",
+                stacklevel=5,
+            )
+
+    def _write(self, manifest: Manifest) -> None:
+        with replaced(self.manifest) as temporary:
+            temporary.write_text(json.dumps(manifest, indent=2))
 
     def log(self, kind: str, **values: Any) -> None:
         """Appends a line to `metrics.jsonl`."""
@@ -158,19 +146,7 @@ class RunDir:
             file.write(line + "\n")
 
     def log_scores(self, scores: Any, **where: float) -> dict[str, float]:
-        """Appends a line of an evaluation.
-
-        Args:
-            scores: What `evaluate` returned.
-            **where: The line's other values.
-
-        Returns:
-            The scores as numbers.
-
-        Raises:
-            ValueError: `scores` isn't a dictionary of numbers, or has a name
-                that the line needs for something else.
-        """
+        """Appends a line of what `evaluate` returned; gives it as numbers."""
         try:
             numbers = {name: float(value) for name, value in scores.items()}
             self.log("evaluation", **where, **numbers)
@@ -182,12 +158,7 @@ class RunDir:
         return numbers
 
     def shard_size(self, name: str, key: str) -> int | None:
-        """Responses of a file of the shards that are there already.
-
-        Args:
-            name: As in `shard`.
-            key: As in `shard`; shards of another don't count.
-        """
+        """How many responses the shards have that are there, as in `shard`."""
         for file in sorted((self.path / name).glob("*.safetensors")):
             try:
                 metadata = read_metadata(file)
@@ -244,9 +215,9 @@ class RunDir:
         return arrays
 
 
-def _read_manifest(file: Path) -> dict[str, Any]:
+def _read_manifest(file: Path) -> Manifest:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: Manifest = json.loads(file.read_text(encoding="utf-8"))
         for part in ("settings", "execution", "versions"):
             content[part].items()
         content["execution"]["iterations"] + 0
@@ -256,6 +227,18 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             f"{file} is not the manifest of a run ({error!r}). Put the "
             "right one back, or pass another `run_dir`."
         ) from error
+
+
+def _left(
+    manifest: Manifest, describe: Callable[[], Manifest]
+) -> dict[str, Any]:
+    """The settings of a model that its run has changed."""
+    try:
+        now = json.loads(json.dumps(describe()["settings"]))
+    except Exception:  # an interrupt or a NaN left no whole weights
+        return {}
+    there = manifest["settings"]
+    return {name: v for name, v in now.items() if v != there.get(name)}
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

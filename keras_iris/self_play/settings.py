@@ -1,63 +1,112 @@
 """What makes a run's result, and how it is carried out."""
 
-import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import keras
 import numpy as np
+import xxhash
 
 from keras_iris import backend
-from keras_iris.callbacks import AlphaSchedule, AlphaScheduler
 from keras_iris.data import Example
-from keras_iris.generation import Engine
-from keras_iris.models import SelfPlayModel
-from keras_iris.self_play.arrays import hash_arrays
+from keras_iris.self_play.arrays import as_bytes, hash_arrays
+from keras_iris.self_play.options import Options
 
 _PLAIN = bool | int | float | str | None
 
 
-def objective_settings(
-    model: SelfPlayModel, callbacks: Sequence[keras.callbacks.Callback]
-) -> dict[str, Any]:
-    """Loss, optimizer, size and schedule of the order of a compiled model."""
-    settings = {
-        **_named("loss", model.loss, model.start_config["loss"]),
-        **_named("optimizer", model.optimizer, model.start_config["optimizer"]),
+@runtime_checkable
+class Configured(Protocol):
+    """Whatever tells with which arguments it was made, as Keras' parts do."""
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments."""
+        ...
+
+
+def result_settings(options: Options) -> dict[str, Any]:
+    """What makes a run's result, but for data and weights."""
+    model = options.model
+    loss = {
+        "class_name": type(model.loss).__name__,
+        "config": model.loss_config,
+    }
+    names = "end_token_ids epochs batch_size max_response_length seed"
+    parts = {
+        "num_examples": len(options.examples),
+        **{name: getattr(options, name) for name in names.split()},
+        "loss": loss,
+        "optimizer": model.optimizer,
+        "model": model.causal_lm.backbone,
         "parameters": model.causal_lm.count_params(),
-        "dtype": model.dtype_policy.name,
+        "callbacks": [
+            c for c in options.callbacks if isinstance(c, Configured)
+        ],
         # The order changes between executions.
         "steps_per_execution": model.steps_per_execution,
         "backend": keras.backend.backend(),
     }
-    for callback in callbacks:
-        if isinstance(callback, AlphaScheduler | AlphaSchedule):
-            config = {
-                name: _plain(value)
-                for name, value in vars(callback).items()
-                if not name.startswith("_") and name != "params"
-            }
-            settings |= _named("alpha", callback, config)
-    return settings
+    return describe(parts)
 
 
-def execution_settings(
-    model: SelfPlayModel,
-    engine: Engine,
-    callbacks: Sequence[keras.callbacks.Callback],
-) -> dict[str, Any]:
+def execution_settings(options: Options) -> dict[str, Any]:
     """What changes time and memory of a run, not what it computes."""
-    return {
-        "micro_batch_size": model.micro_batch_size,
-        **_named("engine", engine, engine.get_config()),
-        "callbacks": [type(callback).__name__ for callback in callbacks],
-        "device": ", ".join(sorted(set(backend.device_names()))),
-        "processor": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-    }
+    names = "iterations shard_size max_prompt_length on_overflow keep_best "
+    names += "checkpoint_every_minutes checkpoint_every_steps engine"
+    return describe(
+        {
+            **{name: getattr(options, name) for name in names.split()},
+            "micro_batch_size": options.model.micro_batch_size,
+            "callbacks": [type(c).__name__ for c in options.callbacks],
+            "device": ", ".join(sorted(set(backend.device_names()))),
+            "processor": platform.processor() or platform.machine(),
+            "cpus": os.cpu_count(),
+        }
+    )
+
+
+def describe(value: Any, name: str = "") -> dict[str, Any]:
+    """Classes and arguments in lines, `{"optimizer.momentum": 0.9}`.
+
+    Args:
+        value: A number, string, function or list, an object with `get_config`,
+            or a dictionary of those; also what Keras makes of an object.
+        name: How its lines begin.
+    """
+    value = _as_config(value)
+    if not isinstance(value, Mapping):
+        return {name: value}
+    lines: dict[str, Any] = {}
+    if "class_name" in value:
+        lines[name] = value["class_name"]
+        value = value["config"]
+    if not isinstance(value, Mapping):  # the name of a function, from Keras
+        return {name: value}
+    for key, part in value.items():
+        # Keras numbers names in a process; that of a dtype is all it has.
+        if key != "name" or len(value) == 1:
+            lines |= describe(part, f"{name}.{key}" if name else key)
+    return lines
+
+
+def _as_config(value: Any) -> Any:
+    """Numbers, strings, lists of them, or a dictionary."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, list | tuple):
+        is_plain = all(isinstance(part, _PLAIN) for part in value)
+        parts = {str(i): part for i, part in enumerate(value)}
+        return list(value) if is_plain else parts
+    if isinstance(value, _PLAIN | Mapping):
+        return value
+    if isinstance(value, Configured) and not isinstance(value, type):
+        config = value.get_config()
+        return {"class_name": type(value).__name__, "config": config}
+    # Of a function there is nothing more that another process has.
+    return getattr(value, "__name__", type(value).__name__)
 
 
 def versions() -> dict[str, str]:
@@ -85,24 +134,15 @@ def hash_examples(examples: Sequence[Example]) -> str:
 
 
 def hash_variables(variables: Iterable[keras.Variable]) -> str:
-    """A hash of variables' values.
-
-    Raises:
-        FloatingPointError: A value isn't finite.
-    """
-    hashes = []
+    """A hash of variables' values, which have to be finite."""
+    digest = xxhash.xxh3_128()
     for variable in variables:
-        hashes.append(hash_arrays({"": finite(variable)}))
-    letters = np.frombuffer("".join(hashes).encode(), np.uint8)
-    return hash_arrays({"": letters})[:16]
+        digest.update(as_bytes(finite(variable)))
+    return digest.hexdigest()[:16]
 
 
 def finite(variable: keras.Variable) -> np.ndarray:
-    """The values of a variable, if training hasn't broken them.
-
-    Raises:
-        FloatingPointError: A value isn't finite.
-    """
+    """The values of a variable; an error if training has broken them."""
     value = keras.ops.convert_to_numpy(variable.value)
     if not np.isfinite(value).all():
         raise FloatingPointError(
@@ -114,11 +154,7 @@ def finite(variable: keras.Variable) -> np.ndarray:
 
 
 class WeightsHash:
-    """The hash of a model's weights; those that aren't trained count once.
-
-    Args:
-        causal_lm: The model.
-    """
+    """The hash of a model's weights; those that aren't trained count once."""
 
     def __init__(self, causal_lm: keras.Model) -> None:
         self._trainable = causal_lm.trainable_variables
@@ -131,36 +167,3 @@ class WeightsHash:
     def __call__(self) -> str:
         """The hash of the weights as they are."""
         return f"{hash_variables(self._trainable)}-{self._frozen}"
-
-
-def _plain(value: Any) -> Any:
-    """A number or a string as it is, of others the class and arguments."""
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
-        return keras.optimizers.schedules.serialize(value)
-    # Those that are the same in another process; a function has none.
-    arguments = getattr(value, "__dict__", {}).items()
-    plain = {name: v for name, v in arguments if isinstance(v, _PLAIN)}
-    return [type(value).__name__, plain]
-
-
-def _named(kind: str, part: Any, config: dict[str, Any]) -> dict[str, Any]:
-    """The class of a part, and its configuration, with the part's kind."""
-    values = {
-        f"{kind}.{name}": value
-        if isinstance(value, _PLAIN)
-        else json.dumps(_unnamed(value), default=str)
-        for name, value in config.items()
-        if name != "name"
-    }
-    return {kind: type(part).__name__, **values}
-
-
-def _unnamed(value: Any) -> Any:
-    """A configuration without names, which Keras numbers in a process."""
-    if isinstance(value, dict):
-        return {k: _unnamed(v) for k, v in value.items() if k != "name"}
-    if isinstance(value, list | tuple):
-        return [_unnamed(item) for item in value]
-    return value

@@ -1,6 +1,7 @@
 """What a run does within `fit`."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +10,11 @@ import keras
 import numpy as np
 
 from keras_iris import backend
+from keras_iris.callbacks.self_play_callback import Logs
 from keras_iris.data import PairDataset
 from keras_iris.metrics import step_values
 from keras_iris.self_play.checkpoints import Position
+from keras_iris.self_play.options import Options
 from keras_iris.self_play.seeds import combine_seeds
 
 
@@ -20,49 +23,50 @@ class Progress:
     """How far the `fit` of an iteration is.
 
     Attributes:
-        epochs: Epochs of an iteration.
+        options: Of the run.
         dataset: The batches of an epoch.
         iteration: Number of the iteration.
         epoch: Epoch of the iteration, from 0.
-        first_batch: Batches of the epoch that an earlier process did.
+        first_batch: Batches of the epoch that an earlier `fit` did.
         num_batches: Batches of the epoch that are done.
         is_stopped: Whether a callback has stopped training at a batch.
     """
 
-    epochs: int
+    options: Options
     dataset: PairDataset
-    iteration: int = 1
+    iteration: int
     epoch: int = 0
     first_batch: int = 0
     num_batches: int = 0
     is_stopped: bool = False
 
-    def start(self, position: Position) -> None:
-        """Goes to where a `fit` begins."""
-        self.iteration = position["iteration"]
-        self.epoch = self.dataset.epoch = position["epoch"]
-        self.first_batch = position["batch"]
+    @property
+    def is_whole_epoch(self) -> bool:
+        """Whether all batches of the epoch are done."""
+        return self.num_batches == len(self.dataset)
 
     @property
     def is_at_end(self) -> bool:
         """Whether all batches of the iteration are done."""
-        is_last = self.epoch + 1 == self.epochs
-        return is_last and self.num_batches == len(self.dataset)
+        return self.is_whole_epoch and self.epoch + 1 == self.options.epochs
+
+    @property
+    def position(self) -> Position:
+        """Where to go on."""
+        where = {"epoch": self.epoch, "batch": self.num_batches}
+        if self.is_whole_epoch:
+            where = {"epoch": self.epoch + 1, "batch": 0}
+        return {"iteration": self.iteration, **where}
 
     @property
     def first_epoch(self) -> int:
         """The epoch of the whole run with which the iteration begins."""
-        return (self.iteration - 1) * self.epochs
+        return (self.iteration - 1) * self.options.epochs
 
     def num_done(self, batch: int) -> int:
         """Batches of the epoch after Keras' number `batch`."""
         # The last execution of several steps may have fewer.
         return min(self.first_batch + batch + 1, len(self.dataset))
-
-    def step(self, batch: int) -> int:
-        """Batches of the whole run after Keras' number `batch`."""
-        epochs = self.first_epoch + self.epoch
-        return epochs * len(self.dataset) + self.num_done(batch)
 
 
 class EpochOrder(keras.callbacks.Callback):
@@ -72,31 +76,24 @@ class EpochOrder(keras.callbacks.Callback):
 
     Args:
         progress: Of which the epoch is kept up to date.
-        seed: Of the run.
     """
 
-    def __init__(self, progress: Progress, seed: int) -> None:
+    def __init__(self, progress: Progress) -> None:
         super().__init__()
         self.progress = progress
-        self.seed = seed
 
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
         """Sets the order of the batches."""
         here = self.progress
         here.epoch = here.dataset.epoch = epoch - here.first_epoch
         here.num_batches = here.first_batch
 
-    def on_train_batch_begin(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Seeds the step."""
         here = self.progress
         number = here.num_done(batch) - 1
-        backend.seed_step(
-            combine_seeds(self.seed, here.iteration, here.epoch, number)
-        )
+        seeds = (here.options.seed, here.iteration, here.epoch, number)
+        backend.seed_step(combine_seeds(*seeds))
 
 
 class StepLogger(keras.callbacks.Callback):
@@ -114,27 +111,24 @@ class StepLogger(keras.callbacks.Callback):
         self.num_tokens = 0
         self._start = time.perf_counter()
         self._num_seen = 0
-        self._steps: list[dict[str, float]] = []
+        self._num_steps = 0
+        self._sums: Counter[str] = Counter()
 
-    def on_epoch_begin(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        """Batches count from 0 again."""
-        self._num_seen = 0
+    def on_train_begin(self, logs: Logs = None) -> None:
+        """A `fit` starts."""
+        self._num_seen = self.model.recent.num_batches
 
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Logs the step, or the steps that Keras executed at once."""
-        model = self.model
-        for pairs in model.recent.since(self._num_seen):
-            number = self._num_seen
-            self._num_seen += 1
-            step = self.progress.step(number)
+        here = self.progress
+        steps = self.model.recent.since(self._num_seen)
+        self._num_seen += len(steps)
+        first = here.num_done(batch) - len(steps)
+        for number, pairs in enumerate(steps, first):
+            epochs = here.first_epoch + here.epoch
+            step = epochs * len(here.dataset) + number + 1
             if not np.isfinite(pairs.policy).all():
-                indices = self.progress.dataset.indices(
-                    self.progress.num_done(number) - 1
-                )
+                indices = here.dataset.indices(number)
                 raise FloatingPointError(
                     "Training stopped: a log-prob of the batch with examples "
                     f"{indices[indices >= 0].tolist()} is not finite (step "
@@ -144,30 +138,23 @@ class StepLogger(keras.callbacks.Callback):
             self.num_tokens += int(pairs.num_tokens.sum())
             # Of the step: Keras' own logs are means over the epoch.
             arguments = (pairs.opponent, pairs.policy, pairs.sample_weight)
-            loss = model.loss(*(a.astype("float32") for a in arguments))
+            loss = self.model.loss(*(a.astype("float32") for a in arguments))
             values = {"loss": float(loss), **step_values(pairs)}
-            self._steps.append(values)
+            self._sums.update(values)
+            self._num_steps += 1
             self.log(
                 "step",
-                iteration=self.progress.iteration,
+                iteration=here.iteration,
                 step=step,
                 seconds=round(time.perf_counter() - self._start, 3),
                 **values,
             )
 
-    @property
-    def num_steps(self) -> int:
-        """Steps logged."""
-        return len(self._steps)
-
     def means(self) -> dict[str, float]:
         """Means over the steps of what a person looks at first."""
         names = ("alpha", "gap", "margin", "real_ess", "synthetic_ess")
-        return {
-            name: float(np.mean([step[name] for step in self._steps]))
-            for name in names
-            if self._steps
-        }
+        number = self._num_steps
+        return {n: self._sums[n] / number for n in names if number}
 
 
 class ShortProgress(keras.callbacks.ProgbarLogger):
@@ -175,19 +162,15 @@ class ShortProgress(keras.callbacks.ProgbarLogger):
 
     _NAMES = ("loss", "alpha", "gap", "margin", "real_nll")
 
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Moves the bar on."""
         super().on_train_batch_end(batch, self._short(logs))
 
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
         """Ends the bar."""
         super().on_epoch_end(epoch, self._short(logs))
 
-    def _short(self, logs: dict[str, Any] | None) -> dict[str, Any]:
+    def _short(self, logs: Logs) -> dict[str, Any]:
         logs = logs or {}
         return {name: logs[name] for name in self._NAMES if name in logs}
 
@@ -198,53 +181,42 @@ class CheckpointWriter(keras.callbacks.Callback):
     Args:
         save: Takes the position in the run.
         progress: How far the run is.
-        every_steps: Most steps between checkpoints, or None.
-        every_minutes: Longest time between them.
     """
 
     def __init__(
-        self,
-        save: Callable[[Position], None],
-        progress: Progress,
-        *,
-        every_steps: int | None,
-        every_minutes: float,
+        self, save: Callable[[Position], None], progress: Progress
     ) -> None:
         super().__init__()
         self.save = save
         self.progress = progress
-        self.every_steps = every_steps
-        self.every_minutes = every_minutes
         self._saved = time.monotonic()
 
-    def on_train_batch_end(
-        self, batch: int, logs: dict[str, Any] | None = None
-    ) -> None:
+    def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Writes a checkpoint when it is time, or a callback has stopped."""
-        here = self.progress
+        here, options = self.progress, self.progress.options
         before, here.num_batches = here.num_batches, here.num_done(batch)
         here.is_stopped = bool(self.model.stop_training)
-        every = self.every_steps or len(here.dataset)
+        every = options.checkpoint_every_steps or len(here.dataset)
         minutes = (time.monotonic() - self._saved) / 60
         is_time = (
             here.is_stopped
-            or minutes >= self.every_minutes
+            or minutes >= options.checkpoint_every_minutes
             or here.num_batches // every > before // every
         )
         # After the last batch, `on_epoch_end` writes.
-        if is_time and here.num_batches < len(here.dataset):
-            self._save({"epoch": here.epoch, "batch": here.num_batches})
+        if is_time and not here.is_whole_epoch:
+            self._save()
 
-    def on_epoch_end(
-        self, epoch: int, logs: dict[str, Any] | None = None
-    ) -> None:
-        """Writes a checkpoint, but where `fit` ends: Keras isn't done there."""
+    def on_epoch_end(self, epoch: int, logs: Logs = None) -> None:
+        """Writes a checkpoint, but where the iteration is over.
+
+        Keras and the other callbacks aren't done there.
+        """
         here = self.progress
         is_over = self.model.stop_training and not here.is_stopped
-        is_whole = here.num_batches == len(here.dataset)
-        if is_whole and not here.is_at_end and not is_over:
-            self._save({"epoch": here.epoch + 1, "batch": 0})
+        if here.is_whole_epoch and not here.is_at_end and not is_over:
+            self._save()
 
-    def _save(self, position: Position) -> None:
-        self.save({"iteration": self.progress.iteration, **position})
+    def _save(self) -> None:
+        self.save(self.progress.position)
         self._saved = time.monotonic()

@@ -1,14 +1,14 @@
 """The `fit` of an iteration, from wherever an earlier process left it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from keras_iris import backend
 from keras_iris.data import PairDataset
-from keras_iris.models import SelfPlayModel
 from keras_iris.self_play.checkpoints import Position
+from keras_iris.self_play.options import Options
 from keras_iris.self_play.step_callbacks import (
     CheckpointWriter,
     EpochOrder,
@@ -22,88 +22,69 @@ class Training:
     """Trains on the pairs of an iteration.
 
     Args:
-        model: The model.
+        options: Of the run, with model and callbacks.
         dataset: The pairs.
-        epochs: Epochs of an iteration.
-        seed: Of the run.
-        callbacks: The user's.
+        position: Where to begin.
         log: Takes the kind of a line and its values.
         save: Writes a checkpoint of a position.
-        every_steps: Most steps between checkpoints, or None.
-        every_minutes: Longest time between them.
     """
 
-    def __init__(  # noqa: PLR0913 (by keyword only)
+    def __init__(
         self,
-        model: SelfPlayModel,
+        options: Options,
         dataset: PairDataset,
-        *,
-        epochs: int,
-        seed: int,
-        callbacks: Sequence[keras.callbacks.Callback],
+        position: Position,
         log: Callable[..., None],
         save: Callable[[Position], None],
-        every_steps: int | None,
-        every_minutes: float,
     ) -> None:
-        self.model = model
-        self.save = save
-        self.progress = Progress(epochs, dataset)
+        self.model = options.model
+        self.position = position
+        self.progress = Progress(options, dataset, position["iteration"])
         self.logger = StepLogger(log, self.progress)
-        keep = CheckpointWriter(
-            save,
-            self.progress,
-            every_steps=every_steps,
-            every_minutes=every_minutes,
-        )
         # The checkpoint last: with all that the others have set.
         self.callbacks = [
-            EpochOrder(self.progress, seed),
+            EpochOrder(self.progress),
             self.logger,
             ShortProgress(),
-            *callbacks,
-            keep,
+            *options.callbacks,
+            CheckpointWriter(save, self.progress),
         ]
 
-    def run(self, position: Position) -> bool:
-        """Trains from a position to the end of the iteration.
-
-        Args:
-            position: Where to begin.
+    def run(self) -> bool:
+        """Trains to the end of the iteration, or of an epoch that is the last.
 
         Returns:
-            Whether it came to the end, and no callback has stopped it.
+            Whether it came there; false where a callback stops it at a batch.
         """
-        here = self.progress
-        here.start(position)
-        epoch = position["epoch"]
-        is_over = epoch == here.epochs
-        if position["batch"]:
-            # To Keras that is the end of training, where averages of the
-            # weights, if there are any, take their place.
-            with self.model.without_finalizing():
-                self._fit(_Rest(here.dataset, position["batch"]), epoch + 1)
-            is_over = self.model.stop_training or epoch + 1 == here.epochs
-            if not is_over:
-                here.start({**position, "epoch": epoch + 1, "batch": 0})
-            elif here.is_at_end or not here.is_stopped:
-                self.model.optimizer.finalize_variable_values(
-                    self.model.trainable_variables
-                )
-        if not is_over:
-            self._fit(here.dataset, here.epochs)
-        if self.logger.num_steps and (here.is_at_end or not here.is_stopped):
-            self.save({**position, "epoch": here.epochs, "batch": 0})
-        return not here.is_stopped
+        here, epoch = self.progress, self.position["epoch"]
+        here.first_batch = self.position["batch"]
+        # To Keras each `fit` is the end of training, where averages of the
+        # weights, if there are any, take their place.
+        with self.model.finalizing_if(self._is_over):
+            if here.first_batch:
+                self._fit(_Rest(here.dataset, here.first_batch), epoch, 1)
+                here.first_batch, epoch = 0, epoch + 1
+                if self._is_over() or here.is_stopped:
+                    return self._is_over()
+            self._fit(here.dataset, epoch, here.options.epochs - epoch)
+        return self._is_over()
 
-    def _fit(self, batches: keras.utils.PyDataset, end: int) -> None:
-        """Trains up to an epoch of the iteration."""
+    def _is_over(self) -> bool:
         here = self.progress
+        is_ended = self.model.stop_training and not here.is_stopped
+        return here.is_at_end or bool(is_ended)
+
+    def _fit(
+        self, batches: keras.utils.PyDataset, epoch: int, num_epochs: int
+    ) -> None:
+        here = self.progress
+        here.epoch = here.dataset.epoch = epoch
+        first = here.first_epoch + epoch
         self.model.fit(
             backend.dataset(batches),
             shuffle=False,
-            initial_epoch=here.first_epoch + here.epoch,
-            epochs=here.first_epoch + end,
+            initial_epoch=first,
+            epochs=first + num_epochs,
             callbacks=self.callbacks,
         )
 

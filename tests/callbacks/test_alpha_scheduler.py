@@ -224,16 +224,66 @@ def test_a_resumed_fit_has_the_alpha_of_an_unbroken_one(tmp_path):
 def test_a_new_fit_starts_with_a_new_gap():
     model = _model()
     pairs, opponent, _ = _pairs_and_opponent()
+    scheduler = AlphaScheduler()
+    # As a run of `SelfPlay` leaves it that an error has ended.
+    scheduler.set_model(model)
+    scheduler.on_iteration_begin(1)
+    scheduler.on_run_end()
+    first_orders = []
+    order = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: first_orders.append(
+            float(model.alpha.value)
+        )
+    )
     for log_probs in (opponent, opponent[:, :1].repeat(2, axis=1)):
         model.fit(
             pairs,
             log_probs,
             batch_size=8,
             verbose=0,
-            callbacks=[AlphaScheduler()],
+            callbacks=[scheduler, order],
         )
     # The second opponent finds both responses alike.
     assert float(model.gap.value) < 0.05
+    assert first_orders[0] == first_orders[4] == 2.0  # that of the loss
+
+
+def test_evaluating_within_an_epoch_changes_no_order():
+    pairs, opponent, _ = _pairs_and_opponent()
+
+    class Evaluate(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.evaluate(pairs, -opponent, batch_size=16, verbose=0)
+
+    def fit(*before, **options):
+        alphas = _Alphas()
+        _model().fit(
+            pairs,
+            opponent,
+            batch_size=8,
+            epochs=2,
+            shuffle=False,
+            verbose=0,
+            callbacks=[*before, AlphaScheduler(), alphas],
+            **options,
+        )
+        return alphas.values, alphas.gaps
+
+    validated = {"validation_data": (pairs, -opponent)}
+    assert fit() == fit(Evaluate(), **validated)
+
+
+def test_more_pairs_than_are_kept():
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    model.compile("sgd", IRIS(), micro_batch_size=513)
+    with pytest.raises(ValueError, match="4096 pairs are kept"):
+        model.fit(
+            make_pairs(batch_size=4104, length=8),
+            np.zeros((4104, 2)),
+            batch_size=4104,
+            verbose=0,
+            callbacks=[AlphaScheduler()],
+        )
 
 
 def test_schedule_of_the_step():
@@ -289,12 +339,12 @@ def test_a_gap_that_is_not_finite_and_rows_of_no_weight():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_alpha": 2.0, "max_alpha": 1.0}, "min_alpha <= max_alpha"),
-        ({"max_alpha": 101.0}, "<= 100"),
+        ({"min_alpha": 2.0, "max_alpha": 1.0}, r"`min_alpha`.*\[0, 1.0\]"),
+        ({"max_alpha": 101.0}, r"`max_alpha`.*\[0, 100\]"),
         ({"coefficient": -1.0}, "`coefficient`.* -1.0"),
         ({"coefficient": float("nan")}, "`coefficient`"),
         ({"coefficient": "0.5"}, "`coefficient` has to be a number"),
-        ({"min_effective_sample_size": 1.5}, "share of the batch"),
+        ({"min_effective_sample_size": 1.5}, r"\[0, 1\]"),
         ({"gap": "margin"}, r"method `gap\(pairs\)`"),
         ({"gap": RenyiGap}, r"method `gap\(pairs\)`"),
     ],

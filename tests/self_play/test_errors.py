@@ -1,8 +1,10 @@
 import warnings
 
+import keras
 import numpy as np
 import pytest
 from self_play_helpers import (
+    begin,
     final_arrays,
     make_examples,
     make_self_play,
@@ -94,11 +96,9 @@ class TestErrors:
         assert not (tmp_path / "run").exists()
 
     def test_counts_of_numpy(self, tmp_path):
-        self_play = make_self_play(
-            tmp_path, batch_size=np.int64(8), seed=np.int64(1)
+        begin(
+            make_self_play(tmp_path, batch_size=np.int64(8), seed=np.int64(1))
         )
-        with self_play.folder.open():
-            pass
 
     @pytest.mark.parametrize(
         "example",
@@ -117,6 +117,25 @@ class TestErrors:
         with pytest.raises(ValueError, match="4096 pairs at most.* 8 . 1000"):
             make_self_play(tmp_path, **options)
 
+    @pytest.mark.skipif(
+        keras.backend.backend() != "torch", reason="elsewhere there are some"
+    )
+    def test_steps_per_execution_that_a_backend_lacks(self, tmp_path):
+        options = {"compile_options": {"steps_per_execution": 2}}
+        with pytest.raises(ValueError, match="must be 1 with the PyTorch"):
+            make_self_play(tmp_path / "run", **options)
+        assert not (tmp_path / "run").exists()
+
+    def test_callbacks_that_are_none(self, tmp_path):
+        stop = keras.callbacks.EarlyStopping()
+        nested = make_self_play(tmp_path, callbacks=[[stop], []])
+        assert nested.callbacks == [stop]
+        assert make_self_play(tmp_path, callbacks=None).callbacks == []
+        others = (keras.callbacks.CallbackList([]), [print], [type(stop)])
+        for callbacks in others:
+            with pytest.raises(ValueError, match="Keras callback or a list"):
+                make_self_play(tmp_path, callbacks=callbacks)
+
     @pytest.mark.parametrize("text", ["", "{}", "[]"])
     def test_broken_manifest(self, text, tmp_path):
         (tmp_path / "manifest.json").write_text(text)
@@ -130,6 +149,7 @@ class TestErrors:
 
     def test_all_checkpoints_are_broken(self, tmp_path):
         self_play = make_self_play(tmp_path)
+        begin(self_play)
         (tmp_path / "checkpoint.safetensors").write_text("half")
         with pytest.raises(ValueError, match="Put back a whole checkpoint"):
             self_play.run()

@@ -6,10 +6,10 @@ import pytest
 from self_play_helpers import (
     Stop,
     assert_same_end,
+    lines_of,
     make_self_play,
 )
 
-import keras_iris
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler
 
 
@@ -22,16 +22,18 @@ def _cosine():
 
 
 OPTIONS = {
-    "accumulation": lambda: {"optimizer": _adam(gradient_accumulation_steps=4)},
+    "accumulation": lambda: {
+        "optimizer": _adam(
+            gradient_accumulation_steps=4, use_ema=True, ema_momentum=0.5
+        )
+    },
     "steps per execution": lambda: {
         "compile_options": {"steps_per_execution": 2}
     },
-    "loss scaling": lambda: {
-        "optimizer": keras.optimizers.LossScaleOptimizer(_adam())
-    },
-    "averages": lambda: {"optimizer": _adam(use_ema=True, ema_momentum=0.5)},
-    "schedules": lambda: {
-        "optimizer": keras.optimizers.Adam(_cosine()),
+    "scaling and schedules": lambda: {
+        "optimizer": keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.Adam(_cosine())
+        ),
         "callbacks": [AlphaSchedule(_cosine())],
     },
     "plateau": lambda: {
@@ -63,8 +65,7 @@ def test_a_run_that_is_cut_off_ends_the_same(name, tmp_path):
     if name != "plateau":  # whose patience starts anew
         assert_same_end(tmp_path / "whole", tmp_path / "cut")
     for run_dir in ("whole", "cut"):
-        lines = keras_iris.evaluation.read_metrics(tmp_path / run_dir)
-        steps = [line["step"] for line in lines if line["kind"] == "step"]
+        steps = [line["step"] for line in lines_of(tmp_path / run_dir, "step")]
         assert steps == list(range(1, 13))
     if name == "accumulation":
         assert int(whole.model.optimizer.iterations) == 3

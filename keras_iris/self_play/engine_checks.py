@@ -1,0 +1,122 @@
+"""What an engine may be, and what it may answer."""
+
+from typing import Any
+
+import numpy as np
+
+from keras_iris.generation import Completion, Engine
+from keras_iris.generation.engine import check_prompts
+from keras_iris.self_play.options import Options
+
+
+def check_engine(engine: Any, options: Options) -> None:
+    """Refuses what isn't an engine, or doesn't sample from the model.
+
+    It has to sample from the model as it is, and to take the run's prompts,
+    ends and lengths.
+    """
+    if isinstance(engine, type) or not isinstance(engine, Engine):
+        raise ValueError(
+            "`engine` has to be a `keras_iris.generation.Engine`: an object "
+            "with `generate`, `update`, `get_config` and `needs_folder`. "
+            f"Received: {engine!r}"
+        )
+    # Keras (3.15) rounds the inputs of int8 layers, too, not those of int4. It
+    # has no public way to all layers.
+    if engine.needs_folder and any(
+        getattr(layer, "quantization_mode", None) == "int8"
+        for layer in options.model.causal_lm._flatten_layers()
+    ):
+        raise ValueError(
+            f"{type(engine).__name__} reads exported weights, which are "
+            "floats, and can't be the model that trains, which computes in "
+            "int8: their log-probs differ. Load the model with "
+            "`quantize='int4'` or without, or use `KerasEngine`."
+        )
+    config = engine.get_config()
+    ends = config.get("end_token_ids", options.end_token_ids)
+    if set(ends) != set(options.end_token_ids):
+        raise ValueError(
+            f"{type(engine).__name__} ends responses with {tuple(ends)}, the "
+            f"data with {options.end_token_ids}. Give the engine the data's."
+        )
+    longest = options.max_response_length
+    most = config.get("max_new_tokens", longest)
+    if most > longest:
+        raise ValueError(
+            f"{type(engine).__name__} answers with up to {most} tokens, more "
+            f"than max_response_length={longest}. Lower the one "
+            "or raise the other."
+        )
+    sampler = config.get("sampler", "RandomSampler")
+    temperature = config.get("sampler.temperature", 1.0)
+    if sampler != "RandomSampler" or temperature != 1.0:
+        raise ValueError(
+            "Self-play needs samples of the model itself, from "
+            "`RandomSampler(temperature=1.0)`. Received an engine with "
+            f"{sampler}(temperature={temperature})."
+        )
+    prompts = [example.prompt_ids.tolist() for example in options.examples]
+    check_prompts(prompts, config.get("bucket_lengths", [None])[-1])
+
+
+def check_completions(
+    name: str,
+    completions: Any,
+    options: Options,
+    *,
+    num_prompts: int,
+    first: int,
+) -> None:
+    """Refuses what an engine may not give back.
+
+    Args:
+        name: Of the engine.
+        completions: What it gave.
+        options: Of the run.
+        num_prompts: How many it was to answer.
+        first: Number of the first prompt.
+    """
+    if (
+        not isinstance(completions, list | tuple)
+        or len(completions) != num_prompts
+        or not all(isinstance(c, Completion) for c in completions)
+    ):
+        raise ValueError(
+            f"{name}.generate has to give a list with one `Completion` for "
+            f"each of the {num_prompts} prompts. Received: "
+            f"{str(completions)[:80]}"
+        )
+    for i, completion in enumerate(completions, first):
+        fault = _find_fault(completion, options)
+        if fault is not None:
+            raise ValueError(f"Completion {i} of {name} {fault}")
+
+
+def _find_fault(completion: Completion, options: Options) -> str | None:
+    ids, given = completion.token_ids, completion.log_probs
+    longest, ends = options.max_response_length, options.end_token_ids
+    size = options.model.causal_lm.backbone.token_embedding.input_dim
+    if len(ids) > longest:
+        return (
+            f"has {len(ids)} tokens, more than max_response_length={longest}. "
+            "Give the engine that limit, or raise it."
+        )
+    if not ids or min(ids) < 0 or max(ids) >= size:
+        return (
+            f"has to be ids below {size}, the model's vocabulary. Received: "
+            f"{ids}. Give the engine the model's own tokenizer and weights."
+        )
+    if set(ids[:-1]) & set(ends):
+        return (
+            f"goes on after an end token, one of {ends}. Received: {ids}. Cut "
+            "it behind the first."
+        )
+    if given is not None and (
+        np.shape(given) != (len(ids),) or not np.isfinite(given).all()
+    ):
+        return (
+            f"has to have {len(ids)} finite log-probs, or None. Received: "
+            f"{given}"
+        )
+    return None

@@ -1,0 +1,109 @@
+"""The arguments of a run, and what can be wrong with them."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, InitVar, dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from keras_iris.arguments import check_count, check_positive
+from keras_iris.data import ChatTemplate, Example, Tokenizer
+from keras_iris.data.tokenize import OnOverflow
+from keras_iris.evaluation import score_mode
+from keras_iris.generation import Engine
+from keras_iris.models import SelfPlayModel
+
+Evaluate = Callable[[SelfPlayModel], dict[str, float]]
+
+
+@dataclass(eq=False)
+class Options:
+    """The arguments of `SelfPlay`, and what it makes of its data."""
+
+    model: SelfPlayModel
+    data: InitVar[Any]
+    run_dir: InitVar[str | Path]
+    _: KW_ONLY
+    iterations: int = 5
+    epochs: int = 2
+    batch_size: int = 64
+    max_prompt_length: int = 1024
+    max_response_length: int = 256
+    on_overflow: OnOverflow = "drop"
+    tokenizer: Tokenizer | None = None
+    template: ChatTemplate | None = None
+    engine: Engine | None = None
+    evaluate: Evaluate | None = None
+    score_modes: Mapping[str, str] | None = None
+    keep_best: str | None = None
+    callbacks: Any = ()
+    shard_size: int = 512
+    checkpoint_every_minutes: float = 10.0
+    checkpoint_every_steps: int | None = None
+    seed: int = 0
+    title: str = "Self-play"
+
+    def __post_init__(self, data: Any, run_dir: str | Path) -> None:
+        self.examples: list[Example] = []
+        self.end_token_ids: tuple[int, ...] = ()
+        self.bucket_lengths: tuple[int, ...] = ()
+
+    def check(self) -> None:
+        """Refuses arguments out of their range, and a model as it is."""
+        for name in (
+            "iterations",
+            "epochs",
+            "batch_size",
+            "max_prompt_length",
+            "max_response_length",
+            "shard_size",
+        ):
+            setattr(self, name, check_count(name, getattr(self, name)))
+        if self.checkpoint_every_steps is not None:
+            check_count("checkpoint_every_steps", self.checkpoint_every_steps)
+        check_positive(
+            "checkpoint_every_minutes", self.checkpoint_every_minutes
+        )
+        self.seed = check_count("seed", self.seed, at_least=0)
+        for name in [*(self.score_modes or ()), self.keep_best]:
+            if name and score_mode(name, self.score_modes) is None:
+                raise ValueError(
+                    f"Whether a high or a low {name!r} is better isn't known. "
+                    f'Pass score_modes={{"{name}": "max"}}, or "min".'
+                )
+        if self.keep_best and self.evaluate is None:
+            raise ValueError(
+                f"keep_best={self.keep_best!r} needs `evaluate`, which has to "
+                "give that score."
+            )
+        flat = keras.tree.flatten(self.callbacks or ())
+        for callback in flat:
+            is_list = isinstance(callback, keras.callbacks.CallbackList)
+            if is_list or not isinstance(callback, keras.callbacks.Callback):
+                raise ValueError(
+                    "`callbacks` has to be a Keras callback or a list of them. "
+                    f"Received: {callback!r}"
+                )
+        self.callbacks = flat
+        self.check_model()
+
+    def check_model(self) -> None:
+        """Refuses a model without a loss, or whose steps can't be logged."""
+        model = self.model
+        if not model.compiled or model.loss is None:
+            raise ValueError(
+                "`model` has to be compiled with a loss before self-play. Call "
+                "`model.compile(optimizer=..., "
+                "loss=keras_iris.losses.IRIS())` first."
+            )
+        steps = model.steps_per_execution
+        if self.batch_size * steps > model.recent.num_rows:
+            raise ValueError(
+                "Every step is logged, so batch_size * steps_per_execution may "
+                f"be {model.recent.num_rows} pairs at most. Received: "
+                f"{self.batch_size} * {steps}"
+            )
+        if model.train_function is None:
+            model.make_train_function()  # Keras refuses what can't be
+            model.train_function = None
