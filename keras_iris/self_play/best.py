@@ -93,17 +93,15 @@ class Best:
         sign = 1 if self.mode == "max" else -1
         return bool(sign * new["value"] > sign * old["value"])
 
-    def read(self) -> dict[str, Any]:
-        """Whose weights are kept: see `SelfPlay.best`."""
+    def read(
+        self, variables: Sequence[keras.Variable] | None = None
+    ) -> dict[str, Any]:
+        """Whose weights are kept; assigns them to `variables`, if any."""
         if not self.file.exists():
             raise ValueError(
                 f"{self.file} isn't there. Run with `keep_best`, the name of a "
                 "score of `evaluate`."
             )
-        return json.loads(read_metadata(self.file)["best"])
-
-    def load(self, variables: Sequence[keras.Variable]) -> dict[str, Any]:
-        """Assigns the weights that are kept."""
-        best = self.read()
-        read_variables(self.file, variables)
-        return best
+        if variables is None:
+            return json.loads(read_metadata(self.file)["best"])
+        return json.loads(read_variables(self.file, variables)["best"])

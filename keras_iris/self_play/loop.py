@@ -180,7 +180,7 @@ class SelfPlay(Options):
         Raises:
             ValueError: None are kept, or the file is damaged.
         """
-        return self._best.load(self.model.trainable_variables)
+        return self._best.read(self.model.trainable_variables)
 
     def _describe(self) -> Manifest:
         """What the run is, with the model as it is."""
@@ -264,10 +264,10 @@ class SelfPlay(Options):
             if not training.run():
                 return False
             seconds = time.perf_counter() - start
-            tokens_per_second = training.logger.num_tokens / seconds
+            tokens_per_second = training.steps.num_tokens / seconds
             timing["fit_seconds"] = round(seconds, 3)
             timing["tokens_per_second"] = round(tokens_per_second, 1)
-            means = training.logger.means()
+            means = training.steps.means()
             self.folder.log("iteration", iteration=iteration, **timing)
             save({**position, "epoch": self.epochs, "batch": 0})
         scores = self._evaluate(iteration)

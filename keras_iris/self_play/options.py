@@ -1,7 +1,7 @@
 """The arguments of a run, and what can be wrong with them."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from keras_iris.models import SelfPlayModel
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Options:
     """The arguments of `SelfPlay`, and what it makes of its data."""
 
@@ -43,11 +43,9 @@ class Options:
     checkpoint_every_steps: int | None = None
     seed: int = 0
     title: str = "Self-play"
-
-    def __post_init__(self, data: Any, run_dir: str | Path) -> None:
-        self.examples: list[Example] = []
-        self.end_token_ids: tuple[int, ...] = ()
-        self.bucket_lengths: tuple[int, ...] = ()
+    examples: list[Example] = field(init=False)
+    end_token_ids: tuple[int, ...] = field(init=False)
+    bucket_lengths: tuple[int, ...] = field(init=False)
 
     def check(self) -> None:
         """Refuses arguments out of their range, and a model as it is."""

@@ -69,39 +69,16 @@ class Progress:
         return min(self.first_batch + batch + 1, len(self.dataset))
 
 
-class EpochOrder(keras.callbacks.Callback):
-    """Sets the order of each epoch and the random numbers of each step.
+class Steps(keras.callbacks.Callback):
+    """Begins every step in its order, and logs it: the first of callbacks.
 
-    Neither depends on what was before, so a resumed run has the same.
-
-    Args:
-        progress: Of which the epoch is kept up to date.
-    """
-
-    def __init__(self, progress: Progress) -> None:
-        super().__init__()
-        self.progress = progress
-
-    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
-        """Sets the order of the batches."""
-        here = self.progress
-        here.epoch = here.dataset.epoch = epoch - here.first_epoch
-        here.num_batches = here.first_batch
-
-    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
-        """Seeds the step."""
-        here = self.progress
-        number = here.num_done(batch) - 1
-        seeds = (here.options.seed, here.iteration, here.epoch, number)
-        backend.seed_step(combine_seeds(*seeds))
-
-
-class StepLogger(keras.callbacks.Callback):
-    """Logs every step; stops where a log-prob isn't finite.
+    Neither the order of an epoch nor the random numbers of a step depend on
+    what was before, so a resumed run has the same. Training stops where a
+    log-prob isn't finite.
 
     Args:
         log: Takes the kind of line and its values.
-        progress: How far the run is.
+        progress: How far the run is; the epoch is kept up to date.
     """
 
     def __init__(self, log: Callable[..., None], progress: Progress) -> None:
@@ -117,6 +94,19 @@ class StepLogger(keras.callbacks.Callback):
     def on_train_begin(self, logs: Logs = None) -> None:
         """A `fit` starts."""
         self._num_seen = self.model.recent.num_batches
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        """Sets the order of the batches."""
+        here = self.progress
+        here.epoch = here.dataset.epoch = epoch - here.first_epoch
+        here.num_batches = here.first_batch
+
+    def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
+        """Seeds the step."""
+        here = self.progress
+        number = here.num_done(batch) - 1
+        seeds = (here.options.seed, here.iteration, here.epoch, number)
+        backend.seed_step(combine_seeds(*seeds))
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Logs the step, or the steps that Keras executed at once."""

@@ -11,10 +11,9 @@ from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.step_callbacks import (
     CheckpointWriter,
-    EpochOrder,
     Progress,
     ShortProgress,
-    StepLogger,
+    Steps,
 )
 
 
@@ -40,11 +39,10 @@ class Training:
         self.model = options.model
         self.position = position
         self.progress = Progress(options, dataset, position["iteration"])
-        self.logger = StepLogger(log, self.progress)
+        self.steps = Steps(log, self.progress)
         # The checkpoint last: with all that the others have set.
         self.callbacks = [
-            EpochOrder(self.progress),
-            self.logger,
+            self.steps,
             ShortProgress(),
             *options.callbacks,
             CheckpointWriter(save, self.progress),

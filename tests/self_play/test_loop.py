@@ -150,8 +150,11 @@ def test_self_play_callbacks(tmp_path):
             assert {"alpha", "fit_seconds"} <= logs.keys()
             self.calls.append(("end", iteration))
 
+        def on_run_end(self, logs=None):
+            self.calls.append("end")
+
     make_self_play(tmp_path / "run", callbacks=Recorder()).run()
-    assert Recorder.calls == [
+    calls = [
         call
         for n in (1, 2)
         for call in (
@@ -162,6 +165,24 @@ def test_self_play_callbacks(tmp_path):
             ("end", n),
         )
     ]
+    assert Recorder.calls == [*calls, "end"]
+
+
+def test_a_plain_fit_after_a_run_that_has_failed(tmp_path):
+    """The scheduler streams the gap of the pairs that it sees."""
+
+    class Fail(keras_iris.callbacks.SelfPlayCallback):
+        def on_score_end(self, iteration, pairs, logs=None):
+            raise KeyboardInterrupt
+
+    scheduler = AlphaScheduler()
+    self_play = make_self_play(tmp_path, callbacks=[scheduler, Fail()])
+    with pytest.raises(KeyboardInterrupt):
+        self_play.run()
+    model = self_play.model
+    assert keras.ops.convert_to_numpy(model.gap_sums)[0, 0] == 24
+    model.fit(make_pairs(), np.zeros((8, 2)), verbose=0, callbacks=[scheduler])
+    assert keras.ops.convert_to_numpy(model.gap_sums)[0, 0] == 8
 
 
 def test_every_step_has_its_own_loss(tmp_path):
