@@ -7,6 +7,7 @@ nothing of objectives beyond what the model was compiled with.
 
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from keras_iris.self_play.settings import (
 from keras_iris.self_play.training import Training
 
 
+@dataclass(eq=False, repr=False)
 class SelfPlay(Options):
     """Self-play fine-tuning of a compiled `SelfPlayModel`.
 
