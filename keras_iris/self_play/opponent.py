@@ -1,7 +1,7 @@
 """What an iteration learns from: the opponent's responses and log-probs."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
-from keras_iris.hub import export
+from keras_iris.hub import export, save_adapter
 from keras_iris.models import SelfPlayModel, TokenScorer, score_pairs
 from keras_iris.self_play.arrays import Arrays, hash_arrays
 from keras_iris.self_play.run_dir import RunDir
@@ -62,6 +62,7 @@ class Opponent:
         self.examples = examples
         self.shard_size = shard_size
         self._is_over = False
+        self._is_updated = False
         self._score_tokens = TokenScorer(model)
         self._shards: list[list[Example]] = []
 
@@ -86,6 +87,7 @@ class Opponent:
                 answers what can't be used.
         """
         self._is_over = is_over
+        self._is_updated = False
         size = self.folder.shard_size(_folder(iteration, "synthetic"), key)
         size = size or self.shard_size
         self._shards = [
@@ -121,11 +123,13 @@ class Opponent:
         num_tokens = np.array([len(ids) for ids in responses])
         # NaN where the engine doesn't tell; `_check` takes no other.
         is_given = np.isfinite(engine_log_probs)
-        check_log_probs(
-            engine_log_probs[is_given],
-            log_probs[is_given, 1],
-            num_tokens[is_given],
-        )
+        if is_given.any():
+            self._compare(
+                iteration,
+                engine_log_probs[is_given],
+                log_probs[is_given, 1],
+                num_tokens[is_given],
+            )
         return log_probs
 
     @property
@@ -137,20 +141,18 @@ class Opponent:
         self, iteration: int, key: str
     ) -> tuple[list[np.ndarray], np.ndarray]:
         """Responses, and the engine's log-probs of them."""
-        is_updated = not self.engine.needs_folder
+        answers, next_number = self._ask(iteration, 0), 0
 
         def make(number: int) -> Arrays:
-            nonlocal is_updated
-            if not is_updated:
-                self._update_engine()
-                is_updated = True
-            completions = self.engine.generate(
-                [e.prompt_ids.tolist() for e in self._shards[number]],
-                seed=combine_seeds(self.seed, iteration, number),
-            )
+            nonlocal answers, next_number
+            if number != next_number:  # those before it were there
+                answers.close()
+                answers = self._ask(iteration, number)
+            next_number = number + 1
+            completions: Any = next(answers, None)
             self._check(completions, number)
-            if self.engine.needs_folder:
-                self._check_tokens(completions, self._shards[number])
+            if self.engine.reads != "trainer":
+                self._check_tokens(iteration, completions, number)
             ids = [completion.token_ids for completion in completions]
             log_probs = [
                 np.nan if c.log_probs is None else np.sum(c.log_probs)
@@ -162,7 +164,12 @@ class Opponent:
                 "log_probs": np.array(log_probs, "float32"),
             }
 
-        shards = self._read_or_make(iteration, "synthetic", lambda _: key, make)
+        try:
+            shards = self._read_or_make(
+                iteration, "synthetic", lambda _: key, make
+            )
+        finally:
+            answers.close()
         responses = [
             ids
             for shard in shards
@@ -171,6 +178,39 @@ class Opponent:
             )
         ]
         return responses, np.concatenate([s["log_probs"] for s in shards])
+
+    def _ask(self, iteration: int, first: int) -> Generator[Any, None, None]:
+        """Asks for a shard and those behind it up to one that is there."""
+        if not self._is_updated:
+            self._update_engine()
+            self._is_updated = True
+        numbers = [first]
+        for number in range(first + 1, len(self._shards)):
+            if self.folder.has_shard(_folder(iteration, "synthetic"), number):
+                break
+            numbers.append(number)
+        yield from self.engine.generate_shards(
+            (
+                [example.prompt_ids for example in self._shards[number]],
+                combine_seeds(self.seed, iteration, number),
+            )
+            for number in numbers
+        )
+
+    def _compare(self, iteration: int, *values: np.ndarray) -> None:
+        """Compares log-probs of engine and trainer, and logs how they differ.
+
+        What an engine in another process reads was rounded to bfloat16.
+        """
+        dtype = self.model.causal_lm.backbone.compute_dtype
+        difference = check_log_probs(
+            *values,
+            dtype=dtype if self.engine.reads == "trainer" else "bfloat16",
+            max_difference_nats=self.engine.max_difference_nats,
+        )
+        self.folder.log(
+            "engine", iteration=iteration, nats_per_token=difference
+        )
 
     def _check(self, completions: Any, number: int) -> None:
         """Refuses what an engine may not give back for a shard."""
@@ -218,7 +258,7 @@ class Opponent:
                 )
 
     def _check_tokens(
-        self, completions: list[Completion], examples: list[Example]
+        self, iteration: int, completions: list[Completion], number: int
     ) -> None:
         """Compares log-probs token by token, in as many as fit in a batch.
 
@@ -227,7 +267,9 @@ class Opponent:
         """
         pairs = [
             (completion, example)
-            for completion, example in zip(completions, examples, strict=True)
+            for completion, example in zip(
+                completions, self._shards[number], strict=True
+            )
             if completion.log_probs is not None
         ][: self._rows_at_once]
         if not pairs:
@@ -242,7 +284,7 @@ class Opponent:
             [np.array(c.token_ids, "int32") for c, _ in pairs],
         )
         given = [c.log_probs for c, _ in pairs if c.log_probs is not None]
-        check_log_probs(np.concatenate(given), np.concatenate(scores))
+        self._compare(iteration, np.concatenate(given), np.concatenate(scores))
 
     def _score(
         self, iteration: int, key: str, responses: list[np.ndarray]
@@ -299,9 +341,13 @@ class Opponent:
 
     def _update_engine(self) -> None:
         """Gives an engine outside of this process the current weights."""
-        path = self.folder.path / "export"
-        print(f"Exporting the model to {path}")
-        self.engine.update(export(self.model.causal_lm, path))
+        reads = self.engine.reads
+        if reads == "trainer":
+            return
+        path = self.folder.path / reads
+        print(f"Writing the {reads} to {path}")
+        write = export if reads == "export" else save_adapter
+        self.engine.update(write(self.model.causal_lm, path))
 
 
 def _folder(iteration: int, kind: str) -> str:
@@ -325,28 +371,29 @@ def check_engine(
         max_response_length: The longest response, in tokens.
 
     Raises:
-        ValueError: It lacks a part of `keras_iris.generation.Engine`, reads
-            exported weights where the model computes in int8, or is set to
-            sample otherwise, to other ends or to longer responses.
+        ValueError: It isn't a `keras_iris.generation.Engine`, reads weights
+            in floats where the model computes in int8, or is set to sample
+            otherwise, to other ends or to longer responses.
     """
-    if isinstance(engine, type) or not isinstance(engine, Engine):
+    if not isinstance(engine, Engine):
         raise ValueError(
-            "`engine` has to be a `keras_iris.generation.Engine`: an object "
-            "with `generate`, `update`, `get_config` and `needs_folder`. "
+            "`engine` has to be an object of `KerasEngine`, `ServerEngine` or "
+            "a subclass of one's own of `keras_iris.generation.Engine`. "
             f"Received: {engine!r}"
         )
     # Keras (3.15) rounds the inputs of int8 layers, too, not those of int4. It
     # has no public way to all layers.
-    if engine.needs_folder and any(
-        getattr(layer, "quantization_mode", None) == "int8"
-        for layer in causal_lm._flatten_layers()
-    ):
-        raise ValueError(
-            f"{type(engine).__name__} reads exported weights, which are "
-            "floats, and can't be the model that trains, which computes in "
-            "int8: their log-probs differ. Load the model with "
-            "`quantize='int4'` or without, or use `KerasEngine`."
-        )
+    lossy = {"trainer": (), "export": ("int8",), "adapter": ("int8", "int4")}
+    for layer in causal_lm._flatten_layers():
+        mode = getattr(layer, "quantization_mode", None)
+        if mode in lossy[engine.reads]:
+            raise ValueError(
+                f"{type(engine).__name__} reads each iteration's "
+                f"{engine.reads} and computes in floats, the model that "
+                f"trains in {mode}: their log-probs differ. Load the model "
+                "with `quantize='int4'` and let the engine read exports, or "
+                "without, or use `KerasEngine`."
+            )
     config = engine.get_config()
     ends = config.get("end_token_ids", end_token_ids)
     if set(ends) != set(end_token_ids):
