@@ -42,7 +42,13 @@ class ServerClient:
         max_retries: int,
     ) -> None:
         self.where = f"The server at {base_url}"
-        self._openai = _import_openai()
+        try:
+            self._openai: Any = importlib.import_module("openai")
+        except ImportError as error:
+            raise ImportError(
+                "ServerEngine needs the `openai` package, which isn't "
+                "installed. Install it with: pip install keras_iris[server]"
+            ) from error
         self._seconds = timeout_seconds
         is_here = _is_loopback(base_url)
         if api_key is None and (is_here or base_url.startswith("https://")):
@@ -59,7 +65,8 @@ class ServerClient:
 
     def ask(self, path: str, body: dict[str, Any] | None = None) -> str:
         """The answer's text to one request, a GET where there is no body."""
-        return next(self.ask_all(path, [body], lambda body: body, str, 1))
+        [text] = self.ask_all(path, [body], lambda body: body, str, 1)
+        return text
 
     def ask_all(
         self,
@@ -148,11 +155,10 @@ class ServerClient:
                 "and the server's context length."
             )
         pause = error.response.headers.get("retry-after")
-        asked = "" if pause is None else f" (Retry-After: {pause})"
         return ConnectionError(
             f"{self.where} is failing or busy, with all retries: HTTP status "
-            f"{status}{asked}, {error.message}. Expected 200. See what the "
-            "server reports; once it answers, run again: self-play continues."
+            f"{status}, Retry-After: {pause}, {error.message}. Expected 200. "
+            "Once it answers, run again: self-play continues."
         )
 
 
@@ -166,13 +172,3 @@ def _is_loopback(url: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
     return host == "localhost"
-
-
-def _import_openai() -> Any:
-    try:
-        return importlib.import_module("openai")
-    except ImportError as error:
-        raise ImportError(
-            "ServerEngine needs the `openai` package, which isn't installed. "
-            "Install it with: pip install keras_iris[server]"
-        ) from error

@@ -152,26 +152,13 @@ class ServerEngine(Engine):
                 is failing or busy.
             TimeoutError: If it takes longer than `timeout_seconds`.
         """
-        return next(self.generate_shards([(prompts, seed)]))
+        [completions] = self.generate_shards([(prompts, seed)])
+        return completions
 
     def generate_shards(
         self, shards: Iterable[tuple[Prompts, int]]
     ) -> Iterator[list[Completion]]:
-        """What `generate` gives for each shard, as the answers come.
-
-        The prompts of all shards are one queue.
-
-        Args:
-            shards: Prompts and seed of each.
-
-        Yields:
-            Completions of a shard, in the order of the shards.
-
-        Raises:
-            ValueError: As `generate`.
-            ConnectionError: As `generate`.
-            TimeoutError: As `generate`.
-        """
+        """As `Engine.generate_shards`: the prompts of all are one queue."""
         queue, sizes = [], []
         for prompts, seed in shards:
             check_prompts(prompts, limit=None)
@@ -179,8 +166,7 @@ class ServerEngine(Engine):
             queue += [(p, (seed + i) % 2**31) for i, p in enumerate(prompts)]
         if self.command and self._server is None:
             raise ValueError(
-                "There is no server yet. Call `update` with the folder that "
-                "it is to serve."
+                "There is no server yet. Give `update` the folder to serve."
             )
         request = {
             **_SAMPLING,
@@ -224,7 +210,8 @@ class ServerEngine(Engine):
                 it other weights.
         """
         folder = Path(folder).absolute()
-        if self.command and (self.reads == "export" or self._server is None):
+        is_there = self._server is not None and self._server.is_healthy()
+        if self.command and (self.reads == "export" or not is_there):
             self._start(folder)
         if self.reads == "adapter":
             self._load_adapter(folder)
@@ -295,9 +282,3 @@ class ServerEngine(Engine):
                 f"Expected `command` to name {' and '.join(sorted(places))} "
                 f"with adapters={self.reads == 'adapter'}. Received: {text}"
             )
-        for name, value in self.environment.items():
-            if not isinstance(value, str):
-                raise ValueError(
-                    "`environment` has to map names to strings. Received: "
-                    f"{name}={value!r}. Put the value in quotes."
-                )

@@ -77,6 +77,16 @@ class Server:
             self.close()
             raise
 
+    def is_healthy(self) -> bool:
+        """Whether it answers."""
+        # This machine's own addresses aren't behind its proxy.
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        try:
+            with opener.open(self.url + "/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
     def last_lines(self) -> str:
         """The last of what the server printed."""
         text = self._log.read_text(encoding="utf-8", errors="replace")
@@ -88,7 +98,7 @@ class Server:
         name = " ".join(self._command)
         while True:
             # First: another server may have got the port of one that ended.
-            is_healthy = _is_healthy(self.url + "/health")
+            is_healthy = self.is_healthy()
             if (status := self._guard.poll()) is not None:
                 raise RuntimeError(
                     f"The server ended with exit status {status} before it "
@@ -110,16 +120,6 @@ def _close(guard: subprocess.Popen[bytes]) -> None:
     if guard.stdin is not None:
         guard.stdin.close()
     guard.wait()
-
-
-def _is_healthy(url: str) -> bool:
-    # This machine's own addresses aren't behind its proxy.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(url, timeout=5) as answer:
-            return bool(answer.status == 200)
-    except (OSError, http.client.HTTPException):
-        return False
 
 
 def _guard(command: Sequence[str]) -> int:

@@ -45,13 +45,19 @@ def read_completion(
             "The server's answer can't be read "
             f"({type(error).__name__}: {error}). Expected the JSON of an "
             "OpenAI completion with the token ids of one choice, received "
-            f"{_shorten(text)}. Check `base_url`, and that the server gives "
+            f"{text[:200]!r}. Check `base_url`, and that the server gives "
             "token ids: vLLM 0.10.2, SGLang or llama.cpp, or newer."
         ) from error
     ends = np.flatnonzero(np.isin(token_ids, end_token_ids))
     token_ids = token_ids[: ends[0] + 1] if len(ends) else token_ids
     if reason == "stop" and not len(ends):
-        token_ids.append(_only_end(end_token_ids))
+        if len(end_token_ids) != 1:
+            raise ValueError(
+                "The server left the end token out of its answer, and there "
+                f"are {len(end_token_ids)} of them: {end_token_ids}. Use a "
+                "server that gives it, or a model with one end token."
+            )
+        token_ids.append(end_token_ids[0])
     stopped = reason == "stop" or len(ends) > 0
     whole = stopped or (reason == "length" and len(token_ids) == max_new_tokens)
     if not whole or len(token_ids) > max_new_tokens + stopped:
@@ -99,17 +105,3 @@ def _read_tokens(
         if type(token_id) is not int or token_id < 0:  # True is an int as well
             raise ValueError(f"{token_id!r} isn't a token id")
     return list(token_ids), None if values is None else list(values)
-
-
-def _only_end(end_token_ids: tuple[int, ...]) -> int:
-    if len(end_token_ids) != 1:
-        raise ValueError(
-            "The server left the end token out of its answer, and there are "
-            f"{len(end_token_ids)} of them: {end_token_ids}. Use a server "
-            "that gives it, or a model with one end token."
-        )
-    return end_token_ids[0]
-
-
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 200 else text[:200] + "...")
