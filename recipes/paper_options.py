@@ -1,7 +1,7 @@
 """Options of `zephyr_7b.py` and `qwen2_5_3b.py`, by default the paper's."""
 
 import argparse
-import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -15,7 +15,6 @@ LOSSES = {
     "sft": keras_iris.losses.SFT,
 }
 GENERATION_BATCH_SIZE = 32
-SERVED_MODEL_NAME = "keras_iris"
 HELD_OUT = 0.01  # of all conversations
 
 
@@ -63,25 +62,31 @@ def read_options(description, preset, arguments=None):
         metavar="N",
         help="cut all over N devices (JAX)",
     )
-    add("--engine", choices=("keras", "server", "vllm"), default="keras")
-    add("--server-url", default="http://127.0.0.1:8000/v1")
+    add("--engine", choices=("keras", "server"), default="keras")
+    add(
+        "--server-command",
+        type=shlex.split,
+        help="of the server to start for each iteration, such as "
+        "'vllm serve {folder} --port {port}'",
+    )
+    add(
+        "--server-devices",
+        metavar="IDS",
+        help="the value of CUDA_VISIBLE_DEVICES for it; give the recipe "
+        "itself other GPUs by that variable",
+    )
+    add("--server-url", help="of a server that runs, instead of a command")
     add(
         "--update-command",
-        help="makes the server serve the folder that is appended to it, as "
-        f"model {SERVED_MODEL_NAME}, and returns when it does",
-    )
-    add("--vllm-python", help="Python of an environment that has vLLM")
-    add(
-        "--vllm-options",
-        type=json_object,
-        default={},
-        help='arguments of vllm.LLM, such as {"tensor_parallel_size": 2}',
+        type=shlex.split,
+        help="makes that server serve the folder that is appended to it, and "
+        "returns when it does",
     )
     add(
-        "--vllm-devices",
-        metavar="IDS",
-        help="the value of CUDA_VISIBLE_DEVICES for vLLM; give the recipe "
-        "itself other GPUs by that variable",
+        "--concurrency",
+        type=positive(int),
+        default=256,
+        help="requests to the server at a time",
     )
     add("--dry-run", action="store_true", help="check and estimate, then stop")
     add(
@@ -120,19 +125,6 @@ def positive(kind):
     return read
 
 
-def json_object(text):
-    """Reads a JSON object."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise argparse.ArgumentTypeError(
-            f"received {text!r}, expected a JSON object"
-        )
-    return content
-
-
 def check_options(parser, options):
     """Refuses what doesn't go together."""
     if options.quantize and options.lora_rank is None:
@@ -143,12 +135,16 @@ def check_options(parser, options):
             "samples from an export: Keras' int8 rounds activations, and an "
             "export doesn't. Take --quantize int4 or --engine keras"
         )
-    if options.engine == "server" and options.update_command is None:
-        parser.error("--engine server needs --update-command")
-    if options.engine == "vllm" and options.vllm_python is None:
-        parser.error("--engine vllm needs --vllm-python")
-    if options.vllm_python and shutil.which(options.vllm_python) is None:
-        parser.error(f"--vllm-python: no program {options.vllm_python!r}")
+    if options.engine == "server":
+        command, url = options.server_command, options.server_url
+        if bool(command) == bool(url):
+            parser.error(
+                "--engine server needs --server-command or --server-url"
+            )
+        if url and not options.update_command:
+            parser.error("--server-url needs --update-command")
+        if command and shutil.which(command[0]) is None:
+            parser.error(f"--server-command: no program {command[0]!r}")
     if options.max_length <= options.max_new_tokens:
         parser.error("--max-length has to be above --max-new-tokens")
     sizes = {

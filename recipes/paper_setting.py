@@ -8,8 +8,8 @@ the response, half of the 2,048 tokens for each of prompt and response, and 1%
 of the conversations held out. `--help` lists what can be changed.
 """
 
-import shlex
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import keras
@@ -17,7 +17,6 @@ from paper_dry_run import dry_run
 from paper_options import (
     GENERATION_BATCH_SIZE,
     LOSSES,
-    SERVED_MODEL_NAME,
     length_limits,
     read_options,
     split,
@@ -61,29 +60,25 @@ class LinearWarmUp(keras.optimizers.schedules.LearningRateSchedule):
         }
 
 
+def run_command(command, folder):
+    """Runs a command with a folder as its last argument."""
+    subprocess.run([*command, str(folder)], check=True)
+
+
 def make_engine(options, causal_lm, tokenizer):
     """What generates."""
-    match options.engine:
-        case "server":
-            command = shlex.split(options.update_command)
-            return keras_iris.generation.ServerEngine(
-                options.server_url,
-                SERVED_MODEL_NAME,
-                tokenizer=tokenizer,
-                max_new_tokens=options.max_new_tokens,
-                on_update=lambda folder: subprocess.run(
-                    [*command, str(folder)], check=True
-                ),
-            )
-        case "vllm":
-            devices = {"CUDA_VISIBLE_DEVICES": options.vllm_devices}
-            return keras_iris.generation.VLLMEngine(
-                python=options.vllm_python,
-                end_token_ids=tokenizer.end_token_ids,
-                max_new_tokens=options.max_new_tokens,
-                vllm_options=options.vllm_options,
-                environment=devices if options.vllm_devices else None,
-            )
+    if options.engine == "server":
+        devices = {"CUDA_VISIBLE_DEVICES": options.server_devices}
+        return keras_iris.generation.ServerEngine(
+            options.server_url,
+            command=options.server_command,
+            environment=devices if options.server_devices else None,
+            end_token_ids=tokenizer.end_token_ids,
+            max_new_tokens=options.max_new_tokens,
+            concurrency=options.concurrency,
+            on_update=options.update_command
+            and partial(run_command, options.update_command),
+        )
     return keras_iris.generation.KerasEngine(
         causal_lm,
         end_token_ids=tokenizer.end_token_ids,

@@ -10,8 +10,8 @@
 The setting is the paper's, in `paper_setting.py`; `--help` lists what can be
 changed, `--preset FOLDER --data FILE.jsonl` takes your own. 5e-7 is the rate
 for all weights: adapters may want a higher --learning-rate. With
-`--engine vllm` or `server`, vLLM or the server needs a GPU of its own, such
-as with CUDA_VISIBLE_DEVICES=0 and `--vllm-devices 1`.
+`--engine server`, the server needs a GPU of its own, such as with
+CUDA_VISIBLE_DEVICES=0 and `--server-devices 1`.
 
 Hardware: GPUs with bfloat16; --shard needs JAX and one machine.
 Memory of a device, estimated by the dry run, which lists the parts and gives

@@ -190,8 +190,11 @@ def test_dry_run_looks_at_the_disk(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--engine", "server"), "--update-command"),
-        (("--engine", "vllm"), "--vllm-python"),
+        (("--engine", "server"), "needs --server-command or --server-url"),
+        (
+            ("--engine", "server", "--server-url", "http://a/v1"),
+            "--server-url needs --update-command",
+        ),
         (("--shard", "3"), "has to divide --batch-size=4"),
         (("--shard", "4"), "has to divide --micro-batch-size=2"),
         (("--max-new-tokens", "96"), "--max-length"),
@@ -203,21 +206,13 @@ def test_dry_run_looks_at_the_disk(
         (("--learning-rate", "0"), "received '0', expected float above 0"),
         (("--quantize", "int4"), "--quantize needs --lora-rank"),
         (
-            "--quantize int8 --lora-rank 2 --engine server "
-            "--update-command true".split(),
+            "--quantize int8 --lora-rank 2 --engine server".split(),
             "int8 doesn't go with --engine server",
         ),
         (
-            f"--quantize int8 --lora-rank 2 --engine vllm "
-            f"--vllm-python {sys.executable}".split(),
-            "int8 doesn't go with --engine vllm",
+            ("--engine", "server", "--server-command", "no/vllm {folder}"),
+            "no program 'no/vllm'",
         ),
-        (
-            ("--engine", "vllm", "--vllm-python", "no/python"),
-            "no program 'no/python'",
-        ),
-        (("--vllm-options", "[1]"), "expected a JSON object"),
-        (("--vllm-options", "{a"), "expected a JSON object"),
     ],
 )
 def test_options_that_do_not_fit(more, message, recipe, tmp_path, capsys):
@@ -241,39 +236,35 @@ def test_update_command_gets_the_folder(recipe, tmp_path):
         "import pathlib, sys\n"
         f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(sys.argv[1])\n"
     )
+    server = "--engine server --server-url http://127.0.0.1:1/v1".split()
+    command = ["--update-command", f"{sys.executable} {script}"]
     options = recipe("paper_options").read_options(
-        "",
-        "hf://a/b",
-        [
-            "--engine",
-            "server",
-            "--update-command",
-            f"{sys.executable} {script}",
-        ],
+        "", "hf://a/b", [*server, *command]
     )
     tokenizer = keras_iris.data.SymbolTokenizer(["a"])
     make_engine = recipe("paper_setting").make_engine
     engine = make_engine(options, None, tokenizer)
+    assert engine.concurrency == 256
     engine.update(tmp_path / "export")
     assert (tmp_path / "seen").read_text() == str(tmp_path / "export")
-    options.update_command = "false"
+    options.update_command = ["false"]
     with pytest.raises(subprocess.CalledProcessError):
         make_engine(options, None, tokenizer).update(tmp_path)
 
 
-def test_devices_of_vllm(recipe):
-    read_options = recipe("paper_options").read_options
-    make_engine = recipe("paper_setting").make_engine
+def test_a_server_to_start(recipe):
+    command = f"{sys.executable} serve.py {{folder}} --port {{port}}"
+    options = recipe("paper_options").read_options(
+        "",
+        "hf://a/b",
+        ["--engine", "server", "--server-command", command]
+        + "--server-devices 1,2 --concurrency 7".split(),
+    )
     tokenizer = keras_iris.data.SymbolTokenizer(["a"])
-    arguments = ["--engine", "vllm", "--vllm-python", sys.executable]
-    environments = [
-        make_engine(
-            read_options("", "hf://a/b", [*arguments, *more]), None, tokenizer
-        ).environment
-        for more in ([], ["--vllm-devices", "1,2"])
-    ]
-    assert not environments[0]
-    assert environments[1] == {"CUDA_VISIBLE_DEVICES": "1,2"}
+    engine = recipe("paper_setting").make_engine(options, None, tokenizer)
+    assert engine.command == command.split()
+    assert engine.environment == {"CUDA_VISIBLE_DEVICES": "1,2"}
+    assert engine.concurrency == 7
 
 
 def test_rows_of_a_dataset(recipe, checkpoint, tmp_path, monkeypatch):

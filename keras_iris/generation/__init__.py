@@ -4,13 +4,11 @@ from keras_iris.generation.check_log_probs import check_log_probs
 from keras_iris.generation.engine import Completion, Engine
 from keras_iris.generation.keras_engine import KerasEngine
 from keras_iris.generation.server_engine import ServerEngine
-from keras_iris.generation.vllm_engine import VLLMEngine
 
 __all__ = [
     "Completion",
     "Engine",
     "KerasEngine",
     "ServerEngine",
-    "VLLMEngine",
     "check_log_probs",
 ]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from keras_iris.generation.engine import Prompts
+
 # Prompt lengths of the compiled shapes unless the caller has better ones.
 # The padding of a bucket costs prefill, memory and attention, but no decoding
 # steps. Powers of two, and half-way where the prompts of chats mostly are.
@@ -54,7 +56,7 @@ def plan_prompts(
 
 
 def pad_prompts(
-    prompts: Sequence[Sequence[int]],
+    prompts: Prompts,
     batch: Batch,
     *,
     batch_size: int,

@@ -1,12 +1,16 @@
 """What every engine takes and gives: token ids."""
 
-from collections.abc import Sequence
+import abc
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
+Prompt = Sequence[int] | NDArray[np.integer[Any]]
+Prompts = Sequence[Prompt]
 
 
 @dataclass(frozen=True)
@@ -28,20 +32,21 @@ class Completion:
     log_probs: NDArray[np.float32] | None = None
 
 
-@runtime_checkable
-class Engine(Protocol):
-    """Something that answers prompts.
+class Engine(abc.ABC):
+    """Something that answers prompts. One's own has only `generate`.
 
     Attributes:
-        needs_folder: Whether it has weights of its own, which `update` reads
-            from a folder, instead of the trainer's variables.
+        reads: Where its weights are from: `"trainer"` for the trainer's own
+            variables; `"export"` or `"adapter"` for what `update` gets, the
+            folder of an exported model or of a LoRA adapter.
+        max_difference_nats: As in `check_log_probs`, for this engine.
     """
 
-    needs_folder: bool
+    reads: Literal["trainer", "export", "adapter"] = "trainer"
+    max_difference_nats: float | None = None
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int
-    ) -> list[Completion]:
+    @abc.abstractmethod
+    def generate(self, prompts: Prompts, *, seed: int) -> list[Completion]:
         """Draws one completion for each prompt.
 
         Args:
@@ -52,15 +57,31 @@ class Engine(Protocol):
         Returns:
             Completions, in the order of the prompts.
         """
-        ...
 
-    def update(self, folder: Path) -> None:
-        """Takes the weights of an exported model, if `needs_folder`.
+    def generate_shards(
+        self, shards: Iterable[tuple[Prompts, int]]
+    ) -> Iterator[list[Completion]]:
+        """What `generate` gives for each shard, as the answers come.
+
+        An engine that answers many prompts at once needn't wait for the last
+        answer of a shard before it begins the next.
 
         Args:
-            folder: What `keras_iris.export` wrote.
+            shards: Prompts and seed of each.
+
+        Yields:
+            Completions of a shard, in the order of the shards.
         """
-        ...
+        for prompts, seed in shards:
+            yield self.generate(prompts, seed=seed)
+
+    def update(self, folder: Path) -> None:  # noqa: B027 (may do nothing)
+        """Takes new weights, unless they are the trainer's.
+
+        Args:
+            folder: What `keras_iris.export` or, for an adapter,
+                `keras_iris.hub.save_adapter` wrote.
+        """
 
     def get_config(self) -> dict[str, Any]:
         """What decides the completions, beside model, prompts and seed.
@@ -68,10 +89,10 @@ class Engine(Protocol):
         Self-play refuses to go on with a run under another one. Where and
         how fast the engine runs doesn't belong to it.
         """
-        ...
+        return {}
 
 
-def check_prompts(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+def check_prompts(prompts: Prompts, limit: int | None) -> None:
     """Refuses prompts before any of them is answered.
 
     Args:

@@ -1,7 +1,6 @@
 """Generation with a KerasHub causal LM in this process."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import keras_hub
@@ -16,10 +15,16 @@ from keras_iris.generation.batch_plan import (
     plan_prompts,
 )
 from keras_iris.generation.decoder import Decoder
-from keras_iris.generation.engine import Completion, check_prompts
+from keras_iris.generation.engine import (
+    Completion,
+    Engine,
+    Prompt,
+    Prompts,
+    check_prompts,
+)
 
 
-class KerasEngine:
+class KerasEngine(Engine):
     """Draws completions from a KerasHub causal LM.
 
     By default from the model itself: temperature 1, no top-k, no top-p.
@@ -60,8 +65,6 @@ class KerasEngine:
     ```
     """
 
-    needs_folder = False
-
     def __init__(  # noqa: PLR0913 (by keyword only)
         self,
         causal_lm: Any,
@@ -99,9 +102,7 @@ class KerasEngine:
             pad_token_id=pad_token_id,
         )
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int
-    ) -> list[Completion]:
+    def generate(self, prompts: Prompts, *, seed: int) -> list[Completion]:
         """Draws one completion for each prompt.
 
         Args:
@@ -142,10 +143,7 @@ class KerasEngine:
             **{f"sampler.{k}": v for k, v in sampler.get_config().items()},
         }
 
-    def update(self, folder: Path) -> None:
-        """Does nothing: the weights are the trainer's."""
-
-    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+    def _check_ids(self, name: str, token_ids: Prompt) -> None:
         if min(token_ids) < 0 or max(token_ids) >= self.vocabulary_size:
             raise ValueError(
                 f"Expected ids below {self.vocabulary_size}, the model's "
@@ -153,9 +151,7 @@ class KerasEngine:
                 "tokenizer that the model was trained with."
             )
 
-    def _answer(
-        self, prompts: Sequence[Sequence[int]], batch: Batch
-    ) -> dict[int, Completion]:
+    def _answer(self, prompts: Prompts, batch: Batch) -> dict[int, Completion]:
         inputs = pad_prompts(
             prompts,
             batch,

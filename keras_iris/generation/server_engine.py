@@ -1,103 +1,140 @@
-"""Generation by an OpenAI-compatible server."""
+"""Generation by a server: vLLM, SGLang, llama.cpp or the like."""
 
-import importlib
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import json
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from keras_iris.arguments import check_count, check_positive
-from keras_iris.data import Tokenizer
-from keras_iris.generation.engine import Completion, check_prompts
+from keras_iris.generation.engine import (
+    Completion,
+    Engine,
+    Prompts,
+    check_prompts,
+)
+from keras_iris.generation.server_client import ServerClient
+from keras_iris.generation.server_process import Server
 from keras_iris.generation.server_response import read_completion
 
-# The client tries these again, and every 5xx.
-_BUSY = (408, 409, 429)
-# Beyond OpenAI's own parameters. A server that doesn't know one ignores it.
 # Servers' defaults cut the distribution (llama.cpp: top-k 40, min-p 0.05;
 # vLLM and SGLang: what generation_config.json says), and self-play needs all
-# of it.
-_EXTRA_BODY = {
+# of it. A server that doesn't know a parameter ignores it.
+_SAMPLING = {
+    "temperature": 1.0,
+    "top_p": 1.0,
     "top_k": -1,
     "min_p": 0.0,
     "repetition_penalty": 1.0,  # vLLM, SGLang
     "repeat_penalty": 1.0,  # llama.cpp
+    "logprobs": 0,  # of the sampled token
     "skip_special_tokens": False,
     "return_token_ids": True,  # vLLM, SGLang
     "n_probs": 1,  # llama.cpp, which gives ids with log-probs only
 }
 
 
-class ServerEngine:
-    """Draws completions from vLLM, SGLang, llama.cpp or the like.
+class ServerEngine(Engine):
+    """Draws completions from an OpenAI-compatible server.
+
+    Either from one that it starts itself for each exported model, on a free
+    port and with its own Python environment and devices:
+
+    ```python
+    engine = ServerEngine(
+        command="/opt/vllm/bin/vllm serve {folder} --port {port}".split(),
+        environment={"CUDA_VISIBLE_DEVICES": "1"},
+        end_token_ids=tokenizer.end_token_ids,
+        max_new_tokens=256,
+    )
+    ```
+
+    or from one at `base_url`, whose weights `on_update` exchanges. With
+    `adapters=True` either one keeps serving the model that LoRA began with,
+    and is given each iteration's adapter by vLLM's `/load_lora_adapter`
+    (`--enable-lora --max-lora-rank R`, and where it isn't started here
+    `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True` in its environment).
 
     Prompts are sent as token ids to `/completions`, one a request, each with
     a seed of its own, at temperature 1 without top-k, top-p, min-p or
-    penalties. How ids come back is in `read_completion`: vLLM and SGLang give
-    them, llama.cpp gives them with its log-probs.
+    penalties. Connection errors, time-outs, and HTTP 408, 409, 429 and 5xx
+    are tried again after growing pauses, or the one that the server asks for
+    if that is at most two minutes.
 
-    Connection errors, time-outs, and HTTP 408, 409, 429 and 5xx are tried
-    again after growing pauses, or the pause that the server asks for; if that
-    is longer than the client ever waits (two minutes), there is no further
-    try. Needs the `openai` package: `pip install keras_iris[server]`. A key
-    is read from the environment variable `OPENAI_API_KEY`, if it is set.
+    What a started server prints is in `server.log` beside the folder that it
+    was given. It ends with `close`, with the next `update`, or with this
+    process, also if that is killed. Needs `pip install keras_iris[server]`.
 
     Args:
-        base_url: Such as `"http://127.0.0.1:8000/v1"`.
-        model: The model's name on the server.
-        tokenizer: That of the model; its end tokens end a completion.
+        base_url: Of a server that runs, like `"http://127.0.0.1:8000/v1"`.
+        model: The model's name on the server; by default its first.
+        command: Of the server to start: the program and its arguments,
+            `{port}` and, without `adapters`, `{folder}` among them.
+        environment: Variables of that server, on top of this process's. Give
+            it devices other than those that train.
+        start_seconds: The longest wait for it to be healthy.
+        adapters: Whether the server takes adapters instead of whole models.
+        on_update: Called with the folder of each exported model; has to make
+            the server at `base_url` serve it, and to return when it does. It
+            may not write into the folder, which the next export replaces.
+        end_token_ids: A completion ends with the first of these, which is
+            kept.
         max_new_tokens: A completion ends after so many tokens at the latest.
         concurrency: Requests at a time.
         timeout_seconds: The longest wait for one answer.
         max_retries: Further tries of each request.
-        on_update: Called by `update` with the folder of an exported model;
-            has to make the server serve it, by a reload or a restart, and to
-            return when it does. Typically `subprocess.run` of a command. It
-            may not write into the folder, which the next export replaces.
+        api_key: The server's. By default `OPENAI_API_KEY` of the environment,
+            which is sent to https and this machine only.
+        max_difference_nats: As in `check_log_probs`.
 
     Raises:
         ImportError: If `openai` isn't installed.
-        ValueError: If a limit isn't positive.
+        ValueError: If an argument isn't what it has to be.
     """
-
-    needs_folder = True
 
     def __init__(  # noqa: PLR0913 (by keyword only)
         self,
-        base_url: str,
-        model: str,
+        base_url: str | None = None,
         *,
-        tokenizer: Tokenizer,
+        end_token_ids: Sequence[int],
         max_new_tokens: int,
-        concurrency: int = 8,
-        timeout_seconds: float = 120.0,
-        max_retries: int = 5,
+        model: str | None = None,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        start_seconds: float = 900.0,
+        adapters: bool = False,
         on_update: Callable[[Path], object] | None = None,
+        concurrency: int = 256,
+        timeout_seconds: float = 600.0,
+        max_retries: int = 5,
+        api_key: str | None = None,
+        max_difference_nats: float | None = None,
     ) -> None:
-        check_count("max_new_tokens", max_new_tokens)
-        check_count("concurrency", concurrency)
-        check_positive("timeout_seconds", timeout_seconds)
-        check_count("max_retries", max_retries, at_least=0)
-        self.base_url = base_url
+        self.end_token_ids = tuple(int(i) for i in end_token_ids)
+        self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
+        self.concurrency = check_count("concurrency", concurrency)
+        check_positive("start_seconds", start_seconds)
+        self.max_difference_nats = max_difference_nats
+        self.reads = "adapter" if adapters else "export"
         self.model = model
-        self.tokenizer = tokenizer
-        self.max_new_tokens = max_new_tokens
-        self.concurrency = concurrency
-        self.timeout_seconds = timeout_seconds
+        self.command = None if command is None else list(command)
+        self.environment = dict(environment or {})
+        self.start_seconds = start_seconds
         self.on_update = on_update
-        self._openai = _import_openai()
-        self._client = self._openai.OpenAI(
-            base_url=base_url,
-            # The client refuses to do without; local servers want none.
-            api_key=os.environ.get("OPENAI_API_KEY") or "none",
-            timeout=timeout_seconds,
-            max_retries=max_retries,
-        )
+        self._check_arguments(base_url)
+        self._options: Any = {
+            "api_key": api_key,
+            "timeout_seconds": check_positive(
+                "timeout_seconds", timeout_seconds
+            ),
+            "max_retries": check_count("max_retries", max_retries, at_least=0),
+        }
+        self._server: Server | None = None
+        self._adapter: str | None = None
+        # Made before a server of its own runs, too, to find `openai` missing.
+        self._client = ServerClient(base_url or "", **self._options)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], *, seed: int
-    ) -> list[Completion]:
+    def generate(self, prompts: Prompts, *, seed: int) -> list[Completion]:
         """Draws one completion for each prompt.
 
         Args:
@@ -109,111 +146,139 @@ class ServerEngine:
             Completions in the order of the prompts.
 
         Raises:
-            ValueError: If a prompt is empty, the server refuses a request, or
-                an answer isn't a whole completion.
+            ValueError: If a prompt is empty, the server refuses a request, an
+                answer isn't a whole completion, or there is no server yet.
             ConnectionError: If the server can't be reached, breaks off, or
                 is failing or busy.
             TimeoutError: If it takes longer than `timeout_seconds`.
         """
-        check_prompts(prompts, limit=None)
-        pool = ThreadPoolExecutor(self.concurrency)
+        [completions] = self.generate_shards([(prompts, seed)])
+        return completions
+
+    def generate_shards(
+        self, shards: Iterable[tuple[Prompts, int]]
+    ) -> Iterator[list[Completion]]:
+        """As `Engine.generate_shards`: the prompts of all are one queue."""
+        queue, sizes = [], []
+        for prompts, seed in shards:
+            check_prompts(prompts, limit=None)
+            sizes.append(len(prompts))
+            queue += [(p, (seed + i) % 2**31) for i, p in enumerate(prompts)]
+        if self.command and self._server is None:
+            raise ValueError(
+                "There is no server yet. Give `update` the folder to serve."
+            )
+        request = {
+            **_SAMPLING,
+            "model": self._adapter or self.model or self._first_model(),
+            "max_tokens": self.max_new_tokens,
+            "stop_token_ids": self.end_token_ids,
+        }
+        answers = self._client.ask_all(
+            "/completions",
+            queue,
+            lambda item: {
+                **request,
+                "prompt": [int(i) for i in item[0]],
+                "seed": item[1],
+            },
+            lambda text: read_completion(
+                text, self.end_token_ids, self.max_new_tokens
+            ),
+            self.concurrency,
+        )
         try:
-            answers = [
-                pool.submit(self._request, list(prompt), (seed + i) % 2**31)
-                for i, prompt in enumerate(prompts)
-            ]
-            return [answer.result() for answer in answers]
+            for size in sizes:
+                yield [next(answers) for _ in range(size)]
+        except (ConnectionError, TimeoutError) as error:
+            if self._server is not None:
+                error.add_note(self._server.last_lines())
+            raise
         finally:
-            # After an error, those not yet sent aren't.
-            pool.shutdown(cancel_futures=True)
+            answers.close()
 
     def update(self, folder: str | Path) -> None:
-        """Makes the server serve other weights.
+        """Generates from other weights from now on.
 
         Args:
-            folder: Of the exported model.
+            folder: Of the exported model or, with `adapters`, of the adapter.
 
         Raises:
-            ValueError: If there is no `on_update`.
+            RuntimeError: If the server that is started ends.
+            TimeoutError: If it isn't healthy within `start_seconds`.
+            ValueError: If the server refuses the adapter, or nothing gives
+                it other weights.
         """
-        if self.on_update is None:
+        folder = Path(folder).absolute()
+        is_there = self._server is not None and self._server.is_healthy()
+        if self.command and (self.reads == "export" or not is_there):
+            self._start(folder)
+        if self.reads == "adapter":
+            self._load_adapter(folder)
+        elif self.on_update is not None:
+            self.on_update(folder)
+        elif not self.command:
             raise ValueError(
-                f"The server at {self.base_url} still has the old weights: "
-                f"expected `on_update` to load {folder}, received None. Pass "
-                "a function that reloads or restarts the server."
+                f"{self._client.where} still has the old weights: expected "
+                f"`on_update` to load {folder}, received None. Pass a "
+                "function that reloads or restarts the server."
             )
-        self.on_update(Path(folder))
 
     def get_config(self) -> dict[str, Any]:
         """What decides the completions, beside model, prompts and seed."""
         return {
-            "end_token_ids": tuple(self.tokenizer.end_token_ids),
+            "end_token_ids": self.end_token_ids,
             "max_new_tokens": self.max_new_tokens,
         }
 
-    def _request(self, prompt: list[int], seed: int) -> Completion:
-        openai, where = self._openai, f"The server at {self.base_url}"
-        try:
-            response = self._client.completions.with_raw_response.create(
-                model=self.model,
-                prompt=[int(i) for i in prompt],
-                max_tokens=self.max_new_tokens,
-                temperature=1.0,
-                top_p=1.0,
-                logprobs=1,
-                seed=seed,
-                extra_body={
-                    **_EXTRA_BODY,
-                    "stop_token_ids": list(self.tokenizer.end_token_ids),
-                },
+    def close(self) -> None:
+        """Ends the server that was started, which frees its memory."""
+        if self._server is not None:
+            self._server.close()
+        self._server = self._adapter = None
+
+    def _start(self, folder: Path) -> None:
+        self.close()
+        self._server = Server(
+            self.command or (),
+            folder,
+            environment={
+                "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+                **self.environment,
+            },
+            log=folder.with_name("server.log"),
+            start_seconds=self.start_seconds,
+        )
+        self._client = ServerClient(f"{self._server.url}/v1", **self._options)
+
+    def _first_model(self) -> str:
+        return str(json.loads(self._client.ask("/models"))["data"][0]["id"])
+
+    def _load_adapter(self, folder: Path) -> None:
+        """Another name each time: servers keep what they know by name."""
+        old, name = self._adapter, f"keras_iris_{uuid.uuid4().hex[:8]}"
+        self._client.ask(
+            "/load_lora_adapter",
+            {"lora_name": name, "lora_path": str(folder)},
+        )
+        self._adapter = name
+        if old is not None:
+            self._client.ask("/unload_lora_adapter", {"lora_name": old})
+
+    def _check_arguments(self, base_url: str | None) -> None:
+        """Refuses what doesn't go together, before anything runs."""
+        if (base_url is None) != bool(self.command):
+            raise ValueError(
+                "Expected either the `base_url` of a server that runs or the "
+                f"`command` of one to start. Received: {base_url!r} and "
+                f"{self.command!r}."
             )
-        except openai.APITimeoutError as error:
-            raise TimeoutError(
-                f"{where} took longer than {self.timeout_seconds} seconds for "
-                "an answer, with all retries. Raise `timeout_seconds`, or "
-                "lower `concurrency`."
-            ) from error
-        except openai.APIConnectionError as error:
-            raise ConnectionError(
-                f"{where} can't be reached or broke off, with all retries "
-                f"({error.__cause__ or error}). Check that it runs and that "
-                "`base_url` is right."
-            ) from error
-        except openai.APIStatusError as error:
-            raise _status_error(where, error, len(prompt)) from error
-        return read_completion(
-            _body(response), self.tokenizer, self.max_new_tokens
+        places = {"{port}"} | (
+            {"{folder}"} if self.reads == "export" else set()
         )
-
-
-def _status_error(where: str, error: Any, num_tokens: int) -> Exception:
-    """Of a server that fails or is busy, or of one that refuses."""
-    status = error.status_code
-    if status < 500 and status not in _BUSY:
-        return ValueError(
-            f"{where} refused a prompt of {num_tokens} tokens with HTTP "
-            f"status {status}: {error.message}. Expected 200. "
-            "Check `model`, the key, and the server's context length."
-        )
-    pause = error.response.headers.get("retry-after")
-    asked = "" if pause is None else f" (Retry-After: {pause})"
-    return ConnectionError(
-        f"{where} is failing or busy, with all retries: HTTP status {status}"
-        f"{asked}, {error.message}. Expected 200. See what the server "
-        "reports; once it answers, run again: self-play continues."
-    )
-
-
-def _body(response: Any) -> str:
-    text = response.text
-    return text() if callable(text) else text
-
-
-def _import_openai() -> Any:
-    try:
-        return importlib.import_module("openai")
-    except ImportError as error:
-        raise ImportError(
-            "ServerEngine needs the `openai` package, which isn't installed. "
-            "Install it with: pip install keras_iris[server]"
-        ) from error
+        text = " ".join(self.command or places)
+        if places != {p for p in ("{port}", "{folder}") if p in text}:
+            raise ValueError(
+                f"Expected `command` to name {' and '.join(sorted(places))} "
+                f"with adapters={self.reads == 'adapter'}. Received: {text}"
+            )

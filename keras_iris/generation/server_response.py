@@ -8,28 +8,24 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_iris.data import Tokenizer
 from keras_iris.generation.engine import Completion
 
-_TOKEN_ID_PREFIX = "token_id:"
 # What a log-prob of (nearly) certain tokens may be above 0, in nats.
 _ROUNDING = 1e-3
 
 
 def read_completion(
-    text: str, tokenizer: Tokenizer, max_new_tokens: int
+    text: str, end_token_ids: tuple[int, ...], max_new_tokens: int
 ) -> Completion:
     """Reads the body of a `/completions` response.
 
-    Token ids come from, in this order: `token_ids` (vLLM, SGLang); the `id`
-    of each entry of `logprobs.content` (llama.cpp); `logprobs.tokens` of the
-    form `token_id:7` (vLLM); the texts in `logprobs.tokens`, if the tokeniser
-    makes exactly one token of each. The text of the whole answer is never
-    tokenised again, as that needn't give the ids that were sampled.
+    Token ids come from `token_ids` (vLLM, SGLang) or, without them, the `id`
+    of each entry of `logprobs.content` (llama.cpp). Text is never tokenised
+    again, as that needn't give the ids that were sampled.
 
     Args:
         text: JSON, one choice in it.
-        tokenizer: That of the model.
+        end_token_ids: A completion ends with the first of these.
         max_new_tokens: What was asked for.
 
     Returns:
@@ -43,20 +39,26 @@ def read_completion(
     try:
         choice = json.loads(text)["choices"][0]
         reason = choice["finish_reason"]
-        token_ids, values = _read_tokens(choice, tokenizer)
+        token_ids, values = _read_tokens(choice)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
             "The server's answer can't be read "
             f"({type(error).__name__}: {error}). Expected the JSON of an "
             "OpenAI completion with the token ids of one choice, received "
-            f"{_shorten(text)}. Check `base_url`, and that the server gives "
-            "token ids or log-probs."
+            f"{text[:200]!r}. Check `base_url`, and that the server gives "
+            "token ids: vLLM 0.10.2, SGLang or llama.cpp, or newer."
         ) from error
-    ends = tokenizer.end_token_ids
-    token_ids = _up_to_end(token_ids, ends)
-    stopped = reason == "stop" or (bool(token_ids) and token_ids[-1] in ends)
-    if stopped and (not token_ids or token_ids[-1] not in ends):
-        token_ids = token_ids + _only_end(ends)
+    ends = np.flatnonzero(np.isin(token_ids, end_token_ids))
+    token_ids = token_ids[: ends[0] + 1] if len(ends) else token_ids
+    if reason == "stop" and not len(ends):
+        if len(end_token_ids) != 1:
+            raise ValueError(
+                "The server left the end token out of its answer, and there "
+                f"are {len(end_token_ids)} of them: {end_token_ids}. Use a "
+                "server that gives it, or a model with one end token."
+            )
+        token_ids.append(end_token_ids[0])
+    stopped = reason == "stop" or len(ends) > 0
     whole = stopped or (reason == "length" and len(token_ids) == max_new_tokens)
     if not whole or len(token_ids) > max_new_tokens + stopped:
         raise ValueError(
@@ -67,24 +69,14 @@ def read_completion(
         )
     log_probs = None
     if values is not None and len(values) >= len(token_ids):
-        log_probs = read_log_probs(values[: len(token_ids)])
+        log_probs = _read_log_probs(values[: len(token_ids)])
     return Completion(
         tuple(token_ids), "stop" if stopped else "length", log_probs
     )
 
 
-def read_log_probs(values: Sequence[Any]) -> NDArray[np.float32]:
-    """Checks what an engine gives as the log-probs of a completion.
-
-    Args:
-        values: One for each token, in nats.
-
-    Returns:
-        The same, of shape `(len(values),)`.
-
-    Raises:
-        ValueError: If one isn't a number, not finite, or above 0.
-    """
+def _read_log_probs(values: Sequence[Any]) -> NDArray[np.float32]:
+    """Log-probs in nats as an array, if they are such."""
     for place, value in enumerate(values):
         is_number = isinstance(value, int | float) and math.isfinite(value)
         if not is_number or value > _ROUNDING:
@@ -98,57 +90,18 @@ def read_log_probs(values: Sequence[Any]) -> NDArray[np.float32]:
 
 
 def _read_tokens(
-    choice: dict[str, Any], tokenizer: Tokenizer
+    choice: dict[str, Any],
 ) -> tuple[list[int], list[Any] | None]:
     """Ids and, where there are any, their log-probs."""
     details = choice.get("logprobs") or {}
     entries = details.get("content")
-    values: Any = details.get("token_logprobs")
+    values = details.get("token_logprobs")
     if entries is not None:
         values = [entry["logprob"] for entry in entries]
-    values = None if values is None else list(values)
-    if choice.get("token_ids") is not None:
-        return [_check_id(i) for i in choice["token_ids"]], values
-    if entries is not None:
-        return [_check_id(entry["id"]) for entry in entries], values
-    tokens = details["tokens"]
-    return [_read_token(token, tokenizer) for token in tokens], values
-
-
-def _check_id(value: Any) -> int:
-    if type(value) is not int or value < 0:  # True is an int as well
-        raise ValueError(f"{value!r} isn't a token id")
-    return value
-
-
-def _read_token(token: str, tokenizer: Tokenizer) -> int:
-    if token.startswith(_TOKEN_ID_PREFIX):
-        return _check_id(int(token.removeprefix(_TOKEN_ID_PREFIX)))
-    token_ids = tokenizer.encode(token)
-    if len(token_ids) != 1:
-        raise ValueError(
-            f"the server gives only texts, and {token!r} is {len(token_ids)} "
-            "tokens to the tokeniser"
-        )
-    return token_ids[0]
-
-
-def _up_to_end(token_ids: list[int], ends: tuple[int, ...]) -> list[int]:
-    for position, token_id in enumerate(token_ids):
-        if token_id in ends:
-            return token_ids[: position + 1]
-    return token_ids
-
-
-def _only_end(ends: tuple[int, ...]) -> list[int]:
-    if len(ends) != 1:
-        raise ValueError(
-            "The server left the end token out of its answer, and the "
-            f"tokeniser has {len(ends)} of them: {ends}. Use a server that "
-            "gives token ids, or a tokeniser with one end token."
-        )
-    return [ends[0]]
-
-
-def _shorten(text: str) -> str:
-    return repr(text if len(text) <= 200 else text[:200] + "...")
+    token_ids = choice.get("token_ids")
+    if token_ids is None:
+        token_ids = [entry["id"] for entry in details["content"]]
+    for token_id in token_ids:
+        if type(token_id) is not int or token_id < 0:  # True is an int as well
+            raise ValueError(f"{token_id!r} isn't a token id")
+    return list(token_ids), None if values is None else list(values)

@@ -15,24 +15,25 @@ def check_engine(engine: Any, options: Options) -> None:
     It has to sample from the model as it is, and to take the run's prompts,
     ends and lengths.
     """
-    if isinstance(engine, type) or not isinstance(engine, Engine):
+    if not isinstance(engine, Engine):
         raise ValueError(
-            "`engine` has to be a `keras_iris.generation.Engine`: an object "
-            "with `generate`, `update`, `get_config` and `needs_folder`. "
+            "`engine` has to be an object of `KerasEngine`, `ServerEngine` or "
+            "a subclass of one's own of `keras_iris.generation.Engine`. "
             f"Received: {engine!r}"
         )
     # Keras (3.15) rounds the inputs of int8 layers, too, not those of int4. It
     # has no public way to all layers.
-    if engine.needs_folder and any(
-        getattr(layer, "quantization_mode", None) == "int8"
-        for layer in options.model.causal_lm._flatten_layers()
-    ):
-        raise ValueError(
-            f"{type(engine).__name__} reads exported weights, which are "
-            "floats, and can't be the model that trains, which computes in "
-            "int8: their log-probs differ. Load the model with "
-            "`quantize='int4'` or without, or use `KerasEngine`."
-        )
+    lossy = {"trainer": (), "export": ("int8",), "adapter": ("int8", "int4")}
+    for layer in options.model.causal_lm._flatten_layers():
+        mode = getattr(layer, "quantization_mode", None)
+        if mode in lossy[engine.reads]:
+            raise ValueError(
+                f"{type(engine).__name__} reads each iteration's "
+                f"{engine.reads} and computes in floats, the model that "
+                f"trains in {mode}: their log-probs differ. Load the model "
+                "with `quantize='int4'` and let the engine read exports, or "
+                "without, or use `KerasEngine`."
+            )
     config = engine.get_config()
     ends = config.get("end_token_ids", options.end_token_ids)
     if set(ends) != set(options.end_token_ids):

@@ -1,22 +1,27 @@
 """What an iteration learns from: the opponent's responses and log-probs."""
 
+import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 
 from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
-from keras_iris.hub import export
+from keras_iris.hub import export, save_adapter
 from keras_iris.models import TokenScorer, score_pairs
 from keras_iris.self_play.arrays import Arrays, hash_arrays
 from keras_iris.self_play.engine_checks import check_completions
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.run_dir import RunDir
 from keras_iris.self_play.seeds import combine_seeds
+
+# Prompts of a shard, and their seed.
+Request = tuple[list[np.ndarray], int]
 
 
 class Answers(NamedTuple):
@@ -34,6 +39,44 @@ class Answers(NamedTuple):
     examples: list[Example]
     responses: list[np.ndarray]
     engine_log_probs: np.ndarray
+
+
+class _Queue:
+    """The answers of an engine, which is asked ahead of what is taken.
+
+    Args:
+        num_shards: Number of shards.
+        ask: Maps numbers of shards to the answers of the first and those
+            behind it that are missing.
+        before: Called once, before the engine is asked.
+    """
+
+    def __init__(
+        self,
+        num_shards: int,
+        ask: Callable[[Sequence[int]], Iterator[Any]],
+        before: Callable[[], None],
+    ) -> None:
+        self._numbers = range(num_shards)
+        self._ask = ask
+        self._before = before
+        self._next: int | None = None
+        self._answers: Any = None
+
+    def take(self, number: int) -> Any:
+        """The completions of a shard, None where the engine gives none."""
+        if self._next is None:
+            self._before()
+        if number != self._next:  # the others were there
+            self.close()
+            self._answers = self._ask(self._numbers[number:])
+        self._next = number + 1
+        return next(self._answers, None)
+
+    def close(self) -> None:
+        """Lets the engine drop what wasn't taken."""
+        if hasattr(self._answers, "close"):
+            self._answers.close()
 
 
 class Opponent:
@@ -74,19 +117,42 @@ class Opponent:
         size = self.folder.shard_size(name, key) or self.options.shard_size
         starts = range(0, len(examples), size)
         parts = [examples[start : start + size] for start in starts]
-        is_updated = not self.engine.needs_folder
+        requests: list[Request] = [
+            (
+                [example.prompt_ids for example in part],
+                combine_seeds(self.options.seed, iteration, number),
+            )
+            for number, part in enumerate(parts)
+        ]
+
+        def ask(numbers: Sequence[int]) -> Iterator[Any]:
+            missing = itertools.takewhile(
+                lambda number: not self.folder.has_shard(name, number),
+                numbers[1:],
+            )
+            return self.engine.generate_shards(
+                requests[number] for number in [numbers[0], *missing]
+            )
+
+        queue = _Queue(len(parts), ask, self._update_engine)
 
         def make(number: int) -> Arrays:
-            nonlocal is_updated
-            if not is_updated:
-                self._update_engine()
-                is_updated = True
-            seed = combine_seeds(self.options.seed, iteration, number)
-            return self._generate(parts[number], starts[number], seed)
+            completions = queue.take(number)
+            check_completions(
+                type(self.engine).__name__,
+                completions,
+                self.options,
+                num_prompts=len(parts[number]),
+                first=starts[number],
+            )
+            if self.engine.reads != "trainer":
+                self._check_tokens(iteration, completions, parts[number])
+            return _arrays(completions)
 
-        shards = self._read_or_make(
-            name, [key] * len(parts), None if is_over else make, size
-        )
+        with closing(queue):
+            shards = self._read_or_make(
+                name, [key] * len(parts), None if is_over else make, size
+            )
         return [
             Answers(first, part, _split(shard), shard["log_probs"])
             for first, part, shard in zip(starts, parts, shards, strict=True)
@@ -129,9 +195,13 @@ class Opponent:
         num_tokens = np.array([len(i) for s in answers for i in s.responses])
         # NaN where the engine doesn't tell; it has given no other.
         is_given = np.isfinite(given)
-        check_log_probs(
-            given[is_given], log_probs[is_given, 1], num_tokens[is_given]
-        )
+        if is_given.any():
+            self._compare(
+                iteration,
+                given[is_given],
+                log_probs[is_given, 1],
+                num_tokens[is_given],
+            )
         return log_probs
 
     @property
@@ -139,35 +209,26 @@ class Opponent:
         """A forward pass has room where a training step has."""
         return self.model.micro_batch_size or self.options.batch_size
 
-    def _generate(
-        self, examples: list[Example], first: int, seed: int
-    ) -> Arrays:
-        """Responses to a shard's prompts, and the engine's log-probs."""
-        completions = self.engine.generate(
-            [example.prompt_ids.tolist() for example in examples], seed=seed
+    def _compare(self, iteration: int, *values: np.ndarray) -> None:
+        """Compares log-probs of engine and trainer, and logs how they differ.
+
+        What an engine in another process reads was rounded to bfloat16.
+        """
+        dtype = self.model.causal_lm.backbone.compute_dtype
+        difference = check_log_probs(
+            *values,
+            dtype=dtype if self.engine.reads == "trainer" else "bfloat16",
+            max_difference_nats=self.engine.max_difference_nats,
         )
-        check_completions(
-            type(self.engine).__name__,
-            completions,
-            self.options,
-            num_prompts=len(examples),
-            first=first,
+        self.folder.log(
+            "engine", iteration=iteration, nats_per_token=difference
         )
-        if self.engine.needs_folder:
-            self._check_tokens(completions, examples)
-        log_probs = [
-            np.nan if c.log_probs is None else np.sum(c.log_probs)
-            for c in completions
-        ]
-        ids = [completion.token_ids for completion in completions]
-        return {
-            "lengths": np.array([len(i) for i in ids], "int32"),
-            "token_ids": np.concatenate(ids).astype("int32"),
-            "log_probs": np.array(log_probs, "float32"),
-        }
 
     def _check_tokens(
-        self, completions: list[Completion], examples: list[Example]
+        self,
+        iteration: int,
+        completions: list[Completion],
+        examples: list[Example],
     ) -> None:
         """Compares log-probs token by token, in as many as fit in a batch.
 
@@ -188,7 +249,7 @@ class Opponent:
             return
         kept, ids, given = zip(*pairs, strict=True)
         scores = self._score_tokens(list(kept), ids)
-        check_log_probs(np.concatenate(given), np.concatenate(scores))
+        self._compare(iteration, np.concatenate(given), np.concatenate(scores))
 
     def _read_or_make(
         self,
@@ -211,9 +272,27 @@ class Opponent:
 
     def _update_engine(self) -> None:
         """Gives an engine outside of this process the current weights."""
-        path = self.folder.path / "export"
-        print(f"Exporting the model to {path}")
-        self.engine.update(export(self.model.causal_lm, path))
+        reads = self.engine.reads
+        if reads == "trainer":
+            return
+        path = self.folder.path / reads
+        print(f"Writing the {reads} to {path}")
+        write = export if reads == "export" else save_adapter
+        self.engine.update(write(self.model.causal_lm, path))
+
+
+def _arrays(completions: Sequence[Completion]) -> Arrays:
+    """A shard of responses, and the engine's log-probs of them."""
+    log_probs = [
+        np.nan if c.log_probs is None else np.sum(c.log_probs)
+        for c in completions
+    ]
+    ids = [completion.token_ids for completion in completions]
+    return {
+        "lengths": np.array([len(i) for i in ids], "int32"),
+        "token_ids": np.concatenate(ids).astype("int32"),
+        "log_probs": np.array(log_probs, "float32"),
+    }
 
 
 def _split(shard: Arrays) -> list[np.ndarray]:

@@ -168,6 +168,10 @@ class RunDir:
                 return int(metadata["shard_size"])
         return None
 
+    def has_shard(self, name: str, number: int) -> bool:
+        """Whether there is a file of a shard, which may be another key's."""
+        return self._shard_path(name, number).exists()
+
     def shard(
         self,
         name: str,
@@ -192,7 +196,7 @@ class RunDir:
         Raises:
             LostShard: The shard isn't there, and can't be made again.
         """
-        path = self.path / name / f"{number:05d}.safetensors"
+        path = self._shard_path(name, number)
         reason = f"{path} isn't there"
         if path.exists():
             try:
@@ -213,6 +217,9 @@ class RunDir:
         arrays = make()
         write_arrays(path, arrays, {"key": key, "shard_size": str(size)})
         return arrays
+
+    def _shard_path(self, name: str, number: int) -> Path:
+        return self.path / name / f"{number:05d}.safetensors"
 
 
 def _read_manifest(file: Path) -> Manifest:

@@ -51,8 +51,7 @@ def engine(causal_lm):
     # The server ends with its object, so this frame has to last.
     yield ServerEngine(
         f"{server.listening_address}/v1",
-        "smollm2",
-        tokenizer=causal_lm.tokenizer,
+        end_token_ids=causal_lm.tokenizer.end_token_ids,
         max_new_tokens=24,
         concurrency=2,
     )

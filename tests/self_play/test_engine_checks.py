@@ -1,3 +1,5 @@
+import json
+
 import keras
 import numpy as np
 import pytest
@@ -10,13 +12,13 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 import keras_iris
 from keras_iris.data import ChatTemplate, SymbolTokenizer
-from keras_iris.generation import Completion
+from keras_iris.generation import Completion, Engine
 
 
-class _OtherProcess:
+class _OtherProcess(Engine):
     """Stands in for an engine that has weights of its own."""
 
-    needs_folder = True
+    reads = "export"
 
     def __init__(self):
         self.folders = []
@@ -24,9 +26,6 @@ class _OtherProcess:
     def update(self, folder):
         assert (folder / "model.safetensors").is_file()
         self.folders.append(folder)
-
-    def get_config(self):
-        return {}
 
     def generate(self, prompts, *, seed):
         return [Completion((3, END), "stop") for _ in prompts]
@@ -48,23 +47,21 @@ class _OtherProcess:
         ),
         (
             lambda prompts: [Completion((), "stop")] * 10,
-            r"Completion 0 of Engine .* Received: \(\)",
+            r"Completion 0 of Answers .* Received: \(\)",
         ),
         (
             lambda prompts: [Completion((3,) * 7, "length")] * 10,
-            "Completion 0 of Engine has 7 tokens, more than max_resp.*=6",
+            "Completion 0 of Answers has 7 tokens, more than max_resp.*=6",
         ),
     ],
     ids=["None", "none", "many", "ids", "unknown id", "no id", "long"],
 )
 def test_what_an_engine_may_not_answer(answer, message, tmp_path):
-    class Engine(_OtherProcess):
-        needs_folder = False
-
+    class Answers(Engine):
         def generate(self, prompts, *, seed):
             return answer(prompts)
 
-    self_play = make_self_play(tmp_path / "run", engine=Engine())
+    self_play = make_self_play(tmp_path / "run", engine=Answers())
     with pytest.raises(ValueError, match=message):
         self_play.run()
 
@@ -74,7 +71,7 @@ def test_what_is_no_engine(tmp_path):
         generate = _OtherProcess.generate
 
     for engine in (OnlyGenerates(), _OtherProcess):
-        with pytest.raises(ValueError, match="`engine` has to be a `keras_"):
+        with pytest.raises(ValueError, match="`engine` has to be an object of"):
             make_self_play(tmp_path, engine=engine)
 
 
@@ -124,11 +121,62 @@ def test_engine_and_trainer_are_compared_token_by_token(tmp_path):
     self_play = make_self_play(tmp_path / "run", engine=_OtherProcess())
     causal_lm = self_play.model.causal_lm
     opponent = self_play.opponent
-    opponent.engine = _FromModel(causal_lm, [0.0, 0.0])
+    # Errors that cancel in the sum of a completion.
+    opponent.engine = _FromModel(causal_lm, [0.1, -0.1])  # as of rounding
     opponent.answer(1, "a key", is_over=False)
-    opponent.engine = _FromModel(causal_lm, [0.1, -0.1])
-    with pytest.raises(ValueError, match="0.1 nats per token"):
+    opponent.engine = _FromModel(causal_lm, [1.0, -1.0])
+    with pytest.raises(ValueError, match="1 nats per token"):
         opponent.answer(2, "a key", is_over=False)
+    opponent.engine.max_difference_nats = 1.01
+    opponent.answer(2, "a key", is_over=False)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    differences = [json.loads(line) for line in lines if "nats_per" in line]
+    assert [d["iteration"] for d in differences] == [1] * 3 + [2] * 3
+    np.testing.assert_allclose(
+        [d["nats_per_token"] for d in differences],
+        [0.1] * 3 + [1.0] * 3,
+        rtol=1e-5,
+    )
+
+
+class _Streams(_OtherProcess):
+    """Begins a shard before it has given the one before."""
+
+    def __init__(self, fails_at=None):
+        super().__init__()
+        self.fails_at, self.asked = fails_at, []
+
+    def generate_shards(self, shards):
+        answers = []
+        for prompts, seed in shards:
+            self.asked.append(seed)
+            answers.append([Completion((3, END), "stop") for _ in prompts])
+        for number, answer in enumerate(answers):
+            if number == self.fails_at:
+                raise ConnectionError
+            yield answer
+
+
+@pytest.mark.filterwarnings("ignore:.*gives no log-probs")
+def test_one_queue_for_all_shards_that_are_missing(tmp_path):
+    self_play = make_self_play(tmp_path, engine=_Streams(1), shard_size=5)
+    opponent = self_play.opponent
+    with pytest.raises(ConnectionError):
+        opponent.answer(1, "a key", is_over=False)
+    seeds = opponent.engine.asked
+    assert len(seeds) == len(set(seeds)) == 5  # of 24 prompts
+    folder = tmp_path / "iteration_001" / "synthetic"
+    assert len(list(folder.iterdir())) == 1
+    opponent.engine = _Streams()
+    opponent.answer(1, "a key", is_over=False)
+    assert opponent.engine.asked == seeds[1:]
+    # One that is missing before others, and one of something else.
+    (folder / "00001.safetensors").unlink()
+    (folder / "00003.safetensors").write_bytes(b"")
+    opponent.engine = _Streams()
+    with pytest.warns(match="00003"):
+        opponent.answer(1, "a key", is_over=False)
+    assert opponent.engine.asked == [seeds[1], seeds[3]]
 
 
 def test_int8_and_exported_weights(tmp_path):
@@ -139,7 +187,9 @@ def test_int8_and_exported_weights(tmp_path):
     causal_lm.backbone.enable_lora(2)
     model = keras_iris.SelfPlayModel(causal_lm)
     model.compile(loss=keras_iris.losses.IRIS())
-    with pytest.raises(ValueError, match="_OtherProcess reads exported.*int8"):
+    with pytest.raises(
+        ValueError, match="_OtherProcess reads .* export .*int8"
+    ):
         keras_iris.SelfPlay(
             model,
             make_examples(),
