@@ -204,9 +204,7 @@ def _read_factors(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             f"{folder} has no readable {_WEIGHTS}: {error}. Expected a folder "
             "from peft's or keras_iris' way to save adapters."
         ) from error
-    pattern = re.compile(
-        re.escape(_PREFIX) + r"(.+)\.lora_(A|B)(\.default)?\.weight"
-    )
+    pattern = re.compile(re.escape(_PREFIX) + r"(.+)\.lora_(A|B)\.weight")
     factors: dict[str, dict[str, np.ndarray]] = {}
     for name, array in arrays.items():
         if not (match := pattern.fullmatch(name)):
