@@ -101,7 +101,7 @@ class RunEstimate:
         epochs: Epochs of an iteration.
         micro_batch_size: Pairs of a forward and backward pass.
         generation_batch_size: Prompts that are answered together.
-        lora_rank: Rank of the adapters as KerasHub counts it, or `None`.
+        lora_rank: Rank of the adapters of queries and values, or `None`.
         quantize: `"int8"`, `"int4"` or `None`.
         num_devices: Devices that weights and batches are cut over.
         optimizer_slots: Numbers that the optimizer keeps for each trained one.
@@ -134,11 +134,11 @@ class RunEstimate:
         """Numbers that are trained."""
         if self.lora_rank is None:
             return self.num_weights
-        config = self.config
-        heads = config.num_heads + config.num_key_value_heads
-        # Queries and values: (hidden, heads, rank) and (rank, head_dim).
-        layer = config.hidden_size * heads + 2 * config.head_dim
-        return int(config.num_layers * layer * self.lora_rank)
+        # (inputs, rank) and (rank, outputs)
+        adapted = ("q_proj.weight", "v_proj.weight")
+        shapes = self.config.weight_shapes().items()
+        sizes = (sum(shape) for name, shape in shapes if name.endswith(adapted))
+        return int(self.lora_rank * sum(sizes))
 
     def memory(self) -> dict[str, float]:
         """Bytes on each device.

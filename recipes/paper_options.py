@@ -52,9 +52,7 @@ def read_options(description, preset, arguments=None):
         help="tokens of both together",
     )
     add("--max-new-tokens", type=positive(int), default=256)
-    add(
-        "--lora-rank", type=positive(int), help="per head; default: all weights"
-    )
+    add("--lora-rank", type=positive(int), help="default: all weights")
     add("--quantize", choices=("int8", "int4"), help="the base of LoRA")
     add(
         "--shard",

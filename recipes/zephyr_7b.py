@@ -16,8 +16,8 @@ Hardware: GPUs with bfloat16; --shard needs JAX and one machine.
 Memory of a device, estimated by the dry run, which lists the parts and gives
 disk and time too:
 
-    LoRA of rank 16               44 GiB
-    LoRA, int8 base               38 GiB
+    LoRA of rank 16               43 GiB
+    LoRA, int8 base               37 GiB
     all weights, on 8 devices     19 GiB
 
 Training all weights writes checkpoints of 54 GiB; the disk has to

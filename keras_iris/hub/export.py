@@ -15,6 +15,7 @@ from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
 from keras_iris.hub.export_tokenizer import write_tokenizer
 from keras_iris.hub.shards import BYTES_PER_NUMBER, write_shards
 from keras_iris.hub.weights import Weight, list_weights
+from keras_iris.models.checks import check_lora
 
 # In the metadata of exported weights: the names of the files beside them.
 # Other tools copy what is in config.json, but write weights anew.
@@ -65,6 +66,7 @@ def export(
             f"`dtype` has to be one of {tuple(BYTES_PER_NUMBER)}. Received: "
             f"{dtype!r}"
         )
+    check_lora(causal_lm)
     check_replaceable(folder, lambda names: _find_foreign(folder, names))
     config = read_config(causal_lm.backbone)
     source = _find_source(causal_lm, source, config)

@@ -15,6 +15,7 @@ from keras_iris.hub.inspect import read_checkpoint
 from keras_iris.hub.keras_preset import load_keras_preset
 from keras_iris.hub.sources import find_folder
 from keras_iris.hub.weights import list_weights
+from keras_iris.models.lora import Lora, Targets, add_lora
 from keras_iris.models.remat import remat_layers
 
 _QUANTIZATIONS = (None, "int8", "int4")
@@ -25,6 +26,8 @@ def load(  # noqa: PLR0913 (by keyword only)
     *,
     dtype: Any = None,
     lora_rank: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: Targets = ("query", "value"),
     quantize: str | None = None,
     remat: bool = False,
     default_template: ChatTemplate | None = None,
@@ -41,10 +44,15 @@ def load(  # noqa: PLR0913 (by keyword only)
             layout.
         dtype: A Keras dtype policy or its name. Defaults to Keras' global
             one.
-        lora_rank: Trains LoRA adapters of this rank on the query and value
-            projections, and nothing else. In KerasHub the rank counts per
-            head. Adapters of a rank start with the same values in every
-            process, so that a run of self-play finds its own model again.
+        lora_rank: Trains LoRA adapters of this rank and nothing else: a pair
+            of matrices, in float32, for each adapted layer. Adapters start
+            with the same values in every process, so that a run of self-play
+            finds its own model again.
+        lora_alpha: The adapters' outputs are multiplied by `lora_alpha /
+            lora_rank`. Defaults to twice the rank.
+        lora_targets: The layers that are adapted, out of `"query"`, `"key"`,
+            `"value"`, `"output"`, `"gate"`, `"up"` and `"down"`, or `"all"`
+            for every linear layer of the decoder blocks.
         quantize: `"int8"` or `"int4"`: quantizes the decoder layers'
             matrices, but no embeddings, before LoRA. int8 also rounds
             activations when it computes, so that an export is a slightly
@@ -73,7 +81,10 @@ def load(  # noqa: PLR0913 (by keyword only)
     token_ids = causal_lm.tokenizer.encode(prompt)
     ```
     """
-    _check_arguments(lora_rank, quantize)
+    lora = None
+    if lora_rank is not None:
+        lora = Lora(lora_rank, lora_alpha, lora_targets)
+    _check_quantize(quantize, lora)
     folder = find_folder(preset)
     if folder is not None and "model_type" in _read_config(folder):
         causal_lm = _load_hugging_face(folder, dtype, default_template)
@@ -86,8 +97,8 @@ def load(  # noqa: PLR0913 (by keyword only)
     causal_lm.source = folder
     if quantize is not None:
         _quantize(causal_lm, quantize)
-    if lora_rank is not None:
-        _enable_lora(causal_lm.backbone, lora_rank)
+    if lora is not None:
+        add_lora(causal_lm.backbone, lora)
     if remat:
         remat_layers(causal_lm.backbone)
     return causal_lm
@@ -138,20 +149,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return content
 
 
-def _check_arguments(lora_rank: int | None, quantize: str | None) -> None:
-    if lora_rank is not None and (
-        not isinstance(lora_rank, int) or lora_rank < 1
-    ):
-        raise ValueError(
-            "`lora_rank` has to be an integer of at least 1, or None to "
-            f"train all weights. Received: {lora_rank!r}"
-        )
+def _check_quantize(quantize: str | None, lora: Lora | None) -> None:
     if quantize not in _QUANTIZATIONS:
         raise ValueError(
             f"`quantize` has to be one of {_QUANTIZATIONS}. Received: "
             f"{quantize!r}"
         )
-    if quantize is not None and lora_rank is None:
+    if quantize is not None and lora is None:
         raise ValueError(
             f"A model quantized to {quantize} cannot be trained without "
             "LoRA. Pass `lora_rank=16`, or leave out `quantize`."
@@ -169,19 +173,3 @@ def _quantize(causal_lm: keras.Model, mode: str) -> None:
         # Keras 3.15 converts its variables to NumPy 2 in an old way.
         warnings.simplefilter("ignore", DeprecationWarning)
         causal_lm.quantize(mode, filters=lambda x: isinstance(x, matrices))
-
-
-def _enable_lora(backbone: keras.Model, rank: int) -> None:
-    """LoRA on queries and values, everything else frozen.
-
-    KerasHub 0.32 leaves the biases of these layers trainable, but its
-    `save_lora_weights` doesn't save them.
-    """
-    backbone.enable_lora(rank)
-    for number, variable in enumerate(backbone.trainable_variables):
-        if variable.name == "bias":
-            variable.trainable = False
-        elif variable.name == "lora_kernel_a":
-            # Keras' own initializer, which draws another seed each time.
-            start = keras.initializers.HeUniform(seed=number)
-            variable.assign(start(variable.shape, variable.dtype))

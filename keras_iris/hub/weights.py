@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from keras_iris.hub.decoder_config import DecoderConfig
+from keras_iris.models.lora import LoraLayer
 
 _LLAMA_LAYER = {
     "input_layernorm": "_self_attention_layernorm",
@@ -79,7 +80,13 @@ class Weight:
                 "be exported. Load the model with `keras_iris.load(..., "
                 "quantize=...)`, which leaves embeddings in float."
             )
-        return self._from_keras(_merged(self.layer, self.attribute))
+        variables = {v.name: v for v in self.layer.variables}
+        array = self._from_keras(_to_numpy(variables[self.attribute]))
+        if self.attribute == "kernel" and isinstance(self.layer, LoraLayer):
+            layer = self.layer
+            low = _to_numpy(layer.lora_a) @ _to_numpy(layer.lora_b)
+            array = array + layer.lora_scale * low.T
+        return array
 
     def _to_keras(
         self, array: np.ndarray, shape: tuple[int, ...]
@@ -137,19 +144,6 @@ def list_weights(backbone: keras.Model, config: DecoderConfig) -> list[Weight]:
                     attribute = "bias"
         weights.append(Weight(name, shape, layer, attribute))
     return weights
-
-
-def _merged(layer: keras.layers.Layer, attribute: str) -> np.ndarray:
-    """A variable in float32, with the layer's LoRA added to a kernel.
-
-    Keras' own `kernel` rounds the sum to the compute dtype.
-    """
-    variables = {v.name: v for v in layer.variables}
-    array = _to_numpy(variables[attribute])
-    if attribute == "kernel" and getattr(layer, "lora_enabled", False):
-        delta = _to_numpy(layer.lora_kernel_a) @ _to_numpy(layer.lora_kernel_b)
-        array = array + layer.lora_alpha / layer.lora_rank * delta
-    return array
 
 
 def _read_by_calling(

@@ -63,15 +63,14 @@ def _moves(optimizer: Any, rate: float, dtype: str) -> bool:
 
 
 def check_lora(model: keras.Model) -> None:
-    """Refuses to save or load layers with LoRA in Keras' way."""
+    """Refuses LoRA in Keras' way, whose rank counts for each head."""
     for layer in model._flatten_layers():
         if getattr(layer, "lora_enabled", False):
             raise ValueError(
-                "Keras adds LoRA's factors to the weights when it saves, and "
-                "sets both to 0 when it loads: they would never train again. "
-                f"Received: a layer with LoRA, {layer.path}. Use "
-                "`keras_iris.hub.save_adapter` and `load_adapter`, or the run "
-                "folder of `keras_iris.SelfPlay`."
+                "Keras' `enable_lora` isn't taken: weight files don't hold "
+                f"its factors. Received: a layer with it, {layer.path}. Use "
+                "`keras_iris.load(..., lora_rank=16)`, or "
+                "`keras_iris.models.add_lora`."
             )
 
 

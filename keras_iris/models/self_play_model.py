@@ -24,6 +24,7 @@ from keras_iris.models.checks import (
     check_optimizer,
 )
 from keras_iris.models.log_probs import sequence_log_probs, token_log_probs
+from keras_iris.models.lora import Lora, add_lora, find_lora
 
 Tensor = Any
 
@@ -121,8 +122,8 @@ class SelfPlayModel(backend.Trainer):
 
         Raises:
             ValueError: For a loss of another type, a `micro_batch_size`
-                below 1, metrics by output name, `loss_weights`, or an
-                optimizer that can't train the dtype.
+                below 1, metrics by output name, `loss_weights`, Keras' own
+                LoRA, or an optimizer that can't train the dtype.
         """
         if loss is not None and not isinstance(loss, SelfPlayLoss):
             raise ValueError(
@@ -134,6 +135,7 @@ class SelfPlayModel(backend.Trainer):
                 "`loss_weights` is not taken, as there is one loss: scale the "
                 f"learning rate. Received: loss_weights={loss_weights!r}"
             )
+        check_lora(self)
         micro_batch_size = check_micro_batch_size(micro_batch_size)
         optimizer = keras.optimizers.get(optimizer)
         check_optimizer(optimizer, self.trainable_variables)
@@ -460,12 +462,19 @@ class SelfPlayModel(backend.Trainer):
         causal_lm = keras.saving.serialize_keras_object(self.causal_lm)
         # Made for `generate` by KerasHub itself, and not to be restored.
         causal_lm.pop("compile_config", None)
-        return {"causal_lm": causal_lm, "name": self.name}
+        lora = find_lora(self.causal_lm.backbone)
+        return {
+            "causal_lm": causal_lm,
+            "lora": lora and lora.get_config(),
+            "name": self.name,
+        }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "SelfPlayModel":
         """Builds a model from its configuration."""
         causal_lm = keras.saving.deserialize_keras_object(config["causal_lm"])
+        if config["lora"] is not None:
+            add_lora(causal_lm.backbone, Lora(**config["lora"]))
         return cls(causal_lm, name=config["name"])
 
 

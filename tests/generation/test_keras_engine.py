@@ -6,6 +6,7 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 from keras_iris.generation import KerasEngine
 from keras_iris.generation.cached_forward import RightAligned
+from keras_iris.models import Lora, add_lora
 
 END = 3
 MAX_NEW_TOKENS = 6
@@ -204,7 +205,7 @@ def test_current_weights_are_used():
     after = engine.generate(PROMPTS, seed=0)
     assert ids(before) != ids(after)
     # LoRA adds variables to a model that was traced without them.
-    causal_lm.backbone.enable_lora(2)
+    add_lora(causal_lm.backbone, Lora(2, targets="all"))
     for variable in causal_lm.trainable_variables:
         variable.assign(keras.random.normal(variable.shape, seed=1))
     for prompt, completion in zip(

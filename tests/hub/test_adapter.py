@@ -1,176 +1,193 @@
-"""Adapters saved and loaded, also through `peft` where it's installed."""
+"""Adapters to and from `peft`, which is what they are compared with."""
 
-import keras
+import json
+
 import numpy as np
+import peft
 import pytest
 import torch
 from reference import expected_model, logits_of, random_ids
 from safetensors.numpy import load_file, save_file
 from tiny_checkpoints import edit
 
-from keras_iris.hub import load, load_adapter, save_adapter
+from keras_iris.hub import export, load, load_adapter, save_adapter
+from keras_iris.models import Lora
+from keras_iris.models.lora import find_lora
 
-RANK = 2
+# transformers' own, which peft makes it give
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient:FutureWarning")
+
 TOLERANCE = 1e-5
 ARCHITECTURES = ("mistral", "qwen2", "llama", "gemma")
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-PEFT_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
+ALL = ("query", "key", "value", "output", "gate", "up", "down")
 
 
-def load_trained(folder, seed=0):
-    causal_lm = load(folder, dtype="float32", lora_rank=RANK)
-    rng = np.random.default_rng(seed)
-    for variable in causal_lm.trainable_variables:
-        variable.assign(rng.normal(0, 0.05, variable.shape))
-    return causal_lm
-
-
-def values(causal_lm):
-    variables = causal_lm.backbone.trainable_variables
-    return {v.path: keras.ops.convert_to_numpy(v) for v in variables}
-
-
-@pytest.mark.parametrize("name", ["adapter.safetensors", "adapter"])
-@every_architecture
-def test_round_trip(checkpoint, tmp_path, architecture, name):
-    folder = checkpoint(architecture)
-    causal_lm = load_trained(folder)
-    path = save_adapter(causal_lm, tmp_path / "new" / name)
-    save_adapter(causal_lm, path)  # replaces its own
-    assert [file.name for file in path.parent.iterdir()] == [name]
-    other = load_trained(folder, seed=1)
-    load_adapter(other, path)
-    for path, value in values(causal_lm).items():
-        np.testing.assert_array_equal(values(other)[path], value)
-
-
-def test_file_holds_all_that_is_trained(checkpoint, tmp_path):
-    causal_lm = load(checkpoint("qwen2"))
-    path = save_adapter(causal_lm, tmp_path / "all.safetensors")
-    arrays = load_file(path)
-    assert set(arrays) == {v.path for v in causal_lm.backbone.variables}
-    with pytest.raises(ValueError, match="LoRA adapters only"):
-        save_adapter(causal_lm, tmp_path / "peft")
-    assert [file.name for file in tmp_path.iterdir()] == ["all.safetensors"]
-
-
-@every_architecture
-def test_peft_layout_by_its_formula(checkpoint, tmp_path, architecture):
-    # W + alpha / r * B @ A, with what the configuration says for each module
-    folder = checkpoint(architecture)
-    causal_lm = load_trained(folder)
-    path = save_adapter(causal_lm, tmp_path / "adapter")
-    model = expected_model(folder)
-    weights = dict(model.named_parameters())
-    config = _read(path / "adapter_config.json")
-    arrays = load_file(path / PEFT_WEIGHTS)
-    assert len(arrays) == 8
-    for name, a in arrays.items():
-        if ".lora_A." in name:
-            module = name.split(".")[-3]
-            rank = config["rank_pattern"][module]
-            assert a.shape[0] == rank
-            scale = config["alpha_pattern"][module] / rank
-            delta = scale * arrays[name.replace("lora_A", "lora_B")] @ a
-            key = name.removeprefix("base_model.model.")
-            key = key.replace(".lora_A", "")
-            weights[key].data += torch.tensor(delta)
-    _assert_same_logits(causal_lm, model)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # between the two
-@every_architecture
-def test_peft_opens_it(checkpoint, tmp_path, architecture):
-    peft = pytest.importorskip("peft", reason="peft isn't installed")
-    folder = checkpoint(architecture)
-    causal_lm = load_trained(folder)
-    path = save_adapter(causal_lm, tmp_path / "adapter")
-    model = peft.PeftModel.from_pretrained(expected_model(folder), path)
-    _assert_same_logits(causal_lm, model)
-
-
-def _assert_same_logits(causal_lm, model):
-    token_ids = random_ids()
-    with torch.no_grad():
-        expected = model(torch.tensor(token_ids.astype("int64"))).logits
-    np.testing.assert_allclose(
-        logits_of(causal_lm, token_ids),
-        expected.numpy(),
-        rtol=0,
-        atol=TOLERANCE,
+def make_peft(folder, **options):
+    """A model of transformers with random adapters."""
+    model = peft.get_peft_model(
+        expected_model(folder), peft.LoraConfig(**options)
     )
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.1)
+    return model.eval()
 
 
-def _read(file):
-    from keras_iris.data.text_files import read_json
+def logits_of_torch(model):
+    with torch.no_grad():
+        ids = torch.tensor(random_ids().astype("int64"))
+        return model(ids).logits.float().numpy()
 
-    return read_json(file)
+
+def assert_same(left, right):
+    np.testing.assert_allclose(left, right, rtol=0, atol=TOLERANCE)
 
 
-def test_refuses_what_does_not_fit(checkpoint, tmp_path):
+@every_architecture
+def test_from_peft_and_back(checkpoint, tmp_path, architecture):
+    folder = checkpoint(architecture)
+    model = make_peft(folder, r=3, lora_alpha=7, target_modules="all-linear")
+    model.save_pretrained(tmp_path / "peft")
+    logits = logits_of_torch(model)
+
+    causal_lm = load(folder, dtype="float32")
+    assert np.abs(logits_of(causal_lm, random_ids()) - logits).max() > 0.1
+    load_adapter(causal_lm, tmp_path / "peft")
+    assert find_lora(causal_lm.backbone) == Lora(3, 7, ALL)
+    assert len(causal_lm.trainable_variables) == 2 * 7 * 2
+    assert_same(logits_of(causal_lm, random_ids()), logits)
+
+    path = save_adapter(causal_lm, tmp_path / "new" / "ours")
+    save_adapter(causal_lm, path)  # replaces its own
+    arrays, expected = (
+        load_file(f / WEIGHTS) for f in (path, tmp_path / "peft")
+    )
+    assert arrays.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(arrays[name], array)
+    again = peft.PeftModel.from_pretrained(expected_model(folder), path)
+    assert_same(logits_of_torch(again), logits)
+
+    merged = export(causal_lm, tmp_path / "merged", dtype="float32")
+    assert_same(logits_of_torch(model.merge_and_unload()), logits)
+    assert_same(logits_of_torch(expected_model(merged)), logits)
+
+
+def test_onto_adapters_that_are_there(checkpoint, tmp_path):
     folder = checkpoint("qwen2")
-    causal_lm = load_trained(folder)
-    before = values(causal_lm)
-    file = save_adapter(causal_lm, tmp_path / "a.safetensors")
-    peft = save_adapter(causal_lm, tmp_path / "peft")
-    other = load(folder, dtype="float32", lora_rank=RANK + 1)
-    with pytest.raises(ValueError, match="doesn't fit the model"):
-        load_adapter(other, file)
-    with pytest.raises(ValueError, match="isn't of the shapes"):
-        load_adapter(other, peft)
-    arrays = load_file(peft / PEFT_WEIGHTS)
-    name = next(name for name in arrays if "lora_B" in name)
-    arrays[name] = arrays[name] + 1.0
-    save_file(arrays, peft / PEFT_WEIGHTS)
-    with pytest.raises(ValueError, match="aren't shared by the heads"):
-        load_adapter(causal_lm, peft)
-    file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="cannot be read as a safetensors"):
-        load_adapter(causal_lm, file)
-    with pytest.raises(ValueError, match="cannot be read as a safetensors"):
-        load_adapter(causal_lm, tmp_path / "none.safetensors")
-    for path, value in values(causal_lm).items():
-        np.testing.assert_array_equal(before[path], value)
+    # bfloat16 factors, rank-stabilised: alpha / sqrt(rank)
+    model = make_peft(
+        folder,
+        r=4,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=["o_proj", "up_proj"],
+    ).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "peft")
+    options = dict(
+        dtype="float32",
+        lora_rank=4,
+        lora_alpha=6,
+        lora_targets=("up", "output"),
+    )
+    causal_lm = load(folder, **options)
+    load_adapter(causal_lm, tmp_path / "peft")
+    model = peft.PeftModel.from_pretrained(
+        expected_model(folder), tmp_path / "peft"
+    )
+    assert_same(logits_of(causal_lm, random_ids()), logits_of_torch(model))
+    for option, value in (("lora_alpha", 8), ("lora_rank", 2)):
+        other = load(folder, **{**options, option: value})
+        with pytest.raises(ValueError, match="or without `lora_rank`"):
+            load_adapter(other, tmp_path / "peft")
+
+
+@pytest.fixture(scope="module")
+def causal_lm(checkpoint):
+    return load(checkpoint("qwen2"), dtype="float32")
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path):
+    causal_lm = load(checkpoint("qwen2"), dtype="float32", lora_rank=2)
+    return save_adapter(causal_lm, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(use_dora=True),
+        dict(rank_pattern={"q_proj": 4}),
+        dict(alpha_pattern={"q_proj": 4}),
+        dict(modules_to_save=["lm_head"]),
+        dict(bias="lora_only"),
+        dict(target_modules=["q_proj", "embed_tokens"]),
+        dict(layers_to_transform=[0]),
+        dict(init_lora_weights="pissa"),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft's
+def test_refuses_what_is_not_plain(checkpoint, causal_lm, tmp_path, options):
+    options = dict(r=2, target_modules=["q_proj"]) | options
+    make_peft(checkpoint("qwen2"), **options).save_pretrained(tmp_path)
+    name = list(options)[-1] if len(options) > 2 else "embed_tokens"
+    name = "layers.1.self_attn.q_proj" if "layers" in name else name
+    with pytest.raises(ValueError, match=f"has .*{name}.*merge_and_unload"):
+        load_adapter(causal_lm, tmp_path)
+    assert find_lora(causal_lm.backbone) is None
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(use_rslora=True), "has use_rslora=true"),
-        (dict(use_dora=True), "has use_dora=true"),
-        (dict(peft_type="LOHA"), "the peft_type 'LOHA'"),
-        (dict(alpha_pattern={"0.self_attn.q_proj": 1}), "alpha_pattern '0.s"),
+        (dict(peft_type="LOHA"), "peft_type='LOHA'"),
+        (dict(some_new_way=2), "some_new_way=2"),
+        (dict(r=None), "r=None and lora_alpha=4.0"),
+        (dict(r=3), "factors of the shapes"),
     ],
 )
-def test_refuses_adapters_that_count_otherwise(
-    checkpoint, tmp_path, changes, message
-):
-    causal_lm = load_trained(checkpoint("qwen2"))
-    path = save_adapter(causal_lm, tmp_path / "peft")
-    edit(path / "adapter_config.json", **changes)
-    with pytest.raises(ValueError, match=message) as caught:
-        load_adapter(causal_lm, path)
-    assert "keras_iris.hub.save_adapter" in str(caught.value)
+def test_refuses_other_configurations(causal_lm, adapter, changes, message):
+    edit(adapter / "adapter_config.json", **changes)
+    with pytest.raises(ValueError, match=message):
+        load_adapter(causal_lm, adapter)
 
 
-def test_refuses_a_folder_without_config(checkpoint, tmp_path):
-    causal_lm = load_trained(checkpoint("qwen2"))
-    path = save_adapter(causal_lm, tmp_path / "peft")
-    (path / "adapter_config.json").unlink()
-    with pytest.raises(ValueError, match="the peft_type None"):
-        load_adapter(causal_lm, path)
+def test_refuses_damaged_folders(causal_lm, adapter):
+    arrays = load_file(adapter / WEIGHTS)
+    file = adapter / WEIGHTS
+    save_file({}, file)
+    with pytest.raises(ValueError, match="has no weights"):
+        load_adapter(causal_lm, adapter)
+    arrays.pop(next(name for name in arrays if "lora_B" in name))
+    save_file(arrays, file)
+    with pytest.raises(ValueError, match="factors of the shapes"):
+        load_adapter(causal_lm, adapter)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="no readable adapter_model"):
+        load_adapter(causal_lm, adapter)
+    (adapter / "adapter_config.json").unlink()
+    with pytest.raises(ValueError, match="peft_type=None"):
+        load_adapter(causal_lm, adapter)
 
 
-def test_nothing_is_trained(checkpoint, tmp_path):
-    causal_lm = load(checkpoint("qwen2"))
-    causal_lm.trainable = False
-    with pytest.raises(ValueError, match="no trainable variables"):
-        save_adapter(causal_lm, tmp_path / "a.safetensors")
-    causal_lm.trainable = True
-
-
-def test_does_not_replace_other_folders(checkpoint, tmp_path):
-    causal_lm = load_trained(checkpoint("qwen2"))
-    (tmp_path / "notes.txt").touch()
+def test_nothing_to_save(causal_lm, adapter, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="has 0 of them, and trains 2. other"):
+        save_adapter(causal_lm, tmp_path / "new")
+    more = load(checkpoint("qwen2"), lora_rank=2)
+    more.backbone.layer_norm.scale.trainable = True
+    with pytest.raises(ValueError, match="has 8 of them, and trains 1 other"):
+        save_adapter(more, tmp_path / "new")
+    (adapter / "notes.txt").touch()
+    more.backbone.layer_norm.scale.trainable = False
     with pytest.raises(ValueError, match="wasn't written by keras_iris"):
-        save_adapter(causal_lm, tmp_path)
+        save_adapter(more, adapter)
+
+
+def test_configuration_that_peft_writes(adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["q_proj", "v_proj"]
+    assert (config["r"], config["lora_alpha"]) == (2, 4)

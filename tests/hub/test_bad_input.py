@@ -246,8 +246,8 @@ def test_not_a_folder(tmp_path, no_model):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (dict(lora_rank=0), "`lora_rank` has to be"),
-        (dict(lora_rank=2.0), "`lora_rank` has to be"),
+        (dict(lora_rank=0), "rank has to be"),
+        (dict(lora_rank=2, lora_targets="q"), "targets have to be"),
         (dict(quantize="int2", lora_rank=1), "`quantize` has to be"),
         (dict(quantize="int8"), "cannot be trained without"),
     ],

@@ -39,7 +39,7 @@ def randomize_adapters(causal_lm, seed=0):
 @every_architecture
 def test_round_trip_merges_adapters(checkpoint, tmp_path, architecture):
     source = checkpoint(architecture)
-    causal_lm = load(source, dtype="float32", lora_rank=2)
+    causal_lm = load(source, dtype="float32", lora_rank=2, lora_targets="all")
     token_ids = random_ids()
     before = logits_of(causal_lm, token_ids)
     randomize_adapters(causal_lm)
@@ -149,7 +149,11 @@ def test_shards(checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma"])
 def test_quantized(checkpoint, tmp_path, architecture, mode):
     causal_lm = load(
-        checkpoint(architecture), dtype="float32", lora_rank=2, quantize=mode
+        checkpoint(architecture),
+        dtype="float32",
+        lora_rank=2,
+        lora_targets="all",
+        quantize=mode,
     )
     randomize_adapters(causal_lm)
     folder = export(causal_lm, tmp_path / "model", dtype="float32")

@@ -32,7 +32,7 @@ def test_lora_trains_adapters_only(checkpoint, architecture):
     folder = checkpoint(architecture)
     causal_lm = load(folder, dtype="float32", lora_rank=2)
     names = {variable.name for variable in causal_lm.trainable_variables}
-    assert names == {"lora_kernel_a", "lora_kernel_b"}
+    assert names == {"lora_a", "lora_b"}
     # query and value of 2 layers, 2 factors each
     assert len(causal_lm.trainable_variables) == 8
     token_ids = random_ids()
@@ -40,23 +40,6 @@ def test_lora_trains_adapters_only(checkpoint, architecture):
         logits_of(causal_lm, token_ids),
         logits_of(load(folder, dtype="float32"), token_ids),
     )
-
-
-@pytest.mark.slow
-def test_adapters_start_the_same_in_every_process(checkpoint):
-    """Else a run that is taken up again would refuse its own model."""
-    starts = []
-    for seed in (1, 2):
-        keras.utils.set_random_seed(seed)
-        causal_lm = load(checkpoint("qwen2"), dtype="float32", lora_rank=2)
-        starts.append(
-            [keras.ops.convert_to_numpy(v) for v in causal_lm.trainable_weights]
-        )
-    for left, right in zip(*starts, strict=True):
-        np.testing.assert_array_equal(left, right)
-    # As different from each other as before.
-    values = np.concatenate([a.ravel() for a in starts[0] if a.any()])
-    assert len(np.unique(values)) == len(values)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +61,7 @@ def test_quantized_lora(checkpoint, quantize, tolerance, monkeypatch):
     assert [v.dtype for v in kernels] == 7 * ["int8"]
     assert causal_lm.backbone.token_embedding.embeddings.dtype == "float32"
     # its adapters train; the second factors start as zeros
-    second = [v for v in causal_lm.variables if v.name == "lora_kernel_b"]
+    second = [v for v in causal_lm.variables if v.name == "lora_b"]
     assert len(second) == 2
     model = SelfPlayModel(causal_lm)
     model.compile(keras.optimizers.SGD(1.0), losses.IRIS(), jit_compile=False)

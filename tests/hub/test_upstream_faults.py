@@ -112,35 +112,11 @@ def test_mistral_tokenizer_reads_special_tokens_as_text(checkpoint):
     assert 2 not in np.asarray(tokenizer("a</s>b")).tolist()
 
 
-def test_lora_leaves_biases_trainable(checkpoint):
-    """`load` freezes them."""
-    backbone = convert(checkpoint("qwen2"), load_weights=False)
-    backbone.enable_lora(2)
-    assert any(v.name == "bias" for v in backbone.trainable_variables)
-
-
 def test_qwen_exporter_names_no_class(checkpoint, tmp_path):
     """`export` writes config.json itself."""
     backbone = convert(checkpoint("qwen2"))
     backbone.export_to_transformers(str(tmp_path))
     assert "architectures" not in read_json(tmp_path / "config.json")
-
-
-def test_gemma_exporter_drops_adapters(checkpoint, tmp_path):
-    """`Weight.read` merges them."""
-    from safetensors.numpy import load_file
-
-    backbone = convert(checkpoint("gemma", num_key_value_heads=1))
-    backbone.enable_lora(2)
-    layer = backbone.transformer_layers[0].attention.query_dense
-    exported = []
-    for value in (0.0, 1.0):
-        layer.lora_kernel_b.assign(np.full(layer.lora_kernel_b.shape, value))
-        folder = tmp_path / str(value)
-        backbone.export_to_transformers(str(folder))
-        arrays = load_file(folder / "model.safetensors")
-        exported.append(arrays["model.layers.0.self_attn.q_proj.weight"])
-    np.testing.assert_array_equal(*exported)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")

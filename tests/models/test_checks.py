@@ -62,31 +62,6 @@ def test_small_rates_in_float32_variables(dtype):
     _model(dtype).compile(optimizers.AdamW(5e-7), IRIS())
 
 
-@pytest.mark.parametrize("kind", ["weights", "whole"])
-def test_lora_is_not_saved_in_keras_way(kind, tmp_path):
-    model = _model(optimizer="sgd", loss=IRIS())
-    path = tmp_path / "model.weights.h5"
-    model.save_weights(path)
-    model.causal_lm.backbone.enable_lora(2)
-    with pytest.raises(ValueError, match="LoRA.*save_adapter"):
-        if kind == "weights":
-            model.save_weights(tmp_path / "lora.weights.h5")
-        else:
-            model.save(tmp_path / "model.keras")
-    with pytest.raises(ValueError, match="LoRA.*save_adapter"):
-        model.load_weights(path)
-
-
-def test_lora_under_backup_and_restore(tmp_path):
-    causal_lm = make_causal_lm(num_layers=1)
-    causal_lm.backbone.enable_lora(2)
-    model = keras_iris.SelfPlayModel(causal_lm)
-    model.compile("sgd", IRIS())
-    backup = keras.callbacks.BackupAndRestore(tmp_path)
-    with pytest.raises(ValueError, match="LoRA.*save_adapter"):
-        model.fit(PAIRS, OPPONENT, callbacks=[backup], verbose=0)
-
-
 def test_whole_models_keep_how_they_were_compiled(tmp_path):
     options = {
         "jit_compile": False,

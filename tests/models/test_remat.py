@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
+from keras_iris.models import Lora, add_lora
 from keras_iris.models.remat import remat_layers
 
 TOLERANCE = 1e-5  # float32 gradients, summed in another order
@@ -45,7 +46,7 @@ def test_same_step(architecture, lora):
     for remat in (False, True):
         causal_lm = make_causal_lm(architecture)
         if lora:
-            causal_lm.backbone.enable_lora(2)
+            add_lora(causal_lm.backbone, Lora(2, targets="all"))
         if remat:
             remat_layers(causal_lm.backbone)
         results.append(train_once(causal_lm))
@@ -96,6 +97,7 @@ import keras
 import numpy as np
 from tiny_models import make_causal_lm
 
+from keras_iris.models import Lora, add_lora
 from keras_iris.models.remat import remat_layers
 
 

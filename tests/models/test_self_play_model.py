@@ -145,27 +145,6 @@ def test_one_metric_and_weighted_metrics():
     assert {"margin", "mse"} < set(logs)
 
 
-def test_lora_trains_the_adapters_alone():
-    causal_lm = make_causal_lm()
-    causal_lm.backbone.enable_lora(rank=2)
-    for layer in causal_lm.backbone._flatten_layers():
-        for variable in layer.trainable_variables:
-            variable.trainable = "lora" in variable.name
-    model = keras_iris.SelfPlayModel(causal_lm)
-    model.compile(optimizer="sgd", loss=keras_iris.losses.IRIS())
-    before = [v.numpy() for v in causal_lm.backbone.variables]
-    pairs = make_pairs()
-    model.fit(pairs, model.predict(pairs, verbose=0), verbose=0, epochs=2)
-    names = {
-        variable.name
-        for variable, old in zip(
-            causal_lm.backbone.variables, before, strict=True
-        )
-        if not np.array_equal(variable.numpy(), old)
-    }
-    assert names and all("lora" in name for name in names)
-
-
 class TestErrors:
     def test_model_without_the_parts(self):
         inputs = keras.Input((4,))

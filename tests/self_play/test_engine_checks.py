@@ -13,6 +13,7 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 import keras_iris
 from keras_iris.data import ChatTemplate, SymbolTokenizer
 from keras_iris.generation import Completion, Engine
+from keras_iris.models import Lora, add_lora
 
 
 class _OtherProcess(Engine):
@@ -184,7 +185,7 @@ def test_int8_and_exported_weights(tmp_path):
     causal_lm.quantize(
         "int8", filters=lambda x: isinstance(x, keras.layers.EinsumDense)
     )
-    causal_lm.backbone.enable_lora(2)
+    add_lora(causal_lm.backbone, Lora(2))
     model = keras_iris.SelfPlayModel(causal_lm)
     model.compile(loss=keras_iris.losses.IRIS())
     with pytest.raises(
