@@ -1,5 +1,6 @@
 """From whatever data a user has to examples that fit the model."""
 
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -7,13 +8,13 @@ import keras
 from keras_iris.data import (
     ChatTemplate,
     Example,
-    HubTokenizer,
     Tokenizer,
     check_vocabulary,
-    read_conversations,
     tokenize,
 )
+from keras_iris.data.rows import OnBadRow
 from keras_iris.data.tokenize import OnOverflow
+from keras_iris.hub.convert_tokenizer import convert_keras_hub
 
 
 def prepare_examples(  # noqa: PLR0913 (by keyword only)
@@ -25,6 +26,8 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
     max_prompt_length: int,
     max_response_length: int,
     on_overflow: OnOverflow,
+    on_bad_row: OnBadRow,
+    cache_dir: Path,
 ) -> tuple[list[Example], tuple[int, ...], str]:
     """Tokenises data for a causal LM.
 
@@ -36,6 +39,8 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
         max_prompt_length: Tokens of a prompt.
         max_response_length: Tokens of a response.
         on_overflow: `"drop"`, `"truncate"` or `"error"`.
+        on_bad_row: `"drop"` or `"error"`.
+        cache_dir: Keeps the ids of a file.
 
     Returns:
         The examples, the ids that end a response, and a fingerprint of the
@@ -46,6 +51,7 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
             read, or hold ids that the model doesn't know.
     """
     tokenizer = tokenizer or _own_tokenizer(causal_lm)
+    template = template or getattr(causal_lm, "chat_template", None)
     is_list = isinstance(data, list | tuple)
     if is_list and not data:
         raise ValueError("The data are empty. Expected at least one row.")
@@ -58,19 +64,20 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
             "`keras_iris.data.Example`."
         )
     else:
-        template = template or getattr(causal_lm, "chat_template", None)
-        if template is not None:
-            template.check()
         examples = tokenize(
-            read_conversations(data),
+            data,
             tokenizer,
             template=template,
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
             on_overflow=on_overflow,
+            on_bad_row=on_bad_row,
+            cache_dir=cache_dir if isinstance(data, str | Path) else None,
         )
     check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
-    if tokenizer is not None:
+    if tokenizer is not None:  # `export` writes what is trained with
+        causal_lm.tokenizer = tokenizer
+        causal_lm.chat_template = template
         return examples, tokenizer.end_token_ids, tokenizer.fingerprint()
     return examples, _common_end(examples), "ids"
 
@@ -92,7 +99,8 @@ def _own_tokenizer(causal_lm: keras.Model) -> Tokenizer | None:
     # `keras_iris.load` attaches one; KerasHub's preprocessor may have one.
     tokenizer = getattr(causal_lm, "tokenizer", None)
     if tokenizer is None and causal_lm.preprocessor is not None:
-        tokenizer = HubTokenizer(causal_lm.preprocessor.tokenizer)
+        hub = causal_lm.preprocessor.tokenizer
+        tokenizer = convert_keras_hub(hub, None)
     return tokenizer
 
 

@@ -19,6 +19,7 @@ from keras_iris.arguments import check_count, check_positive
 from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import ChatTemplate, PairDataset, Tokenizer
 from keras_iris.data.buckets import choose_bucket_lengths
+from keras_iris.data.rows import OnBadRow
 from keras_iris.data.tokenize import OnOverflow
 from keras_iris.evaluation import score_mode
 from keras_iris.generation import Engine, KerasEngine
@@ -76,6 +77,8 @@ class SelfPlay:
         max_response_length: Tokens of a response, annotated or synthetic.
         on_overflow: What becomes of longer annotated responses: `"drop"`,
             `"truncate"` or `"error"`, as in `keras_iris.data.tokenize`.
+        on_bad_row: What happens to rows that can't be read: `"drop"` or
+            `"error"`.
         tokenizer: A `keras_iris.data.Tokenizer`; by default the one of
             `keras_iris.load`, or of the causal LM's preprocessor.
         template: The chat template; by default that of `keras_iris.load`.
@@ -115,6 +118,7 @@ class SelfPlay:
         max_prompt_length: int = 1024,
         max_response_length: int = 256,
         on_overflow: OnOverflow = "drop",
+        on_bad_row: OnBadRow = "error",
         tokenizer: Tokenizer | None = None,
         template: ChatTemplate | None = None,
         engine: Engine | None = None,
@@ -179,6 +183,8 @@ class SelfPlay:
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
             on_overflow=on_overflow,
+            on_bad_row=on_bad_row,
+            cache_dir=Path(run_dir) / "tokens",
         )
         if len(self.examples) < batch_size:
             raise ValueError(
