@@ -18,12 +18,11 @@ class Tokenizer:
         definition: The content of a tokenizer.json.
         end_token_ids: Ids that end a response, the usual one first: it is
             appended where a template writes none.
-        start_token_ids: Ids that stand before every text. Defaults to those
-            that the definition puts there.
         pad_token_id: The id of padding. Defaults to the first end token's.
         folder: The checkpoint it is of, whose other files an export copies.
 
     Attributes:
+        start_token_ids: What the definition puts before a text.
         special_tokens: The strings that `encode` knows if `parse_special`.
         vocabulary_size: One more than the largest token id.
 
@@ -37,7 +36,6 @@ class Tokenizer:
         definition: str,
         *,
         end_token_ids: Iterable[int],
-        start_token_ids: Iterable[int] | None = None,
         pad_token_id: int | None = None,
         folder: Path | None = None,
     ):
@@ -56,17 +54,14 @@ class Tokenizer:
                 "generation_config.json, or `eos_token` in "
                 "tokenizer_config.json; add one of them to the folder."
             )
-        if start_token_ids is None:
-            start_token_ids = _added_before(self._tokenizer)
-        self.start_token_ids = tuple(start_token_ids)
+        self.start_token_ids = tuple(_added_before(self._tokenizer))
         if pad_token_id is None:
             pad_token_id = self.end_token_ids[0]
         self.pad_token_id = pad_token_id
-        ids = (*self.end_token_ids, *self.start_token_ids, pad_token_id)
-        for token_id in ids:
+        for token_id in (*self.end_token_ids, pad_token_id):
             if not 0 <= token_id < self.vocabulary_size:
                 raise ValueError(
-                    f"The start, end or padding token id {token_id} isn't in "
+                    f"The end or padding token id {token_id} isn't in "
                     f"the tokenizer's vocabulary of {self.vocabulary_size}. "
                     "The files belong to different models; download them again."
                 )
@@ -106,7 +101,7 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """A hash that changes whenever other ids may come out."""
-        facts = [self.definition(), self.end_token_ids, self.start_token_ids]
+        facts = [self.definition(), self.end_token_ids]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

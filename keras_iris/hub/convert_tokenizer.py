@@ -115,17 +115,33 @@ def convert_keras_hub(hub: Any, template: ChatTemplate | None) -> Tokenizer:
         raise _unknown(hub)
     from keras_iris.hub.tokenizer_folder import template_end
 
-    special = {token: hub.token_to_id(token) for token in hub.special_tokens}
+    special = {token: int(hub.token_to_id(token)) for token in _special(hub)}
     names = ("end_token_id", "end_token2_id")  # Llama 3 has two
     ends: list[Any] = [*template_end(template, special)]
     ends += [getattr(hub, name, None) for name in names]
-    start = getattr(hub, "start_token_id", None)
     return Tokenizer(
-        definition,
+        _start_with(definition, getattr(hub, "start_token_id", None)),
         end_token_ids=[int(i) for i in ends if i is not None],
-        start_token_ids=[] if start is None else [int(start)],
         pad_token_id=int(getattr(hub, "pad_token_id", 0) or 0),
     )
+
+
+def _special(hub: Any) -> set[str]:
+    more = hub.get_config().get("unsplittable_tokens")
+    return {*hub.special_tokens, *(more or ())}
+
+
+def _start_with(definition: str, token_id: int | None) -> str:
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_str(definition)
+    tokenizer.post_processor = None
+    if token_id is not None:
+        token = tokenizer.id_to_token(token_id)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            [token, "$A"], special_tokens=[(token, token_id)]
+        )
+    return str(tokenizer.to_str())
 
 
 def _unknown(hub: Any) -> ValueError:
@@ -177,6 +193,5 @@ def _convert_byte_pairs(hub: Any) -> str:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
-    special = {*hub.special_tokens, *(hub.unsplittable_tokens or ())}
-    tokenizer.add_special_tokens(sorted(special, key=hub.token_to_id))
+    tokenizer.add_special_tokens(sorted(_special(hub), key=hub.token_to_id))
     return str(tokenizer.to_str())

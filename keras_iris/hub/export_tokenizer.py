@@ -82,7 +82,6 @@ def _write_definition(
         "eos_token": tokenizer.end_token_ids[0],
         "pad_token": tokenizer.pad_token_id,
     }
-    config["add_bos_token"] = bool(tokenizer.start_token_ids)
     if tokenizer.start_token_ids:
         ids["bos_token"] = tokenizer.start_token_ids[0]
     config |= {name: tokenizer.token(i) for name, i in ids.items()}

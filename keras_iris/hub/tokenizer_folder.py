@@ -21,7 +21,8 @@ def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
     A response ends with the template's end of turn, with an end token of
     generation_config.json (config.json if there is none), or that of
     tokenizer_config.json. A text starts with what tokenizer.json puts before
-    it, unless tokenizer_config.json says otherwise.
+    it; the `add_bos_token` of tokenizer_config.json doesn't count, as in
+    transformers 5.
 
     Args:
         folder: A Hugging Face folder.
@@ -42,21 +43,15 @@ def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
             "file of the `tokenizers` library; download it again."
         )
     ids = _add_tokens(definition, config)
-    named = {name: ids.get(token_text(config.get(name))) for name in config}
+    named = {name: ids.get(token_text(config[name]) or "") for name in config}
     end_token_ids = [
         *template_end(template, ids),
         *_generation_end(folder),
         named.get("eos_token"),
     ]
-    start_token_ids = None
-    if "add_bos_token" in config or "add_eos_token" in config:
-        # As transformers does.
-        start = named.get("bos_token") if config.get("add_bos_token") else None
-        start_token_ids = [] if start is None else [start]
     return Tokenizer(
         json.dumps(definition),
         end_token_ids=[i for i in end_token_ids if i is not None],
-        start_token_ids=start_token_ids,
         pad_token_id=named.get("pad_token"),
         folder=folder,
     )
@@ -83,7 +78,7 @@ def check_embeddings(tokenizer: Tokenizer, vocabulary_size: int) -> None:
 
 def _add_tokens(
     definition: dict[str, Any], config: Mapping[str, Any]
-) -> dict[str | None, int]:
+) -> dict[str, int]:
     """Adds special tokens that only tokenizer_config.json names.
 
     As transformers does: those of `added_tokens_decoder`, and the named ones
@@ -93,7 +88,7 @@ def _add_tokens(
         All added tokens and their ids.
     """
     added: list[dict[str, Any]] = definition.setdefault("added_tokens", [])
-    ids: dict[str | None, int] = {t["content"]: t["id"] for t in added}
+    ids: dict[str, int] = {t["content"]: t["id"] for t in added}
     vocabulary = definition["model"].get("vocab", {})
     if not isinstance(vocabulary, dict):  # Unigram: a list of pairs
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
@@ -103,7 +98,7 @@ def _add_tokens(
     }
     for name in _NAMED_TOKENS:
         text = token_text(config.get(name))
-        if text in vocabulary:
+        if text and text in vocabulary:
             wanted.setdefault(text, (vocabulary[text], {}))
     for text, (token_id, entry) in wanted.items():
         if text not in ids:
@@ -122,7 +117,7 @@ def _add_tokens(
 
 
 def template_end(
-    template: ChatTemplate | None, ids: Mapping[str | None, int]
+    template: ChatTemplate | None, ids: Mapping[str, int]
 ) -> list[int]:
     """The id of the first added token that follows a response.
 
@@ -143,7 +138,7 @@ def template_end(
     places = {
         rest.find(token): i
         for token, i in ids.items()
-        if token and token in rest and token.strip()
+        if token in rest and token.strip()
     }
     return [places[min(places)]] if places else []
 

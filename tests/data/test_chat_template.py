@@ -192,7 +192,7 @@ def test_a_template_that_cannot_render_is_refused(source):
         "{{ 'a'.zfill(N) }}",
         "{{ '\t'.expandtabs(N) }}",
         "{{ 'a' | center(N) }}",
-        "{{ 'a\nb' | indent(N) }}",
+        "{{ 'a\nb' | indent(N // 2) }}",
         "{{ '%Nd' % 1 }}",
         "{{ '%*d' % (N, 1) }}",
         "{{ '%Nd' | format(1) }}",
@@ -213,7 +213,7 @@ def test_a_template_that_writes_too_much(source, size):
     source = source.replace("N", str(size)).replace("width", str(size))
     template = ChatTemplate(source)
     if size < 10_000_000:
-        assert len(template.render_prompt(ONE_TURN)) >= size
+        assert len(template.render_prompt(ONE_TURN)) >= size // 2
         return
     with pytest.raises(ValueError, match="OverflowError: the result of"):
         template.render_prompt(ONE_TURN)
