@@ -7,10 +7,13 @@ starts from are the ids that training conditions on.
 import itertools
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import keras
 import numpy as np
@@ -29,6 +32,8 @@ from keras_iris.data.token_cache import cache_file, cached
 from keras_iris.data.tokenizer import Tokenizer
 
 OnOverflow = Literal["drop", "truncate", "error"]
+T = TypeVar("T")
+R = TypeVar("R")
 TokenPair = tuple[list[int], list[int]]  # prompt, response
 
 _OVERFLOWS = ("drop", "truncate", "error")
@@ -154,6 +159,10 @@ class _Encoder:
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None):
         self.tokenizer = tokenizer
         self.template = template
+        self._cuts: list[str] = []
+        if template is not None:
+            probe = template.render_prompt(_as_messages("?"))
+            self._cuts = [t for t in tokenizer.cutting_tokens if t in probe]
 
     def encode(self, rows: Sequence[Conversation]) -> list[TokenPair]:
         """Encodes rows, on all cores.
@@ -184,37 +193,42 @@ class _Encoder:
     def _encode_rendered(
         self, rows: Sequence[Conversation], template: ChatTemplate
     ) -> list[TokenPair]:
-        texts = []
-        for row in rows:
-            messages = _as_messages(row.prompt)
-            turn = {"role": "assistant", "content": row.response}
-            marked = MarkedText([*messages, turn], self.tokenizer)
-            *history, turn = marked.messages
-            prompt, full = template.render_pair(history, turn["content"])
-            # Without the response, as generation renders it.
-            own, own_text = marked, prompt
-            if not marked.is_plain:
-                own = MarkedText(messages, self.tokenizer)
-                own_text = template.render_prompt(own.messages)
-            texts += [(own, own_text), (marked, full)]
-        all_ids = self._encode_texts(texts)
+        texts = [self._render(row, template) for row in rows]
+        # Most of a prompt is encoded once: up to its last special token.
+        heads = self._encode_texts(
+            [(t.own, t.own_prompt[: t.cut]) for t in texts]
+        )
+        tails = self._encode_texts(
+            [(t.own, t.own_prompt[t.cut :]) for t in texts]
+        )
+        fulls = self._encode_texts([(t.marked, t.full[t.cut :]) for t in texts])
         pairs = []
-        for i in range(0, len(texts), 2):
-            prompt_ids, full_ids = all_ids[i : i + 2]
-            if full_ids[: len(prompt_ids)] == prompt_ids:
-                rest = full_ids[len(prompt_ids) :]
+        for text, head, tail, full in zip(
+            texts, heads, tails, fulls, strict=True
+        ):
+            if full[: len(tail)] == tail:
+                rest = full[len(tail) :]
             else:
                 # A token spans prompt and response: generation never sees it.
-                prompt = self._prompt_of(texts[i + 1], template)
-                marked, full = texts[i + 1]
-                rest = marked.encode(full[len(prompt) :], continues=True)
-            pairs.append((prompt_ids, rest))
+                rest = text.marked.encode(
+                    text.full[len(text.prompt) :], continues=True
+                )
+            pairs.append((head + tail, rest))
         return pairs
 
-    def _prompt_of(
-        self, text: tuple[MarkedText, str], template: ChatTemplate
-    ) -> str:
-        return template.render_prompt(text[0].messages[:-1])
+    def _render(self, row: Conversation, template: ChatTemplate) -> "_Rendered":
+        messages = _as_messages(row.prompt)
+        turn = {"role": "assistant", "content": row.response}
+        marked = MarkedText([*messages, turn], self.tokenizer)
+        *history, turn = marked.messages
+        prompt, full = template.render_pair(history, turn["content"])
+        if marked.is_plain:
+            cut = max([0, *(prompt.rfind(token) for token in self._cuts)])
+            return _Rendered(marked, prompt, full, marked, prompt, cut)
+        # Without the response, as generation renders it.
+        own = MarkedText(messages, self.tokenizer)
+        own_prompt = template.render_prompt(own.messages)
+        return _Rendered(marked, prompt, full, own, own_prompt, 0)
 
     def _encode_texts(
         self, texts: Sequence[tuple[MarkedText, str]]
@@ -229,10 +243,25 @@ class _Encoder:
     def _close(self, token_ids: list[int]) -> list[int]:
         """Ids up to the first end token, appended if there is none."""
         ends = self.tokenizer.end_token_ids
-        for position, token_id in enumerate(token_ids):
-            if token_id in ends:
-                return token_ids[: position + 1]
+        places = [token_ids.index(end) for end in ends if end in token_ids]
+        if places:
+            return token_ids[: min(places) + 1]
         return [*token_ids, ends[0]]
+
+
+class _Rendered(NamedTuple):
+    """A conversation's texts.
+
+    `own_prompt` is the prompt as generation renders it, `cut` where its last
+    special token starts.
+    """
+
+    marked: MarkedText
+    prompt: str
+    full: str
+    own: MarkedText
+    own_prompt: str
+    cut: int
 
 
 @dataclass
@@ -270,7 +299,7 @@ class _Limits:
             )
         if self.on_overflow == "error":
             raise ValueError(
-                f"{row.where} has a prompt of {sizes[0]} and a response of "
+                f"{row.where}: A prompt of {sizes[0]} and a response of "
                 f"{sizes[1]} tokens, expected {self._at_most}. Raise the "
                 "maximum, or pass `on_overflow='drop'` or 'truncate'."
             )
@@ -292,7 +321,7 @@ class _Limits:
         ):
             del messages[first : first + 2]
             short = Conversation(tuple(messages), row.response, row.where)
-            ((_, pair),) = _encode_rows([short], encoder, BadRows())
+            (pair,) = encoder.encode([short])
         return pair
 
     @property
@@ -321,9 +350,13 @@ def _make_examples(
     source: Any, encoder: _Encoder, limits: _Limits, bad_rows: BadRows
 ) -> Iterator[Example]:
     rows = read_rows(source, read_conversation, bad_rows)
+    batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
     progress, number, num_examples = _Progress(), 0, 0
-    while batch := list(itertools.islice(rows, _BATCH)):
-        for row, pair in _encode_rows(batch, encoder, bad_rows):
+    for batch in _two_ahead(partial(_encode_rows, encoder), batches):
+        for row, pair in batch:
+            if isinstance(pair, ValueError):
+                bad_rows.add(ValueError(f"{row.where}: {pair}"))
+                continue
             example = limits.fit(row, pair, encoder)
             if example is not None:
                 num_examples += 1
@@ -343,17 +376,28 @@ def _make_examples(
 
 
 def _encode_rows(
-    rows: Sequence[Conversation], encoder: _Encoder, bad_rows: BadRows
-) -> list[tuple[Conversation, TokenPair]]:
-    """Each row that can be encoded with its ids."""
+    encoder: _Encoder, rows: Sequence[Conversation]
+) -> list[tuple[Conversation, TokenPair | ValueError]]:
+    """Each row with its ids, or with what is wrong with it."""
     try:
         return list(zip(rows, encoder.encode(rows), strict=True))
     except ValueError as error:
         if len(rows) == 1:
-            bad_rows.add(ValueError(f"{rows[0].where}: {error}"))
-            return []
+            return [(rows[0], error)]
     # One of them is bad: find it.
-    return [p for row in rows for p in _encode_rows([row], encoder, bad_rows)]
+    return [result for row in rows for result in _encode_rows(encoder, [row])]
+
+
+def _two_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results in their order; Python renders one while another is encoded."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 class _Progress:

@@ -24,6 +24,8 @@ class Tokenizer:
     Attributes:
         start_token_ids: What the definition puts before a text.
         special_tokens: The strings that `encode` knows if `parse_special`.
+        cutting_tokens: Those of them before which a text can be cut in two
+            that are encoded apart.
         vocabulary_size: One more than the largest token id.
 
     Raises:
@@ -44,7 +46,13 @@ class Tokenizer:
         self._tokenizer = _parse(definition)
         self._plain = _without_special_tokens(definition, self.end_token_ids)
         added = self._plain.get_added_tokens_decoder().values()
-        self.special_tokens = tuple(t.content for t in added if t.special)
+        added = [token for token in added if token.special]
+        self.special_tokens = tuple(token.content for token in added)
+        self.cutting_tokens = tuple(
+            token.content
+            for token in added
+            if not (token.lstrip or token.normalized or token.single_word)
+        )
         self.vocabulary_size = 1 + max(
             self._tokenizer.get_vocab(with_added_tokens=True).values()
         )

@@ -69,15 +69,14 @@ def _write_definition(
 ) -> dict[str, Any]:
     definition = tokenizer.definition()
     (folder / "tokenizer.json").write_text(definition, encoding="utf-8")
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
+    config: dict[str, Any] = {}
     if tokenizer.folder is not None:
         _copy(_VOCABULARIES, tokenizer.folder, folder)
         config |= read_json(tokenizer.folder / "special_tokens_map.json")
         config |= read_json(tokenizer.folder / "tokenizer_config.json")
         config.pop("chat_template", None)
+    config.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
+    config["clean_up_tokenization_spaces"] = False
     ids = {
         "eos_token": tokenizer.end_token_ids[0],
         "pad_token": tokenizer.pad_token_id,

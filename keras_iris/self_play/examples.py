@@ -77,7 +77,7 @@ def prepare_examples(  # noqa: PLR0913 (by keyword only)
     check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
     if tokenizer is not None:  # `export` writes what is trained with
         causal_lm.tokenizer = tokenizer
-        causal_lm.chat_template = template
+        causal_lm.chat_template = template and template.bind(tokenizer)
         return examples, tokenizer.end_token_ids, tokenizer.fingerprint()
     return examples, _common_end(examples), "ids"
 

@@ -206,7 +206,9 @@ def test_what_is_too_long_is_dropped_and_counted(limits, left):
     with pytest.warns(UserWarning, match="1 of 2 conversations were dropped"):
         (example,) = tokenize(ROWS, LETTERS, **options)
     assert LETTERS.decode(example.response_ids) == left
-    with pytest.raises(ValueError, match=r"row \d has .*'drop'.*'truncate'"):
+    with pytest.raises(
+        ValueError, match=r"row \d: A prompt .*'drop'.*'truncate'"
+    ):
         tokenize(ROWS, LETTERS, on_overflow="error", **options)
 
 

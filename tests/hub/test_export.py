@@ -22,9 +22,8 @@ from tiny_checkpoints import copy, edit
 from tokenizer_texts import TEXTS
 
 from keras_iris import SelfPlay, SelfPlayModel, files, losses
-from keras_iris.data import ChatTemplate, tokenize
+from keras_iris.data import ChatTemplate, Tokenizer, tokenize
 from keras_iris.hub import export, load, shards
-from keras_iris.hub.tokenizer_folder import load_tokenizer
 
 TOLERANCE = 1e-4
 # one rounding of each weight to 8 bits of mantissa
@@ -96,19 +95,29 @@ def _assert_same_text_side(first, second):
     assert second.chat_template.render_prompt(messages) == prompt
 
 
-@pytest.mark.parametrize("other_tokenizer", [False, True])
-@pytest.mark.parametrize("name", ["spin", "chatml"])
+@pytest.mark.parametrize(
+    ("architecture", "name", "end"),
+    [
+        ("mistral", "spin", None),  # which writes the start token then
+        ("qwen2", "spin", "<|stop|>"),
+        ("qwen2", "chatml", None),
+    ],
+)
 def test_what_is_trained_with_is_exported(
-    checkpoint, tmp_path, name, other_tokenizer
+    checkpoint, tmp_path, architecture, name, end
 ):
     """Template, tokenizer, end tokens; transformers and vLLM read them."""
-    source = copy(checkpoint("qwen2"), tmp_path)
+    source = copy(checkpoint(architecture), tmp_path)
     edit(source / "tokenizer_config.json", chat_template=None)
     template = ChatTemplate.named(name)
     options = {"template": template}
-    if other_tokenizer:  # with a start token, which "spin" then writes
-        other = checkpoint("mistral" if name == "spin" else "qwen2")
-        options["tokenizer"] = load_tokenizer(other, template)
+    if end:
+        definition = json.loads((source / "tokenizer.json").read_text())
+        token = {**definition["added_tokens"][0], "id": 635, "content": end}
+        definition["added_tokens"].append(token)
+        options["tokenizer"] = Tokenizer(
+            json.dumps(definition), end_token_ids=[635]
+        )
     causal_lm = load(source, default_template=template)
     model = SelfPlayModel(causal_lm)
     model.compile("adam", losses.IRIS())
@@ -130,11 +139,12 @@ def test_what_is_trained_with_is_exported(
         turns[:1], add_generation_prompt=True, return_dict=False
     )
     assert prompt_ids == example.prompt_ids.tolist()
-    end = int(example.response_ids[-1])
-    assert theirs.eos_token_id == end
+    end_id = int(example.response_ids[-1])
+    assert theirs.eos_token_id == end_id
+    assert end in (None, theirs.eos_token)
     for file in ("config.json", "generation_config.json"):
         ends = json.loads((folder / file).read_text())["eos_token_id"]
-        assert np.ravel(ends)[0] == end
+        assert np.ravel(ends)[0] == end_id
     again = load(folder)
     _assert_same_text_side(causal_lm, again)
     assert again.tokenizer.fingerprint() == causal_lm.tokenizer.fingerprint()
