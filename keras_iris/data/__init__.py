@@ -9,10 +9,11 @@ from keras_iris.data.conversations import (
     Message,
     read_conversations,
 )
+from keras_iris.data.encoder import encode_prompt
 from keras_iris.data.example import Example, check_vocabulary
 from keras_iris.data.pairs import PairDataset, pad_pairs
 from keras_iris.data.sources import cmudict, load_dataset
-from keras_iris.data.tokenize import encode_prompt, tokenize
+from keras_iris.data.tokenize import tokenize
 from keras_iris.data.tokenizer import SymbolTokenizer, Tokenizer
 
 __all__ = [

@@ -1,8 +1,4 @@
-"""Conversations to token ids: one path for generation and for training.
-
-The prompt's ids don't depend on the response, so the ids that generation
-starts from are the ids that training conditions on.
-"""
+"""A source of conversations to examples within limits."""
 
 import itertools
 import time
@@ -13,20 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import keras
 import numpy as np
 
 from keras_iris.data.chat_template import ChatTemplate
-from keras_iris.data.conversations import (
-    Conversation,
-    Message,
-    Prompt,
-    read_conversation,
-)
+from keras_iris.data.conversations import Conversation, read_conversation
+from keras_iris.data.encoder import Encoder, TokenPair, as_messages
 from keras_iris.data.example import Example
-from keras_iris.data.marked_text import MarkedText
 from keras_iris.data.rows import BadRows, OnBadRow, read_rows
 from keras_iris.data.token_cache import cache_file, cached
 from keras_iris.data.tokenizer import Tokenizer
@@ -34,7 +25,6 @@ from keras_iris.data.tokenizer import Tokenizer
 OnOverflow = Literal["drop", "truncate", "error"]
 T = TypeVar("T")
 R = TypeVar("R")
-TokenPair = tuple[list[int], list[int]]  # prompt, response
 
 _OVERFLOWS = ("drop", "truncate", "error")
 _BATCH = 512  # rows that are encoded at once
@@ -109,7 +99,7 @@ def tokenize(  # noqa: PLR0913
         template = template.bind(tokenizer)
         template.check(tokenizer)
     limits = _Limits(max_prompt_length, max_response_length, on_overflow)
-    encoder = _Encoder(tokenizer, template)
+    encoder = Encoder(tokenizer, template)
     if cache_dir is None:
         return list(_make_examples(source, encoder, limits, bad_rows))
     if isinstance(source, Iterator):  # it is read twice
@@ -122,146 +112,6 @@ def tokenize(  # noqa: PLR0913
         cache_file(cache_dir, facts, source),
         lambda: _make_examples(source, encoder, limits, bad_rows),
     )
-
-
-def encode_prompt(
-    prompt: Prompt,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None = None,
-) -> list[int]:
-    """The ids that a response is generated from: those `tokenize` gives.
-
-    Args:
-        prompt: A string, or messages.
-        tokenizer: A `Tokenizer`.
-        template: Renders the messages.
-
-    Returns:
-        Token ids, at least one.
-
-    Raises:
-        ValueError: If the prompt cannot be rendered or has no ids.
-    """
-    template = template and template.bind(tokenizer)
-    encoder = _Encoder(tokenizer, template)
-    row = read_conversation(Conversation(prompt, ""), "The prompt")
-    return encoder.encode([row])[0][0]
-
-
-class _Encoder:
-    """Conversations to (prompt ids, response ids).
-
-    Args:
-        tokenizer: A `Tokenizer`.
-        template: Bound to the tokenizer, or `None`.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | None):
-        self.tokenizer = tokenizer
-        self.template = template
-        self._cuts: list[str] = []
-        if template is not None:
-            probe = template.render_prompt(_as_messages("?"))
-            self._cuts = [t for t in tokenizer.cutting_tokens if t in probe]
-
-    def encode(self, rows: Sequence[Conversation]) -> list[TokenPair]:
-        """Encodes rows, on all cores.
-
-        Raises:
-            ValueError: If one of them can't be.
-        """
-        if self.template is None:
-            prompts = [_as_text(row.prompt) for row in rows]
-            responses = [row.response for row in rows]
-            encode = self.tokenizer.encode_batch
-            start = list(self.tokenizer.start_token_ids)
-            prompt_ids = encode(prompts, parse_special=False)
-            rests = encode(responses, parse_special=False)
-            pairs = [
-                (start + ids if ids else [], rest)
-                for ids, rest in zip(prompt_ids, rests, strict=True)
-            ]
-        else:
-            pairs = self._encode_rendered(rows, self.template)
-        if not all(prompt_ids for prompt_ids, _ in pairs):
-            raise ValueError(
-                "The prompt has no token ids. Expected at least one, which "
-                "the first token of the response is predicted from."
-            )
-        return [(prompt_ids, self._close(rest)) for prompt_ids, rest in pairs]
-
-    def _encode_rendered(
-        self, rows: Sequence[Conversation], template: ChatTemplate
-    ) -> list[TokenPair]:
-        texts = [self._render(row, template) for row in rows]
-        # Most of a prompt is encoded once: up to its last special token.
-        heads = self._encode_texts(
-            [(t.own, t.own_prompt[: t.cut]) for t in texts]
-        )
-        tails = self._encode_texts(
-            [(t.own, t.own_prompt[t.cut :]) for t in texts]
-        )
-        fulls = self._encode_texts([(t.marked, t.full[t.cut :]) for t in texts])
-        pairs = []
-        for text, head, tail, full in zip(
-            texts, heads, tails, fulls, strict=True
-        ):
-            if full[: len(tail)] == tail:
-                rest = full[len(tail) :]
-            else:
-                # A token spans prompt and response: generation never sees it.
-                rest = text.marked.encode(
-                    text.full[len(text.prompt) :], continues=True
-                )
-            pairs.append((head + tail, rest))
-        return pairs
-
-    def _render(self, row: Conversation, template: ChatTemplate) -> "_Rendered":
-        messages = _as_messages(row.prompt)
-        turn = {"role": "assistant", "content": row.response}
-        marked = MarkedText([*messages, turn], self.tokenizer)
-        *history, turn = marked.messages
-        prompt, full = template.render_pair(history, turn["content"])
-        if marked.is_plain:
-            cut = max([0, *(prompt.rfind(token) for token in self._cuts)])
-            return _Rendered(marked, prompt, full, marked, prompt, cut)
-        # Without the response, as generation renders it.
-        own = MarkedText(messages, self.tokenizer)
-        own_prompt = template.render_prompt(own.messages)
-        return _Rendered(marked, prompt, full, own, own_prompt, 0)
-
-    def _encode_texts(
-        self, texts: Sequence[tuple[MarkedText, str]]
-    ) -> list[list[int]]:
-        plain = [text for marked, text in texts if marked.is_plain]
-        ids = iter(self.tokenizer.encode_batch(plain))
-        return [
-            next(ids) if marked.is_plain else marked.encode(text)
-            for marked, text in texts
-        ]
-
-    def _close(self, token_ids: list[int]) -> list[int]:
-        """Ids up to the first end token, appended if there is none."""
-        ends = self.tokenizer.end_token_ids
-        places = [token_ids.index(end) for end in ends if end in token_ids]
-        if places:
-            return token_ids[: min(places) + 1]
-        return [*token_ids, ends[0]]
-
-
-class _Rendered(NamedTuple):
-    """A conversation's texts.
-
-    `own_prompt` is the prompt as generation renders it, `cut` where its last
-    special token starts.
-    """
-
-    marked: MarkedText
-    prompt: str
-    full: str
-    own: MarkedText
-    own_prompt: str
-    cut: int
 
 
 @dataclass
@@ -277,7 +127,7 @@ class _Limits:
     num_cut: int = 0
 
     def fit(
-        self, row: Conversation, pair: TokenPair, encoder: _Encoder
+        self, row: Conversation, pair: TokenPair, encoder: Encoder
     ) -> Example | None:
         """The example of a row, or `None`."""
         self.num_rows += 1
@@ -307,14 +157,14 @@ class _Limits:
         return None
 
     def _shorten(
-        self, row: Conversation, pair: TokenPair, encoder: _Encoder
+        self, row: Conversation, pair: TokenPair, encoder: Encoder
     ) -> TokenPair:
         if encoder.template is None:
             start = len(encoder.tokenizer.start_token_ids)
             ids, rest = pair
             room = max(1, self.max_prompt_length - start)
             return [*ids[:start], *ids[start:][-room:]], rest
-        messages = list(_as_messages(row.prompt))
+        messages = list(as_messages(row.prompt))
         first = int(messages[0]["role"] == "system")
         while len(messages) > first + 2 and len(pair[0]) > (
             self.max_prompt_length
@@ -347,7 +197,7 @@ class _Limits:
 
 
 def _make_examples(
-    source: Any, encoder: _Encoder, limits: _Limits, bad_rows: BadRows
+    source: Any, encoder: Encoder, limits: _Limits, bad_rows: BadRows
 ) -> Iterator[Example]:
     rows = read_rows(source, read_conversation, bad_rows)
     batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
@@ -376,7 +226,7 @@ def _make_examples(
 
 
 def _encode_rows(
-    encoder: _Encoder, rows: Sequence[Conversation]
+    encoder: Encoder, rows: Sequence[Conversation]
 ) -> list[tuple[Conversation, TokenPair | ValueError]]:
     """Each row with its ids, or with what is wrong with it."""
     try:
@@ -415,19 +265,3 @@ class _Progress:
     def close(self, number: int) -> None:
         if self._bar:
             self._bar.update(number, finalize=True)
-
-
-def _as_messages(prompt: Prompt) -> tuple[Message, ...]:
-    if isinstance(prompt, str):
-        return ({"role": "user", "content": prompt},)
-    return prompt
-
-
-def _as_text(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    raise ValueError(
-        f"The prompt is a list of {len(prompt)} messages, expected a string, "
-        "because there is no chat template. Pass a template, for instance "
-        "`template=ChatTemplate.named('spin')`, which suits every tokenizer."
-    )
