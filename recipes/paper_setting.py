@@ -119,7 +119,7 @@ def train(options, template_name):
     tokenizer = causal_lm.tokenizer
     template = causal_lm.chat_template
     template.check()
-    examples = keras_iris.data.cached_tokenize(
+    examples = keras_iris.data.tokenize(
         keras_iris.data.load_dataset(
             options.data,
             split=options.split,

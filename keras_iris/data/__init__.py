@@ -9,31 +9,26 @@ from keras_iris.data.conversations import (
     Message,
     read_conversations,
 )
-from keras_iris.data.example import Example, check_vocabulary, read_examples
-from keras_iris.data.hub_tokenizer import HubTokenizer
+from keras_iris.data.encoder import encode_prompt
+from keras_iris.data.example import Example, check_vocabulary
 from keras_iris.data.pairs import PairDataset, pad_pairs
 from keras_iris.data.sources import cmudict, load_dataset
-from keras_iris.data.symbol_tokenizer import SymbolTokenizer
-from keras_iris.data.token_cache import cached_tokenize
-from keras_iris.data.tokenize import encode_prompt, tokenize
-from keras_iris.data.tokenizer import Tokenizer
+from keras_iris.data.tokenize import tokenize
+from keras_iris.data.tokenizer import SymbolTokenizer, Tokenizer
 
 __all__ = [
     "ChatTemplate",
     "Conversation",
     "Example",
-    "HubTokenizer",
     "Message",
     "PairDataset",
     "SymbolTokenizer",
     "Tokenizer",
-    "cached_tokenize",
     "check_vocabulary",
     "cmudict",
     "encode_prompt",
     "load_dataset",
     "pad_pairs",
     "read_conversations",
-    "read_examples",
     "tokenize",
 ]

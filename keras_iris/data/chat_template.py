@@ -1,5 +1,6 @@
 """Chat templates: messages to the text a model reads."""
 
+import copy
 import functools
 import hashlib
 import json
@@ -10,6 +11,7 @@ from typing import Any
 from keras_iris.data.conversations import Message
 from keras_iris.data.named_templates import NAMED_TEMPLATES
 from keras_iris.data.text_files import read_json, read_text
+from keras_iris.data.tokenizer import Tokenizer
 
 _CHECK_USER = "What is the capital of France?"
 _CHECK_RESPONSE = "The capital of France is Paris."
@@ -20,6 +22,10 @@ _OTHER_TOKENS = (
     "pad_token",
     "cls_token",
     "mask_token",
+)
+_OTHER_TEMPLATE = (
+    "Change the template's source, or take a template that suits every "
+    "tokenizer: `template=ChatTemplate.named('spin')`."
 )
 _CHECK_MESSAGES = (
     ({"role": "user", "content": _CHECK_USER},),
@@ -41,8 +47,9 @@ class ChatTemplate:
     Args:
         source: The Jinja source, as in a checkpoint's `chat_template`. It sees
             `messages`, `add_generation_prompt` and the tokens.
-        bos_token: The start token's string.
-        eos_token: The end token's string.
+        bos_token: The start token's string. `None` stands for the tokenizer's
+            own, where there is one (`bind`).
+        eos_token: The end token's string. `None` as for the start token.
         other_tokens: Strings of further tokens that the source sees, by name,
             such as `{"pad_token": "<pad>"}`.
 
@@ -56,8 +63,8 @@ class ChatTemplate:
         self,
         source: str,
         *,
-        bos_token: str = "",
-        eos_token: str = "",
+        bos_token: str | None = None,
+        eos_token: str | None = None,
         other_tokens: Mapping[str, str] | None = None,
     ):
         self.source = source
@@ -78,8 +85,9 @@ class ChatTemplate:
         Args:
             name: `"zephyr"`, `"chatml"`, `"llama3"`, `"gemma"`, `"plain"` or
                 `"spin"`.
-            bos_token: Replaces the template's usual start token.
-            eos_token: Replaces the template's usual end token.
+            bos_token: Replaces the template's usual start token, which is
+                the tokenizer's own unless the format has another.
+            eos_token: Replaces the template's usual end token, likewise.
 
         Raises:
             ValueError: If there is none of that name, or it doesn't write a
@@ -139,6 +147,21 @@ class ChatTemplate:
             other_tokens={name: text for name, text in other.items() if text},
         )
 
+    def bind(self, tokenizer: Tokenizer) -> "ChatTemplate":
+        """The template with a tokenizer's tokens where it has none itself.
+
+        Args:
+            tokenizer: Its start tokens and its first end token are taken.
+        """
+        if self.bos_token is not None and self.eos_token is not None:
+            return self
+        bound = copy.copy(self)
+        if bound.bos_token is None:
+            bound.bos_token = tokenizer.decode(tokenizer.start_token_ids)
+        if bound.eos_token is None:
+            bound.eos_token = tokenizer.decode(tokenizer.end_token_ids[:1])
+        return bound
+
     def render_prompt(self, messages: Sequence[Message]) -> str:
         """The text up to where the response starts.
 
@@ -164,6 +187,12 @@ class ChatTemplate:
             ValueError: If the template cannot be rendered, or its text
                 doesn't start with the prompt.
         """
+        return self.render_pair(messages, response)[1]
+
+    def render_pair(
+        self, messages: Sequence[Message], response: str
+    ) -> tuple[str, str]:
+        """The texts of `render_prompt` and of `render`."""
         prompt = self.render_prompt(messages)
         turn = {"role": "assistant", "content": response}
         full = self._render([*messages, turn], add_generation_prompt=False)
@@ -173,30 +202,46 @@ class ChatTemplate:
                 "known, so a model would be trained on other prompts than it "
                 "generates from. Expected the whole text to start with the "
                 f"prompt.\nPrompt:\n{prompt!r}\nPrompt and response:\n"
-                f"{full!r}\nUse another template, for instance "
-                "`ChatTemplate.named('chatml')`."
+                f"{full!r}\n{_OTHER_TEMPLATE}"
             )
-        return full
+        return prompt, full
 
-    def check(self) -> None:
+    def check(self, tokenizer: Tokenizer | None = None) -> None:
         """Refuses a template that cannot be used, before any work is done.
+
+        Args:
+            tokenizer: What the texts are encoded with. If given, it has to
+                know what the template ends a response with.
 
         Raises:
             ValueError: If a one-turn or a three-turn conversation cannot be
-                rendered, doesn't start with its prompt, or lacks the text of
-                a message.
+                rendered, doesn't start with its prompt, lacks the text of
+                a message, has the response's header but in the prompt, or an
+                end of turn that generation wouldn't stop at.
         """
+        if tokenizer is not None:
+            self = self.bind(tokenizer)
         for messages in _CHECK_MESSAGES:
             full = self.render(messages, _CHECK_RESPONSE)
             prompt = self.render_prompt(messages)
-            rest = full[len(prompt) :]
-            if _CHECK_USER not in prompt or _CHECK_RESPONSE not in rest:
+            header, found, end = full[len(prompt) :].partition(_CHECK_RESPONSE)
+            if _CHECK_USER not in prompt or not found:
                 raise ValueError(
                     "The chat template leaves out the text of a message. "
                     f"Expected {_CHECK_USER!r} in the prompt and "
                     f"{_CHECK_RESPONSE!r} after it.\nPrompt:\n{prompt!r}\n"
                     f"Prompt and response:\n{full!r}"
                 )
+            without = self._render(messages, add_generation_prompt=False)
+            if header.strip() and without == prompt:
+                raise ValueError(
+                    "The chat template has no generation prompt, so a model "
+                    f"would have to write the header {header!r} of its own "
+                    "turn. Add `{% if add_generation_prompt %}"
+                    "{{ header }}{% endif %}` to the end of its source."
+                )
+            if tokenizer is not None:
+                _check_end(end, tokenizer)
 
     def fingerprint(self) -> str:
         """A hash of the source and its tokens."""
@@ -209,18 +254,19 @@ class ChatTemplate:
     ) -> str:
         from jinja2.exceptions import SecurityError
 
+        from keras_iris.data.template_environment import render
+
+        variables = {
+            "messages": [dict(message) for message in messages],
+            "add_generation_prompt": add_generation_prompt,
+            "bos_token": self.bos_token or "",
+            "eos_token": self.eos_token or "",
+            "tools": None,
+            "documents": None,
+            **self.other_tokens,
+        }
         try:
-            return str(
-                _compile(self.source).render(
-                    messages=[dict(message) for message in messages],
-                    add_generation_prompt=add_generation_prompt,
-                    bos_token=self.bos_token,
-                    eos_token=self.eos_token,
-                    tools=None,
-                    documents=None,
-                    **self.other_tokens,
-                )
-            )
+            return render(_compile(self.source), variables)
         except SecurityError as error:
             raise ValueError(
                 "The chat template reaches for Python, which the sandbox "
@@ -233,6 +279,24 @@ class ChatTemplate:
                 f"{type(error).__name__}: {error}. The messages' roles are "
                 f"{[message.get('role') for message in messages]}."
             ) from error
+
+
+def _check_end(end: str, tokenizer: Tokenizer) -> None:
+    """Refuses an end of turn without an end token."""
+    token_ids = tokenizer.encode(end)
+    if not end.strip() or set(token_ids) & set(tokenizer.end_token_ids):
+        return
+    known = [tokenizer.decode([i]) for i in tokenizer.end_token_ids]
+    written = [t for t in tokenizer.special_tokens if t in end]
+    reason, remedy = f"which is {len(token_ids)} tokens, none", _OTHER_TEMPLATE
+    if written:
+        reason = f"and {written} isn't one"
+        remedy = "Pass it as `load(default_template=...)`, which makes it one."
+    raise ValueError(
+        f"The chat template ends a response with {end!r}, {reason} of the "
+        f"tokenizer's end tokens {known}, so generation would not stop there. "
+        f"{remedy}"
+    )
 
 
 @functools.lru_cache(maxsize=32)

@@ -3,11 +3,11 @@
 Knows nothing of tokens, templates or models.
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+
+from keras_iris.data.rows import BadRows, OnBadRow, read_rows, shorten
 
 Message: TypeAlias = dict[str, str]
 Prompt: TypeAlias = tuple[Message, ...] | str
@@ -16,9 +16,19 @@ KNOWN_FORMATS = (
     '{"prompt", "response"}, {"prompt", "completion"}, {"messages"} or '
     '{"real", "generated"}'
 )
+# Parts of a conversation under names that aren't read: leaving them out would
+# train on another conversation than the data holds.
+_OTHER_COLUMNS = {
+    *("system", "system_prompt", "instruction", "input", "context", "history"),
+    *("tools", "functions", "documents", "images", "audio"),
+}
+_OTHER_KEYS = {
+    *("tool_calls", "function_call", "reasoning_content", "reasoning"),
+    *("thinking", "images", "audio"),
+}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """One prompt and its annotated response.
 
@@ -26,13 +36,17 @@ class Conversation:
         prompt: A string, or the messages that come before the response, each
             a dict with the strings `"role"` and `"content"`.
         response: The text of the annotated (human) response.
+        where: Where it was read, such as "line 7 of data.jsonl".
     """
 
     prompt: Prompt
     response: str
+    where: str = field(default="", compare=False, repr=False)
 
 
-def read_conversations(source: Any) -> list[Conversation]:
+def read_conversations(
+    source: Any, *, on_bad_row: OnBadRow = "error"
+) -> list[Conversation]:
     """Reads conversations from rows of any known format.
 
     A row is one of
@@ -45,156 +59,147 @@ def read_conversations(source: Any) -> list[Conversation]:
       is ignored, because self-play samples its own responses;
     - a `Conversation`.
 
-    Keys beyond these are ignored, and so is a key whose value is `None`.
+    Other keys are ignored, and so is a key without a value; but a row that
+    keeps parts of the conversation elsewhere (`system`, `input`, `tools`, a
+    message's `tool_calls`) is a bad one.
 
     Args:
         source: An iterable of rows (a list, or a `datasets.Dataset`), or the
             path of a `.jsonl` or `.parquet` file.
+        on_bad_row: What happens to a row without response, of an unknown
+            format, with text that isn't Unicode, or that isn't JSON:
+            `"error"` raises, `"drop"` leaves it out and counts it.
 
     Returns:
         The conversations, in the order of the rows.
 
     Raises:
-        ValueError: If there are no rows, or a row has no response, an unknown
-            format, or isn't valid JSON. The message names the row.
+        ValueError: If there are no rows, or a row is bad. The message names
+            the row, of a file with its line.
 
     Example:
     >>> read_conversations([{"prompt": "2 + 2 =", "response": "4"}])
     [Conversation(prompt='2 + 2 =', response='4')]
     """
-    conversations = [
-        _read_row(row, where) for where, row in labelled_rows(source)
-    ]
+    bad_rows = BadRows(on_bad_row)
+    conversations = list(read_rows(source, read_conversation, bad_rows))
+    bad_rows.report(len(conversations))
     if not conversations:
-        raise ValueError(
-            f"The data is empty: {_describe(source)} has no rows. Expected at "
-            f"least one row of the form {KNOWN_FORMATS}."
-        )
+        raise ValueError(f"No row is left. The first: {bad_rows.first}")
     return conversations
 
 
-def labelled_rows(source: Any) -> Iterator[tuple[str, Any]]:
-    """Yields (where, row) for each row of a source.
+def read_conversation(row: Any, where: str) -> Conversation:
+    """The conversation of one row.
 
     Args:
-        source: An iterable of rows, or the path of a `.jsonl` or `.parquet`
-            file.
+        row: As in `read_conversations`.
+        where: What errors call it.
 
     Raises:
-        ValueError: If the source is anything else, or a line isn't JSON.
+        ValueError: If it is a bad one.
     """
-    if isinstance(source, str | Path):
-        yield from _read_file(Path(source).expanduser())
-        return
-    if isinstance(source, Mapping):
-        raise ValueError(
-            f"Expected an iterable of rows, received a mapping with the keys "
-            f"{_names(source)}. Choose one split of a dataset, or "
-            "put a single row into a list."
-        )
-    if not isinstance(source, Iterable):
-        raise ValueError(
-            "Expected a list of rows, a `datasets.Dataset` or the path of a "
-            f".jsonl or .parquet file, received {type(source).__name__}."
-        )
-    for index, row in enumerate(source):
-        yield f"row {index}", row
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    suffix = path.suffix.lower()
-    if suffix in (".jsonl", ".parquet") and not path.is_file():
-        raise ValueError(
-            f"There is no file {path} (looked in {path.parent.resolve()}). "
-            "Pass the path of a .jsonl or .parquet file."
-        )
-    if suffix == ".jsonl":
-        yield from _read_jsonl(path)
-    elif suffix == ".parquet":
-        yield from _read_parquet(path)
-    else:
-        raise ValueError(
-            f"Cannot read {path}: the file name ends in {path.suffix!r}, "
-            "expected '.jsonl' or '.parquet'. Load a dataset of the hub with "
-            "`keras_iris.data.load_dataset`, and turn other files into these."
-        )
-
-
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            where = f"line {number} of {path}"
-            try:
-                # Some editors start a file with a byte-order mark.
-                yield where, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of JSON or of UTF-8
-                text = line.decode("utf-8", errors="replace").strip()
-                raise ValueError(
-                    f"{where} is not valid JSON in UTF-8 ({error}): "
-                    f"{_shorten(text)}. Expected one JSON object a line."
-                ) from error
-
-
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet  # type: ignore[import-untyped]
-
-    index = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    yield f"row {index} of {path}", row
-                    index += 1
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is not a Parquet file, or is damaged after row {index} "
-            f"({error}). Download it or write it again."
-        ) from error
-
-
-def _read_row(row: Any, where: str) -> Conversation:
     if isinstance(row, Conversation):
-        return row
+        return Conversation(
+            _check_prompt(row.prompt, row.where or where),
+            _check_text(row.response, row.where or where),
+            row.where or where,
+        )
     if not isinstance(row, Mapping):
         raise ValueError(
             f"{where} is a {type(row).__name__}, expected a dict of the form "
             f"{KNOWN_FORMATS}."
         )
     fields = {key: value for key, value in row.items() if value is not None}
+    names = sorted(map(str, fields))
     answer = fields.get("response", fields.get("completion"))
+    messages = fields.get("messages", fields.get("real"))
     if "prompt" in fields and answer is not None:
-        return _read_pair(fields["prompt"], answer, where)
-    if "messages" in fields:
-        return _split_messages(fields["messages"], where)
-    if "real" in fields:
-        return _split_messages(fields["real"], where)
-    if "prompt" in fields:
-        raise _no_response(where, f"its keys are {_names(fields)}")
+        conversation = _read_pair(fields["prompt"], answer, where)
+    elif messages is not None:
+        conversation = _split_messages(messages, where)
+    elif "prompt" in fields:
+        raise _no_response(where, f"its keys are {names}")
+    else:
+        raise ValueError(
+            f"{where} has an unknown format: its keys are {names}, expected "
+            f"{KNOWN_FORMATS}. Write all that belongs to the prompt into "
+            "'prompt' or 'messages'."
+        )
+    _refuse_parts(fields, _OTHER_COLUMNS, where)
+    return conversation
+
+
+def check_messages(messages: Any, where: str) -> tuple[Message, ...]:
+    """The messages with nothing but role and content.
+
+    Raises:
+        ValueError: If they aren't messages, or have other parts.
+    """
+    if isinstance(messages, str | Mapping) or not isinstance(
+        messages, Iterable
+    ):
+        raise ValueError(
+            f"{where}: expected a list of messages, received "
+            f"{shorten(repr(messages))}."
+        )
+    return tuple(_check_message(message, where) for message in messages)
+
+
+def _check_message(message: Any, where: str) -> Message:
+    if isinstance(message, Mapping):
+        _refuse_parts(message, _OTHER_KEYS, f"a message of {where}")
+        role, content = message.get("role"), message.get("content")
+        if isinstance(role, str) and isinstance(content, str):
+            return {"role": role, "content": _check_text(content, where)}
     raise ValueError(
-        f"{where} has an unknown format: its keys are {_names(fields)}, "
-        f"expected {KNOWN_FORMATS}. Rename the columns."
+        f"{where}: expected messages with the strings 'role' and 'content', "
+        f"received {shorten(repr(message))}. Remove the row, or write what "
+        "the message holds instead into 'content' as text."
     )
+
+
+def _refuse_parts(row: Mapping[Any, Any], parts: set[str], where: str) -> None:
+    found = sorted(key for key in parts & set(row) if row[key])
+    if found:
+        raise ValueError(
+            f"{where} has {', '.join(map(repr, found))}, which would be left "
+            "out. Write it into the prompt, the messages or their content (a "
+            "system prompt as a message of the role 'system'), or remove it."
+        )
+
+
+def _check_text(text: str, where: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(0, error.start - 20) : error.start + 20]
+        raise ValueError(
+            f"{where} has half a character (a surrogate, as of an emoji cut "
+            f"in two) at {around!r}, which no tokenizer can read. Remove it."
+        ) from error
+    return text
+
+
+def _check_prompt(prompt: Prompt, where: str) -> Prompt:
+    if isinstance(prompt, str):
+        return _check_text(prompt, where)
+    return check_messages(prompt, where)
 
 
 def _read_pair(prompt: Any, response: Any, where: str) -> Conversation:
+    prompt = _check_prompt(prompt, where)
     if isinstance(response, str):
-        if not isinstance(prompt, str):
-            prompt = _read_messages(prompt, where)
         return _conversation(prompt, response, where)
     if isinstance(prompt, str):
-        prompt = [{"role": "user", "content": prompt}]
-    return _split_messages(
-        [*_read_messages(prompt, where), *_read_messages(response, where)],
-        where,
-        first=len(prompt),
-    )
+        prompt = ({"role": "user", "content": prompt},)
+    response = check_messages(response, where)
+    return _split_messages([*prompt, *response], where, first=len(prompt))
 
 
 def _split_messages(messages: Any, where: str, first: int = 0) -> Conversation:
     """The last assistant turn, from message `first` on, and what is before."""
-    messages = _read_messages(messages, where)
+    messages = check_messages(messages, where)
     roles = [message["role"] for message in messages]
     turns = [i for i in range(first, len(roles)) if roles[i] == "assistant"]
     if not turns:
@@ -205,30 +210,6 @@ def _split_messages(messages: Any, where: str, first: int = 0) -> Conversation:
     return _conversation(messages[:last], messages[last]["content"], where)
 
 
-def _read_messages(messages: Any, where: str) -> tuple[Message, ...]:
-    if isinstance(messages, str | Mapping) or not isinstance(
-        messages, Iterable
-    ):
-        raise ValueError(
-            f"{where}: expected a list of messages, received "
-            f"{_shorten(repr(messages))}."
-        )
-    return tuple(_read_message(message, where) for message in messages)
-
-
-def _read_message(message: Any, where: str) -> Message:
-    if isinstance(message, Mapping):
-        role, content = message.get("role"), message.get("content")
-        if isinstance(role, str) and isinstance(content, str):
-            return {"role": role, "content": content}
-    raise ValueError(
-        f"{where}: expected messages with the strings 'role' and 'content', "
-        f"received {_shorten(repr(message))}. Remove the row, or write what "
-        "the message holds instead (calls of tools, images) into 'content' as "
-        "text."
-    )
-
-
 def _conversation(prompt: Prompt, response: str, where: str) -> Conversation:
     if not prompt:
         raise ValueError(
@@ -237,7 +218,7 @@ def _conversation(prompt: Prompt, response: str, where: str) -> Conversation:
         )
     if not response.strip():
         raise _no_response(where, "it is an empty text")
-    return Conversation(prompt, response)
+    return Conversation(prompt, _check_text(response, where), where)
 
 
 def _no_response(where: str, reason: str) -> ValueError:
@@ -246,15 +227,3 @@ def _no_response(where: str, reason: str) -> ValueError:
         "'completion' text, or a last assistant turn. Remove the row or add "
         "its response."
     )
-
-
-def _names(fields: Mapping[Any, Any]) -> list[str]:
-    return sorted(map(str, fields))
-
-
-def _describe(source: Any) -> str:
-    return str(source) if isinstance(source, str | Path) else "the source"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -20,6 +20,10 @@ class MarkedText:
     Args:
         messages: The messages.
         tokenizer: A `Tokenizer`.
+
+    Attributes:
+        messages: The messages to render.
+        is_plain: Whether there is no special token's string in them.
     """
 
     def __init__(self, messages: Sequence[Message], tokenizer: Tokenizer):
@@ -27,6 +31,7 @@ class MarkedText:
         contents = [message["content"] for message in messages]
         marks = _choose_marks(contents, tokenizer.special_tokens)
         self._strings = {mark: token for token, mark in marks.items()}
+        self.is_plain = not marks
         self.messages = [
             {**message, "content": _replace(message["content"], marks)}
             for message in messages
@@ -39,7 +44,7 @@ class MarkedText:
             rendered: The text.
             continues: Whether other text comes before it.
         """
-        if not self._strings and not continues:
+        if self.is_plain and not continues:
             return self._tokenizer.encode(rendered)
         token_ids: list[int] = []
         for piece in _split(rendered, self._strings):
@@ -59,7 +64,16 @@ def _choose_marks(
 ) -> dict[str, str]:
     """A private-use character for each special token in the contents."""
     everything = "\n".join(contents)
-    present = [token for token in special_tokens if token in everything]
+    # Some tokenizers have hundreds, most of which start alike.
+    starts = {token[:2] for token in special_tokens}
+    starts = {start for start in starts if start in everything}
+    present = [
+        token
+        for token in special_tokens
+        if token[:2] in starts and token in everything
+    ]
+    if not present:
+        return {}
     used = set(everything)
     free = (
         chr(code)

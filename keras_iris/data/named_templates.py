@@ -1,13 +1,13 @@
 """Chat templates that `ChatTemplate.named` knows, by name.
 
-Each entry is (Jinja source, start token, end token). The end token is empty
-where the format has none of its own; then the tokenizer's end token ends a
-response.
+Each entry is (Jinja source, start token, end token), `None` where the format
+has none of its own and writes the tokenizer's.
 """
 
 # Zephyr-7B: </s> after every turn.
 ZEPHYR = """\
-{% for message in messages %}
+{{- bos_token }}
+{%- for message in messages %}
 {{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}
 {% endfor %}
 {% if add_generation_prompt %}
@@ -17,7 +17,8 @@ ZEPHYR = """\
 
 # Qwen, SmolLM2 and others. No system message is added of its own.
 CHATML = """\
-{% for message in messages %}
+{{- bos_token }}
+{%- for message in messages %}
 {{ '<|im_start|>' + message['role'] }}
 {{ message['content'] + '<|im_end|>' }}
 {% endfor %}
@@ -79,10 +80,10 @@ SPIN = """\
 """
 
 NAMED_TEMPLATES = {
-    "zephyr": (ZEPHYR, "<s>", "</s>"),
-    "chatml": (CHATML, "", "<|im_end|>"),
+    "zephyr": (ZEPHYR, None, "</s>"),
+    "chatml": (CHATML, None, "<|im_end|>"),
     "llama3": (LLAMA3, "<|begin_of_text|>", "<|eot_id|>"),
     "gemma": (GEMMA, "<bos>", "<eos>"),
-    "plain": (PLAIN, "", ""),
-    "spin": (SPIN, "", ""),
+    "plain": (PLAIN, None, None),
+    "spin": (SPIN, None, None),
 }

@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 
 from keras_iris.data.conversations import Conversation, read_conversations
+from keras_iris.data.rows import OnBadRow
 
 SHUFFLE_BUFFER = 10_000  # rows, of a streamed dataset
 
 
-def load_dataset(
+def load_dataset(  # noqa: PLR0913
     name: str | Path,
     *,
     split: str = "train",
     num_prompts: int | None = None,
     seed: int = 0,
     streaming: bool = False,
+    on_bad_row: OnBadRow = "error",
 ) -> list[Conversation]:
     """Loads conversations from the Hugging Face hub or from local files.
 
@@ -33,6 +35,7 @@ def load_dataset(
         seed: Of the drawing.
         streaming: Read only as much of the dataset as is needed; rows are
             then drawn from a moving buffer. One file is always read whole.
+        on_bad_row: As in `read_conversations`.
 
     Returns:
         The conversations.
@@ -49,16 +52,15 @@ def load_dataset(
         )
     if Path(name).suffix.lower() in (".jsonl", ".parquet"):
         _check_file_options(name, split, streaming)
-        return _draw(read_conversations(name), num_prompts, seed)
+        conversations = read_conversations(name, on_bad_row=on_bad_row)
+        return _draw(conversations, num_prompts, seed)
     rows = _load_rows(name, split, streaming)
-    if num_prompts is None:
-        return read_conversations(rows)
-    if streaming:
+    if num_prompts is not None and streaming:
         rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-        return read_conversations(rows.take(num_prompts))
-    return read_conversations(
-        rows.select(_draw(np.arange(len(rows)), num_prompts, seed))
-    )
+        rows = rows.take(num_prompts)
+    elif num_prompts is not None:
+        rows = rows.select(_draw(np.arange(len(rows)), num_prompts, seed))
+    return read_conversations(rows, on_bad_row=on_bad_row)
 
 
 def cmudict() -> list[tuple[str, tuple[str, ...]]]:

@@ -6,8 +6,11 @@ Jinja takes time.
 """
 
 import datetime
+import functools
 import json
-from collections.abc import Sized
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
@@ -21,8 +24,14 @@ import jinja2.sandbox
 # would differ from day to day, and a run could not be resumed on the next.
 # Llama 3's templates fall back to this date.
 DATE = datetime.datetime(2024, 7, 26)
-# The largest text, list or number (in bits) that one product may make.
-MAX_PRODUCT_SIZE = 1_000_000
+# The largest text, list or number (in bits) that one operation may make.
+MAX_SIZE = 10_000_000
+# Filters and methods of texts whose result can be longer than what they get.
+_GROWING = {
+    *("batch", "center", "expandtabs", "format", "format_map", "indent"),
+    *("join", "ljust", "replace", "rjust", "slice", "tojson", "wordwrap"),
+    "zfill",
+}
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -43,9 +52,9 @@ class GenerationTag(jinja2.ext.Extension):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Refuses products that would fill the memory."""
+    """Refuses operations whose result would fill the memory."""
 
-    intercepted_binops = frozenset({"*", "**"})
+    intercepted_binops = frozenset({"*", "**", "+", "%"})
 
     def call_binop(
         self,
@@ -55,22 +64,33 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         right: Any,
     ) -> Any:
         """Checks the size of the result before it is made."""
-        size = _product_size(operator, left, right)
-        if size > MAX_PRODUCT_SIZE:
-            raise OverflowError(
-                f"the result of {operator!r} has a size of {size}, expected "
-                f"at most {MAX_PRODUCT_SIZE}"
-            )
+        _check_size(operator, [left, right])
         return super().call_binop(context, operator, left, right)
+
+    def call(
+        self,
+        context: jinja2.runtime.Context,
+        function: Any,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Checks methods of texts likewise."""
+        method = getattr(function, "__wrapped__", function)
+        name = getattr(method, "__name__", "")
+        text = getattr(method, "__self__", None)
+        if name in _GROWING and isinstance(text, str):
+            _check_size(name, [text, *args, *kwargs.values()])
+        return super().call(context, function, *args, **kwargs)
 
 
 def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     """A fresh environment, without access to Python.
 
-    One `range` has at most 100,000 numbers and one product at most
-    `MAX_PRODUCT_SIZE` characters. Nested loops and repeated concatenation
-    can still take long and much memory: the sandbox protects the machine's
-    files, not its time.
+    One `range` has at most 100,000 numbers and one operation makes at most
+    `MAX_SIZE` characters. Nested loops and repeated concatenation can still
+    take long and much memory: the sandbox protects the machine's files, not
+    its time.
     """
     environment = _Environment(
         trim_blocks=True,
@@ -78,9 +98,34 @@ def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
         extensions=[GenerationTag, "jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _to_json
+    for name in _GROWING & set(environment.filters):
+        environment.filters[name] = _guarded(name, environment.filters[name])
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = _strftime_now
     return environment
+
+
+def render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    """The text of a template.
+
+    Raises:
+        OverflowError: If it has more than `MAX_SIZE` characters.
+    """
+    pieces, size = [], 0
+    for piece in template.generate(variables):
+        size += len(piece)
+        _refuse_above(size, "the template")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)  # keeps the marks of Jinja's filters
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        _check_size(name, [*args, *kwargs.values()])
+        return function(*args, **kwargs)
+
+    return checked
 
 
 def _raise_exception(message: str) -> None:
@@ -91,16 +136,47 @@ def _strftime_now(format: str) -> str:
     return DATE.strftime(format)
 
 
-def _product_size(operator: str, left: Any, right: Any) -> int:
-    """Characters or items of a repetition, bits of a whole number."""
-    if isinstance(left, int) and isinstance(right, int):
-        times = right if operator == "**" else 1
-        other = 0 if operator == "**" else right.bit_length()
-        return left.bit_length() * times + other
-    for sequence, times in ((left, right), (right, left)):
-        if isinstance(sequence, Sized) and isinstance(times, int):
-            return len(sequence) * times
-    return 0
+def _check_size(name: str, values: Iterable[Any]) -> None:
+    """Refuses an operation by the sizes of what it gets."""
+    # Not the context, which some filters get first.
+    kinds = (str, int, list, tuple, dict)
+    values = [value for value in values if isinstance(value, kinds)]
+    if all(isinstance(value, int) for value in values):
+        sizes = [value.bit_length() for value in values]
+        if name == "**" and len(values) == 2:
+            sizes[1] = max(0, values[1])
+        size = math.prod(sizes) if name == "**" else sum(sizes)
+    elif name == "%" or name.startswith("format"):
+        size = _formatted_size(values)
+    elif name == "+":
+        size = sum(map(_measure, values))
+    elif name == "replace" and [type(v) for v in values[:3]] == 3 * [str]:
+        text, old, new = values[:3]
+        size = len(text) + text.count(old) * len(new)
+    else:
+        size = math.prod(max(1, _measure(value)) for value in values)
+    _refuse_above(size, repr(name))
+
+
+def _formatted_size(values: list[Any]) -> int:
+    text, *others = values
+    widths = [int(digits) for digits in re.findall(r"\d+", str(text))]
+    if re.search(r"\*|{[^}]*{", str(text)):  # widths are among the values
+        flat = [v for o in others for v in (o if isinstance(o, tuple) else [o])]
+        widths += [value for value in flat if isinstance(value, int)]
+    return max(widths, default=0)
+
+
+def _measure(value: Any) -> int:
+    return value if isinstance(value, int) else len(value)
+
+
+def _refuse_above(size: int, name: str) -> None:
+    if size > MAX_SIZE:
+        raise OverflowError(
+            f"the result of {name} has a size of {size}, expected at most "
+            f"{MAX_SIZE}"
+        )
 
 
 def _to_json(

@@ -3,122 +3,100 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from keras_iris.data.chat_template import ChatTemplate
 from keras_iris.data.conversations import Conversation
 from keras_iris.data.example import Example, TokenIds
-from keras_iris.data.tokenize import OnOverflow, tokenize
-from keras_iris.data.tokenizer import Tokenizer
 from keras_iris.files import replaced
 
-_FORMAT = 2  # advance when `tokenize` gives other ids
+_FORMAT = 3  # advance when `tokenize` gives other ids
+_BATCH = 1024  # examples
 
 
-def cached_tokenize(  # noqa: PLR0913
-    conversations: Sequence[Conversation],
-    tokenizer: Tokenizer,
-    *,
-    cache_dir: str | Path,
-    template: ChatTemplate | None = None,
-    max_prompt_length: int,
-    max_response_length: int,
-    on_overflow: OnOverflow = "drop",
-) -> list[Example]:
-    """`tokenize`, done once for the same data, tokenizer and template.
-
-    The examples are kept in an Arrow file of `cache_dir`, which
-    `datasets.Dataset.from_file` also opens. Its name is a hash of all
-    arguments. A damaged file is made again, with a warning.
+def cache_file(folder: str | Path, facts: Sequence[Any], source: Any) -> Path:
+    """The file that keeps the examples of a source.
 
     Args:
-        conversations: What to tokenise.
-        tokenizer: A `Tokenizer`.
-        cache_dir: A folder; made if it doesn't exist.
-        template: As in `tokenize`.
-        max_prompt_length: As in `tokenize`.
-        max_response_length: As in `tokenize`.
-        on_overflow: As in `tokenize`.
-
-    Returns:
-        The examples, in the order of the conversations.
+        folder: Where.
+        facts: All that the examples depend on beside the data.
+        source: A path, whose content counts, or an iterable of rows.
     """
-    options: dict[str, Any] = {
-        "max_prompt_length": max_prompt_length,
-        "max_response_length": max_response_length,
-        "on_overflow": on_overflow,
-    }
-    facts = [
-        _FORMAT,
-        tokenizer.fingerprint(),
-        tokenizer.end_token_ids,
-        template.fingerprint() if template else None,
-        options,
-    ]
-    path = (
-        Path(cache_dir).expanduser()
-        / f"tokens-{_hash(facts, conversations)}.arrow"
-    )
+    digest = hashlib.sha256(json.dumps([_FORMAT, *facts]).encode())
+    if isinstance(source, str | Path):
+        file = Path(source).expanduser()
+        if file.is_file():  # if not, reading says so
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    else:
+        for row in source:
+            if isinstance(row, Conversation):
+                row = [row.prompt, row.response]
+            line = json.dumps(row, sort_keys=True, default=repr)
+            digest.update(line.encode() + b"\n")
+    name = f"tokens-{digest.hexdigest()[:32]}.arrow"
+    return Path(folder).expanduser() / name
+
+
+def cached(
+    path: Path, make_examples: Callable[[], Iterator[Example]]
+) -> list[Example]:
+    """The examples of an Arrow file, which is made if it isn't there.
+
+    A damaged file is made again, with a warning. The arguments are the file
+    and what makes the examples.
+    """
     if path.is_file():
         try:
-            return _read(path)
+            return list(_read(path))
         except (OSError, ValueError, KeyError) as error:
             warnings.warn(
                 f"The cache file {path} is damaged ({error}) and is made "
                 "again.",
-                stacklevel=2,
+                stacklevel=3,
             )
-    examples = tokenize(conversations, tokenizer, template=template, **options)
-    _write(path, examples)
-    return examples
+    return _write(path, make_examples())
 
 
-def _hash(facts: list[Any], conversations: Sequence[Conversation]) -> str:
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    for conversation in conversations:
-        row = [conversation.prompt, conversation.response]
-        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
-    return digest.hexdigest()[:32]
-
-
-def _write(path: Path, examples: Sequence[Example]) -> None:
+def _write(path: Path, examples: Iterator[Example]) -> list[Example]:
     import pyarrow  # type: ignore[import-untyped]
 
-    table = pyarrow.table(
-        {
-            "prompt_ids": _column([e.prompt_ids for e in examples]),
-            "response_ids": _column([e.response_ids for e in examples]),
-        }
-    )
+    names = ("prompt_ids", "response_ids")
+    column_type = pyarrow.large_list(pyarrow.int32())
+    schema = pyarrow.schema([(name, column_type) for name in names])
+    written: list[Example] = []
     with replaced(path) as temporary, pyarrow.OSFile(str(temporary), "wb") as f:
-        with pyarrow.ipc.new_stream(f, table.schema) as writer:
-            writer.write_table(table)
+        with pyarrow.ipc.new_file(f, schema) as writer:
+            while batch := list(islice(examples, _BATCH)):
+                columns = [
+                    _column([getattr(example, name) for example in batch])
+                    for name in names
+                ]
+                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+                written += batch
+    return written
 
 
 def _column(rows: Sequence[TokenIds]) -> Any:
     import pyarrow
 
-    ends = np.cumsum([len(row) for row in rows])
-    return pyarrow.LargeListArray.from_arrays(
-        np.concatenate([[0], ends]).astype(np.int64),
-        pyarrow.array(np.concatenate(rows), pyarrow.int32()),
-    )
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    values = pyarrow.array(np.concatenate(rows), pyarrow.int32())
+    return pyarrow.LargeListArray.from_arrays(offsets, values)
 
 
-def _read(path: Path) -> list[Example]:
+def _read(path: Path) -> Iterator[Example]:
     import pyarrow
 
     with pyarrow.OSFile(str(path)) as file:
-        table = pyarrow.ipc.open_stream(file).read_all()
-    prompts, responses = (
-        _rows(table.column(name).combine_chunks())
-        for name in ("prompt_ids", "response_ids")
-    )
-    return [Example(p, r) for p, r in zip(prompts, responses, strict=True)]
+        reader = pyarrow.ipc.open_file(file)
+        for number in range(reader.num_record_batches):
+            columns = reader.get_batch(number).columns
+            yield from map(Example, *map(_rows, columns))
 
 
 def _rows(column: Any) -> list[TokenIds]:

@@ -1,33 +1,46 @@
-"""Conversations to token ids: one path for generation and for training.
+"""A source of conversations to examples within limits."""
 
-The prompt's ids don't depend on the response, so the ids that generation
-starts from are the ids that training conditions on.
-"""
-
+import itertools
+import time
 import warnings
-from collections.abc import Sequence
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
+import keras
 import numpy as np
 
 from keras_iris.data.chat_template import ChatTemplate
-from keras_iris.data.conversations import Conversation, Message, Prompt
+from keras_iris.data.conversations import Conversation, read_conversation
+from keras_iris.data.encoder import Encoder, TokenPair, as_messages
 from keras_iris.data.example import Example
-from keras_iris.data.marked_text import MarkedText
+from keras_iris.data.rows import BadRows, OnBadRow, read_rows
+from keras_iris.data.token_cache import cache_file, cached
 from keras_iris.data.tokenizer import Tokenizer
 
 OnOverflow = Literal["drop", "truncate", "error"]
+T = TypeVar("T")
+R = TypeVar("R")
+
 _OVERFLOWS = ("drop", "truncate", "error")
+_BATCH = 512  # rows that are encoded at once
+_SECONDS_IN_SILENCE = 5.0
 
 
 def tokenize(  # noqa: PLR0913
-    conversations: Sequence[Conversation],
+    source: Any,
     tokenizer: Tokenizer,
     *,
     template: ChatTemplate | None = None,
     max_prompt_length: int,
     max_response_length: int,
     on_overflow: OnOverflow = "drop",
+    on_bad_row: OnBadRow = "error",
+    cache_dir: str | Path | None = None,
 ) -> list[Example]:
     """Turns conversations into token ids.
 
@@ -37,214 +50,218 @@ def tokenize(  # noqa: PLR0913
     token, and without a template, `tokenizer.end_token_ids[0]` is appended.
     Special tokens inside a user's text stay text.
 
+    A file is read and encoded piece by piece, so that its text is never in
+    memory as a whole. What takes long shows its progress.
+
     Args:
-        conversations: What to tokenise.
+        source: Rows, a `datasets.Dataset` or the path of a file, as
+            `read_conversations` takes them.
         tokenizer: A `Tokenizer`.
         template: Renders the messages; a prompt that is a string becomes a
             user message. Without one, prompts have to be strings, and are
-            taken as they stand.
-        max_prompt_length: Longer prompts lose ids on the left, with one
-            warning that counts them.
+            taken as they stand, after the tokenizer's start token.
+        max_prompt_length: The longest prompt in tokens.
         max_response_length: The longest response in tokens, with the end
             token.
-        on_overflow: What happens to longer responses: `"drop"` leaves the
-            conversation out, `"truncate"` cuts the response, which then has
-            no end token (both with one warning that counts them), `"error"`
-            raises.
+        on_overflow: What happens to longer ones: `"drop"` leaves the
+            conversation out, `"error"` raises. `"truncate"` cuts the
+            response, which then has no end token, and shortens the prompt: a
+            text loses its beginning, messages the oldest question with its
+            answer, again and again; system message, headers and the last
+            message stay whole, and where that is too long the conversation is
+            left out. One warning each counts the conversations.
+        on_bad_row: What happens to a row that can't be read, rendered or
+            encoded: `"error"` raises, `"drop"` leaves it out and counts it.
+        cache_dir: A folder that keeps the examples, in a file whose name is
+            a hash of data, tokenizer, template and limits.
 
     Returns:
         The examples, in the order of the conversations.
 
     Raises:
-        ValueError: If an argument is out of range, a conversation cannot be
-            rendered or has an empty prompt, the template ends a turn with
-            a special token that generation doesn't stop at, a response is too
-            long and `on_overflow="error"`, or nothing is left.
+        ValueError: If an argument is out of range, the template can't be used
+            with the tokenizer, a row is bad (the message names it) or too
+            long and that is an error, or nothing is left.
     """
-    _check_arguments(max_prompt_length, max_response_length, on_overflow)
-    examples, num_cut, too_long = [], 0, []
-    for index, conversation in enumerate(conversations):
-        try:
-            prompt_ids, response_ids = _encode(
-                conversation, tokenizer, template
-            )
-        except ValueError as error:
-            raise ValueError(f"Conversation {index}: {error}") from error
-        if len(prompt_ids) > max_prompt_length:
-            num_cut += 1
-        if len(response_ids) > max_response_length:
-            too_long.append((index, len(response_ids)))
-            if on_overflow == "drop":
-                continue
-        examples.append(
-            Example(
-                np.asarray(prompt_ids[-max_prompt_length:], np.int32),
-                np.asarray(response_ids[:max_response_length], np.int32),
-            )
-        )
-    total = len(conversations)
-    _report_prompts(num_cut, total, max_prompt_length)
-    _report_responses(too_long, total, max_response_length, on_overflow)
-    if not examples:
+    if on_overflow not in _OVERFLOWS:
         raise ValueError(
-            f"No example is left of {total} conversations. Expected at least "
-            f"one with a response of at most {max_response_length} tokens. "
-            "Raise `max_response_length`, or check that the data isn't empty."
+            f"Expected `on_overflow` to be one of {_OVERFLOWS}, received "
+            f"{on_overflow!r}."
         )
-    return examples
-
-
-def encode_prompt(
-    prompt: Prompt,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None = None,
-) -> list[int]:
-    """The ids that a response is generated from: those `tokenize` gives.
-
-    Args:
-        prompt: A string, or messages.
-        tokenizer: A `Tokenizer`.
-        template: Renders the messages.
-
-    Returns:
-        Token ids, at least one.
-
-    Raises:
-        ValueError: If the prompt cannot be rendered or has no ids.
-    """
-    if template is None:
-        token_ids = tokenizer.encode(_as_text(prompt), parse_special=False)
-    else:
-        marked = MarkedText(_as_messages(prompt), tokenizer)
-        token_ids = marked.encode(template.render_prompt(marked.messages))
-    if not token_ids:
-        raise ValueError(
-            f"The prompt {prompt!r} has no token ids. Expected at least one, "
-            "which the first token of the response is predicted from."
-        )
-    return token_ids
-
-
-def _encode(
-    conversation: Conversation,
-    tokenizer: Tokenizer,
-    template: ChatTemplate | None,
-) -> tuple[list[int], list[int]]:
-    prompt, response = conversation.prompt, conversation.response
-    prompt_ids = encode_prompt(prompt, tokenizer, template)
-    if template is None:
-        rest = tokenizer.encode(response, parse_special=False)
-    else:
-        rest = _encode_rest(
-            _as_messages(prompt), response, prompt_ids, tokenizer, template
-        )
-    return prompt_ids, _close(rest, tokenizer.end_token_ids)
-
-
-def _encode_rest(
-    messages: Sequence[Message],
-    response: str,
-    prompt_ids: list[int],
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-) -> list[int]:
-    turn = {"role": "assistant", "content": response}
-    marked = MarkedText([*messages, turn], tokenizer)
-    *history, turn = marked.messages
-    prompt = template.render_prompt(history)
-    full = template.render(history, turn["content"])
-    full_ids = marked.encode(full)
-    if full_ids[: len(prompt_ids)] == prompt_ids:
-        rest_ids = full_ids[len(prompt_ids) :]
-    else:
-        # A token spans prompt and response: generation never sees that one.
-        rest_ids = marked.encode(full[len(prompt) :], continues=True)
-    if set(rest_ids).isdisjoint(tokenizer.end_token_ids):
-        _check_end_of_turn(full[len(prompt) :], tokenizer)
-    return rest_ids
-
-
-def _check_end_of_turn(rest: str, tokenizer: Tokenizer) -> None:
-    written = [token for token in tokenizer.special_tokens if token in rest]
-    if written:
-        raise ValueError(
-            f"The chat template ends a response with {written}, which isn't "
-            "an end token of the tokenizer, so generation would not stop "
-            f"there: its end tokens are {tokenizer.end_token_ids}. Add the "
-            "token's id to `end_token_ids`, or use another template."
-        )
-
-
-def _close(token_ids: list[int], end_token_ids: tuple[int, ...]) -> list[int]:
-    """Ids up to the first end token, which is appended if there is none."""
-    for position, token_id in enumerate(token_ids):
-        if token_id in end_token_ids:
-            return token_ids[: position + 1]
-    return [*token_ids, end_token_ids[0]]
-
-
-def _as_messages(prompt: Prompt) -> tuple[Message, ...]:
-    if isinstance(prompt, str):
-        return ({"role": "user", "content": prompt},)
-    return prompt
-
-
-def _as_text(prompt: Prompt) -> str:
-    if isinstance(prompt, str):
-        return prompt
-    raise ValueError(
-        f"The prompt is a list of {len(prompt)} messages, expected a string, "
-        "because there is no chat template. Pass a template, for instance "
-        "`template=ChatTemplate.named('chatml')`."
-    )
-
-
-def _check_arguments(
-    max_prompt_length: int, max_response_length: int, on_overflow: str
-) -> None:
     if max_prompt_length < 1 or max_response_length < 1:
         raise ValueError(
             "Expected `max_prompt_length` and `max_response_length` of at "
             f"least 1, received {max_prompt_length} and "
             f"{max_response_length}."
         )
-    if on_overflow not in _OVERFLOWS:
-        raise ValueError(
-            f"Expected `on_overflow` to be one of {_OVERFLOWS}, received "
-            f"{on_overflow!r}."
-        )
-
-
-def _report_prompts(num_cut: int, total: int, maximum: int) -> None:
-    if num_cut:
-        warnings.warn(
-            f"{num_cut} of {total} prompts are longer than "
-            f"`max_prompt_length` = {maximum} tokens and were cut on the "
-            "left.",
-            stacklevel=3,
-        )
-
-
-def _report_responses(
-    too_long: list[tuple[int, int]],
-    total: int,
-    maximum: int,
-    on_overflow: OnOverflow,
-) -> None:
-    if not too_long:
-        return
-    found = (
-        f"{len(too_long)} of {total} responses are longer than "
-        f"`max_response_length` = {maximum} tokens"
+    bad_rows = BadRows(on_bad_row)
+    if template is not None:
+        template = template.bind(tokenizer)
+        template.check(tokenizer)
+    limits = _Limits(max_prompt_length, max_response_length, on_overflow)
+    encoder = Encoder(tokenizer, template)
+    if cache_dir is None:
+        return list(_make_examples(source, encoder, limits, bad_rows))
+    if isinstance(source, Iterator):  # it is read twice
+        source = list(source)
+    facts = [
+        *(tokenizer.fingerprint(), template and template.fingerprint()),
+        *(max_prompt_length, max_response_length, on_overflow, on_bad_row),
+    ]
+    return cached(
+        cache_file(cache_dir, facts, source),
+        lambda: _make_examples(source, encoder, limits, bad_rows),
     )
-    if on_overflow == "error":
-        index, length = too_long[0]
-        raise ValueError(
-            f"{found}, first that of conversation {index} with {length}. "
-            "Raise the maximum, or pass `on_overflow='drop'` or 'truncate'."
+
+
+@dataclass
+class _Limits:
+    """Keeps, shortens or refuses what is too long, and counts it."""
+
+    max_prompt_length: int
+    max_response_length: int
+    on_overflow: OnOverflow
+    num_rows: int = 0
+    num_dropped: int = 0
+    num_shortened: int = 0
+    num_cut: int = 0
+
+    def fit(
+        self, row: Conversation, pair: TokenPair, encoder: Encoder
+    ) -> Example | None:
+        """The example of a row, or `None`."""
+        self.num_rows += 1
+        prompt, response = pair
+        if self.on_overflow == "truncate":
+            if len(prompt) > self.max_prompt_length:
+                self.num_shortened += 1
+                prompt, response = self._shorten(row, pair, encoder)
+            if len(response) > self.max_response_length:
+                self.num_cut += 1
+                response = response[: self.max_response_length]
+        sizes = (len(prompt), len(response))
+        if (
+            sizes[0] <= self.max_prompt_length
+            and sizes[1] <= self.max_response_length
+        ):
+            return Example(
+                np.asarray(prompt, np.int32), np.asarray(response, np.int32)
+            )
+        if self.on_overflow == "error":
+            raise ValueError(
+                f"{row.where}: A prompt of {sizes[0]} and a response of "
+                f"{sizes[1]} tokens, expected {self._at_most}. Raise the "
+                "maximum, or pass `on_overflow='drop'` or 'truncate'."
+            )
+        self.num_dropped += 1
+        return None
+
+    def _shorten(
+        self, row: Conversation, pair: TokenPair, encoder: Encoder
+    ) -> TokenPair:
+        if encoder.template is None:
+            start = len(encoder.tokenizer.start_token_ids)
+            ids, rest = pair
+            room = max(1, self.max_prompt_length - start)
+            return [*ids[:start], *ids[start:][-room:]], rest
+        messages = list(as_messages(row.prompt))
+        first = int(messages[0]["role"] == "system")
+        while len(messages) > first + 2 and len(pair[0]) > (
+            self.max_prompt_length
+        ):
+            del messages[first : first + 2]
+            short = Conversation(tuple(messages), row.response, row.where)
+            (pair,) = encoder.encode([short])
+        return pair
+
+    @property
+    def _at_most(self) -> str:
+        return (
+            f"at most {self.max_prompt_length} and {self.max_response_length}"
         )
-    outcome = {
-        "drop": "and were dropped with their prompts.",
-        "truncate": "and were cut; they have no end token now.",
-    }
-    warnings.warn(f"{found} {outcome[on_overflow]}", stacklevel=3)
+
+    def report(self) -> None:
+        counts = {
+            "were dropped: a prompt or response is too long": self.num_dropped,
+            "have a shortened prompt": self.num_shortened,
+            "have a cut response, without end token": self.num_cut,
+        }
+        for outcome, number in counts.items():
+            if number:
+                warnings.warn(
+                    f"{number} of {self.num_rows} conversations {outcome} "
+                    f"(`max_prompt_length`, `max_response_length`: "
+                    f"{self._at_most}).",
+                    stacklevel=4,
+                )
+
+
+def _make_examples(
+    source: Any, encoder: Encoder, limits: _Limits, bad_rows: BadRows
+) -> Iterator[Example]:
+    rows = read_rows(source, read_conversation, bad_rows)
+    batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
+    progress, number, num_examples = _Progress(), 0, 0
+    for batch in _two_ahead(partial(_encode_rows, encoder), batches):
+        for row, pair in batch:
+            if isinstance(pair, ValueError):
+                bad_rows.add(ValueError(f"{row.where}: {pair}"))
+                continue
+            example = limits.fit(row, pair, encoder)
+            if example is not None:
+                num_examples += 1
+                yield example
+        number += len(batch)
+        progress.show(number)
+    progress.close(number)
+    bad_rows.report(limits.num_rows)
+    limits.report()
+    if not num_examples:
+        raise ValueError(
+            f"No example is left of {limits.num_rows + bad_rows.errors} rows. "
+            f"Expected at least one with {limits._at_most} tokens in prompt "
+            "and response. Raise `max_prompt_length` or `max_response_length`, "
+            "or look at the rows."
+        )
+
+
+def _encode_rows(
+    encoder: Encoder, rows: Sequence[Conversation]
+) -> list[tuple[Conversation, TokenPair | ValueError]]:
+    """Each row with its ids, or with what is wrong with it."""
+    try:
+        return list(zip(rows, encoder.encode(rows), strict=True))
+    except ValueError as error:
+        if len(rows) == 1:
+            return [(rows[0], error)]
+    # One of them is bad: find it.
+    return [result for row in rows for result in _encode_rows(encoder, [row])]
+
+
+def _two_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """Results in their order; Python renders one while another is encoded."""
+    with ThreadPoolExecutor(2) as pool:
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+class _Progress:
+    """Counts rows on the screen, once it takes long."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+        self._bar: Any = None
+
+    def show(self, number: int) -> None:
+        if time.monotonic() - self._start >= _SECONDS_IN_SILENCE:
+            self._bar = self._bar or keras.utils.Progbar(None, unit_name="row")
+            self._bar.update(number)
+
+    def close(self, number: int) -> None:
+        if self._bar:
+            self._bar.update(number, finalize=True)

@@ -47,9 +47,10 @@ def export(
         folder: The folder to write. If there is one already it has to be
             empty, or an earlier export with no other files in it, which is
             replaced.
-        source: The Hugging Face folder whose other settings and tokenizer
-            files are copied. Defaults to the one that the model was loaded
-            from; without one, all is written from the model itself.
+        source: The Hugging Face folder whose other settings are copied.
+            Defaults to the one that the model was loaded from. Tokenizer,
+            template and end tokens are those of the model, which
+            `SelfPlay` sets to what it trained with.
         dtype: `"bfloat16"`, `"float16"` or `"float32"`.
 
     Returns:
@@ -74,8 +75,8 @@ def export(
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(folder.parent, weights, dtype)
     with written_beside(folder) as new:
-        write_tokenizer(causal_lm, source, new)
-        _write_config(config, source, new, dtype)
+        token_ids = write_tokenizer(causal_lm, source, new)
+        _write_config(config, source, new, {"dtype": dtype, **token_ids})
         names = sorted(file.name for file in new.iterdir())
         write_shards(weights, new, dtype, {_MARK: json.dumps(names)})
     return folder
@@ -130,12 +131,15 @@ def _check_disk(parent: Path, weights: list[Weight], dtype: str) -> None:
 
 
 def _write_config(
-    config: DecoderConfig, source: Path | None, folder: Path, dtype: str
+    config: DecoderConfig,
+    source: Path | None,
+    folder: Path,
+    changes: dict[str, Any],
 ) -> None:
     content: dict[str, Any] = config.to_json()
     if source is not None:
         original = read_json(source / "config.json")
         content = {**original, "architectures": content["architectures"]}
-    content |= {"dtype": dtype, "torch_dtype": dtype}
+    content |= {**changes, "torch_dtype": changes["dtype"]}
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

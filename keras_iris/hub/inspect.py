@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from keras_iris.data import ChatTemplate
+from keras_iris.data import ChatTemplate, Tokenizer
 from keras_iris.data.text_files import read_json
 from keras_iris.hub.checkpoint import find_weights
 from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
-from keras_iris.hub.fast_tokenizer import FastTokenizer
 from keras_iris.hub.sources import find_folder
 from keras_iris.hub.tokenizer_folder import check_embeddings, load_tokenizer
 
@@ -22,7 +21,7 @@ class Checkpoint(NamedTuple):
     """
 
     config: DecoderConfig
-    tokenizer: FastTokenizer
+    tokenizer: Tokenizer
     chat_template: ChatTemplate | None
 
 
@@ -87,4 +86,5 @@ def read_checkpoint(
     template = ChatTemplate.from_folder(folder) or default_template
     tokenizer = load_tokenizer(folder, template)
     check_embeddings(tokenizer, config.vocabulary_size)
+    template = template and template.bind(tokenizer)
     return Checkpoint(config, tokenizer, template)

@@ -92,7 +92,7 @@ def load(  # noqa: PLR0913 (by keyword only)
         causal_lm = load_keras_preset(
             str(folder or preset),
             dtype=dtype,
-            default_template=default_template,
+            template=default_template,
         )
     causal_lm.source = folder
     if quantize is not None:
@@ -113,7 +113,7 @@ def _load_hugging_face(
         find_weights(folder, {})  # for a look at the files
         template = ChatTemplate.from_folder(folder) or default_template
         return load_keras_preset(
-            str(folder), dtype=dtype, default_template=template
+            str(folder), dtype=dtype, template=template, folder=folder
         )
     config, tokenizer, template = read_checkpoint(
         folder, content, default_template

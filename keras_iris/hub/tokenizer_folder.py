@@ -1,67 +1,67 @@
-"""The tokenizer and chat template of a Hugging Face folder."""
+"""The tokenizer of a Hugging Face folder."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from keras_iris.data import ChatTemplate
+from keras_iris.data import ChatTemplate, Tokenizer
 from keras_iris.data.text_files import read_json
-from keras_iris.hub.fast_tokenizer import FastTokenizer
-from keras_iris.hub.sentencepiece_definition import sentencepiece_definition
+from keras_iris.hub.convert_tokenizer import convert_folder
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _RESPONSE = "The response."
 
 
-def load_tokenizer(
-    folder: Path, template: ChatTemplate | None
-) -> FastTokenizer:
+def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
     """The tokenizer of a folder.
 
-    Without a tokenizer.json it is made of the folder's tokenizer.model.
+    Without a tokenizer.json transformers converts the folder's own files.
 
     A response ends with the template's end of turn, with an end token of
     generation_config.json (config.json if there is none), or that of
-    tokenizer_config.json.
+    tokenizer_config.json. A text starts with what tokenizer.json puts before
+    it; the `add_bos_token` of tokenizer_config.json doesn't count, as in
+    transformers 5.
 
     Args:
         folder: A Hugging Face folder.
         template: Its chat template.
 
     Raises:
-        ValueError: If it has neither file, the tokenizer.model can't be
-            followed, or the files contradict each other.
+        ValueError: If it has no tokenizer, it can't be converted, or the
+            files contradict each other.
     """
-    definition = _read_definition(folder)
+    definition = read_json(folder / "tokenizer.json")
     config = read_json(folder / "special_tokens_map.json")
     config |= read_json(folder / "tokenizer_config.json")
-    if not (folder / "tokenizer.json").is_file():
-        # Older folders list here what isn't in tokenizer.model.
-        extra = read_json(folder / "added_tokens.json")
-        config["added_tokens_decoder"] = {
-            str(token_id): {"content": text} for text, token_id in extra.items()
-        } | config.get("added_tokens_decoder", {})
-    tokens = _add_tokens(definition, config)
-    ids = {token["content"]: token["id"] for token in tokens}
+    if not definition:
+        definition = convert_folder(folder, config)
+    if "model" not in definition:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'} has no entry 'model'. Expected a "
+            "file of the `tokenizers` library; download it again."
+        )
+    ids = _add_tokens(definition, config)
+    named = {name: ids.get(token_text(config[name]) or "") for name in config}
     end_token_ids = [
         *template_end(template, ids),
         *_generation_end(folder),
-        *_named_id(config.get("eos_token"), ids),
+        named.get("eos_token"),
     ]
-    pad_token_ids = _named_id(config.get("pad_token"), ids)
-    return FastTokenizer(
+    return Tokenizer(
         json.dumps(definition),
-        end_token_ids=end_token_ids,
-        pad_token_id=next(iter(pad_token_ids), None),
+        end_token_ids=[i for i in end_token_ids if i is not None],
+        pad_token_id=named.get("pad_token"),
+        folder=folder,
     )
 
 
-def check_embeddings(tokenizer: Any, vocabulary_size: int) -> None:
+def check_embeddings(tokenizer: Tokenizer, vocabulary_size: int) -> None:
     """Refuses a tokenizer with ids that the model doesn't have.
 
     Args:
-        tokenizer: A `keras_iris.data.Tokenizer`.
+        tokenizer: The tokenizer.
         vocabulary_size: The number of the model's embeddings.
 
     Raises:
@@ -76,37 +76,19 @@ def check_embeddings(tokenizer: Any, vocabulary_size: int) -> None:
         )
 
 
-def _read_definition(folder: Path) -> dict[str, Any]:
-    definition = read_json(folder / "tokenizer.json")
-    if not definition:
-        file = folder / "tokenizer.model"
-        if file.is_file():
-            return sentencepiece_definition(file.read_bytes(), str(file))
-        raise ValueError(
-            f"{folder} has no tokenizer.json and no tokenizer.model. Expected "
-            "one of them beside the weights; download it."
-        )
-    if "model" not in definition:
-        raise ValueError(
-            f"{folder / 'tokenizer.json'} has no entry 'model'. Expected a "
-            "file of the `tokenizers` library; download it again."
-        )
-    return definition
-
-
 def _add_tokens(
     definition: dict[str, Any], config: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+) -> dict[str, int]:
     """Adds special tokens that only tokenizer_config.json names.
 
     As transformers does: those of `added_tokens_decoder`, and the named ones
     that are in the vocabulary.
 
     Returns:
-        All added tokens.
+        All added tokens and their ids.
     """
     added: list[dict[str, Any]] = definition.setdefault("added_tokens", [])
-    ids = {token["content"]: token["id"] for token in added}
+    ids: dict[str, int] = {t["content"]: t["id"] for t in added}
     vocabulary = definition["model"].get("vocab", {})
     if not isinstance(vocabulary, dict):  # Unigram: a list of pairs
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
@@ -116,31 +98,22 @@ def _add_tokens(
     }
     for name in _NAMED_TOKENS:
         text = token_text(config.get(name))
-        if text in vocabulary:
+        if text and text in vocabulary:
             wanted.setdefault(text, (vocabulary[text], {}))
     for text, (token_id, entry) in wanted.items():
+        if text not in ids:
+            flags = ("single_word", "lstrip", "rstrip", "normalized")
+            token = {flag: bool(entry.get(flag)) for flag in flags}
+            token["special"] = bool(entry.get("special", True))
+            added.append({"id": token_id, "content": text, **token})
         if ids.setdefault(text, token_id) != token_id:
             raise ValueError(
                 f"tokenizer_config.json gives {text!r} the id {token_id}, "
                 f"tokenizer.json {ids[text]}. The files belong to different "
                 "models; download them again."
             )
-        if all(token["content"] != text for token in added):
-            added.append(_added_token(text, token_id, entry))
     added.sort(key=lambda token: int(token["id"]))
-    return added
-
-
-def _added_token(
-    text: str, token_id: int, entry: Mapping[str, Any]
-) -> dict[str, Any]:
-    flags = ("single_word", "lstrip", "rstrip", "normalized")
-    return {
-        "id": token_id,
-        "content": text,
-        **{flag: bool(entry.get(flag, False)) for flag in flags},
-        "special": bool(entry.get("special", True)),
-    }
+    return ids
 
 
 def template_end(
@@ -179,11 +152,7 @@ def _generation_end(folder: Path) -> list[int]:
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-def _named_id(token: Any, ids: Mapping[str, int]) -> list[int]:
-    text = token_text(token)
-    return [ids[text]] if text is not None and text in ids else []
-
-
 def token_text(token: Any) -> str | None:
     """The string of a token, which may be saved as an object."""
-    return token.get("content") if isinstance(token, dict) else token
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None

@@ -1,26 +1,31 @@
 """From whatever data a user has to examples that fit the model."""
 
+from pathlib import Path
 from typing import Any
 
 import keras
 
 from keras_iris.data import (
     Example,
-    HubTokenizer,
     Tokenizer,
     check_vocabulary,
-    read_conversations,
     tokenize,
 )
+from keras_iris.hub.convert_tokenizer import convert_keras_hub
 from keras_iris.self_play.options import Options
 
 
 def prepare_examples(
-    data: Any, options: Options
+    data: Any, options: Options, cache_dir: Path
 ) -> tuple[list[Example], tuple[int, ...], str]:
     """Makes examples for a run's model.
 
     The model's own tokenizer and template are the defaults.
+
+    Args:
+        data: Rows, a path or a data set, or a list of `Example`.
+        options: Of the run.
+        cache_dir: Keeps the ids of a file.
 
     Returns:
         The examples, the ids that end a response, and a fingerprint of the
@@ -33,6 +38,7 @@ def prepare_examples(
     """
     causal_lm = options.model.causal_lm
     tokenizer = options.tokenizer or _own_tokenizer(causal_lm)
+    template = options.template or getattr(causal_lm, "chat_template", None)
     is_list = isinstance(data, list | tuple)
     if is_list and not data:
         raise ValueError("The data are empty. Expected at least one row.")
@@ -45,16 +51,15 @@ def prepare_examples(
             "`keras_iris.data.Example`."
         )
     else:
-        template = options.template or getattr(causal_lm, "chat_template", None)
-        if template is not None:
-            template.check()
         examples = tokenize(
-            read_conversations(data),
+            data,
             tokenizer,
             template=template,
             max_prompt_length=options.max_prompt_length,
             max_response_length=options.max_response_length,
             on_overflow=options.on_overflow,
+            on_bad_row=options.on_bad_row,
+            cache_dir=cache_dir if isinstance(data, str | Path) else None,
         )
     check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
     if len(examples) < options.batch_size:
@@ -62,7 +67,9 @@ def prepare_examples(
             f"The data have {len(examples)} usable rows, fewer than "
             f"batch_size={options.batch_size}. Lower `batch_size` or add rows."
         )
-    if tokenizer is not None:
+    if tokenizer is not None:  # `export` writes what is trained with
+        causal_lm.tokenizer = tokenizer
+        causal_lm.chat_template = template and template.bind(tokenizer)
         return examples, tokenizer.end_token_ids, tokenizer.fingerprint()
     return examples, _common_end(examples), "ids"
 
@@ -84,7 +91,8 @@ def _own_tokenizer(causal_lm: keras.Model) -> Tokenizer | None:
     # `keras_iris.load` attaches one; KerasHub's preprocessor may have one.
     tokenizer = getattr(causal_lm, "tokenizer", None)
     if tokenizer is None and causal_lm.preprocessor is not None:
-        tokenizer = HubTokenizer(causal_lm.preprocessor.tokenizer)
+        hub = causal_lm.preprocessor.tokenizer
+        tokenizer = convert_keras_hub(hub, None)
     return tokenizer
 
 

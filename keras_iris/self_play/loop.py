@@ -70,6 +70,8 @@ class SelfPlay(Options):
         max_response_length: Tokens of a response, annotated or synthetic.
         on_overflow: What becomes of longer annotated responses: `"drop"`,
             `"truncate"` or `"error"`, as in `keras_iris.data.tokenize`.
+        on_bad_row: What happens to rows that can't be read: `"drop"` or
+            `"error"`.
         tokenizer: A `keras_iris.data.Tokenizer`; by default the one of
             `keras_iris.load`, or of the causal LM's preprocessor.
         template: The chat template; by default that of `keras_iris.load`.
@@ -105,7 +107,7 @@ class SelfPlay(Options):
         self.check()
         causal_lm = self.model.causal_lm
         self.examples, self.end_token_ids, fingerprint = prepare_examples(
-            data, self
+            data, self, Path(run_dir) / "tokens"
         )
         self._data_key = f"{fingerprint}-{hash_examples(self.examples)}"
         engine = self.engine = self.engine or KerasEngine(

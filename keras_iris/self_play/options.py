@@ -9,6 +9,7 @@ import keras
 
 from keras_iris.arguments import check_count, check_positive
 from keras_iris.data import ChatTemplate, Example, Tokenizer
+from keras_iris.data.rows import OnBadRow
 from keras_iris.data.tokenize import OnOverflow
 from keras_iris.evaluation import score_mode
 from keras_iris.generation import Engine
@@ -31,6 +32,7 @@ class Options:
     max_prompt_length: int = 1024
     max_response_length: int = 256
     on_overflow: OnOverflow = "drop"
+    on_bad_row: OnBadRow = "error"
     tokenizer: Tokenizer | None = None
     template: ChatTemplate | None = None
     engine: Engine | None = None

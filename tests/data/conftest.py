@@ -1,11 +1,11 @@
 """Two tiny real tokenizers, as checkpoints have them."""
 
-import hashlib
-
 import pytest
 import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from keras_iris.data import Tokenizer
 
 SPECIAL = [
     "<pad>", "<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>",
@@ -26,27 +26,16 @@ CORPUS = [
 ] * 3
 
 
-class FileTokenizer:
-    """A `tokenizers.Tokenizer` behind the `Tokenizer` protocol."""
-
-    def __init__(self, inner, end_tokens):
-        self.inner = inner
-        self.vocabulary_size = inner.get_vocab_size()
-        self.pad_token_id = 0
-        self.special_tokens = tuple(SPECIAL)
-        self.end_token_ids = tuple(map(inner.token_to_id, end_tokens))
-
-    def encode(self, text, *, parse_special=True):
-        self.inner.encode_special_tokens = not parse_special
-        ids = self.inner.encode(text, add_special_tokens=False).ids
-        self.inner.encode_special_tokens = False
-        return ids
-
-    def decode(self, token_ids):
-        return self.inner.decode(list(token_ids), skip_special_tokens=False)
-
-    def fingerprint(self):
-        return hashlib.sha256(self.inner.to_str().encode()).hexdigest()
+def make_tokenizer(inner):
+    """A `Tokenizer` that keeps the `tokenizers.Tokenizer` it is made of."""
+    ends = ["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"]
+    tokenizer = Tokenizer(
+        inner.to_str(),
+        end_token_ids=map(inner.token_to_id, ends),
+        pad_token_id=0,
+    )
+    tokenizer.inner = inner
+    return tokenizer
 
 
 def _train(inner, **options):
@@ -84,20 +73,17 @@ def metaspace():
 
 @pytest.fixture(params=["byte_level", "metaspace"])
 def any_tokenizer(request):
-    inner = request.getfixturevalue(request.param)
-    ends = ["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"]
-    return FileTokenizer(inner, ends)
+    return make_tokenizer(request.getfixturevalue(request.param))
 
 
 @pytest.fixture
 def tokenizer(byte_level):
-    ends = ["</s>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"]
-    return FileTokenizer(byte_level, ends)
+    return make_tokenizer(byte_level)
 
 
 @pytest.fixture
 def as_transformers():
-    """Wraps a `FileTokenizer` as transformers does."""
+    """Wraps a tokenizer as transformers does."""
 
     def wrap(tokenizer, template):
         return transformers.PreTrainedTokenizerFast(

@@ -110,11 +110,13 @@ def test_the_date_is_always_the_same():
     assert template.render_prompt(ONE_TURN) == "26 July 2024 00:00"
 
 
-@pytest.mark.parametrize("name", ["plain", "spin"])
+@pytest.mark.parametrize("name", ["plain", "spin", "zephyr"])
 def test_start_token_of_named_templates(name):
     prompt, rest = EXPECTED[name]
+    rest = rest.removesuffix("</s>\n")
+    newline = "\n" if name == "zephyr" else ""
     template = ChatTemplate.named(name, bos_token="<s>", eos_token="</s>")
-    assert template.render(ONE_TURN, "Yo") == f"<s>{prompt}{rest}</s>"
+    assert template.render(ONE_TURN, "Yo") == f"<s>{prompt}{rest}</s>{newline}"
     history = ChatTemplate.named(name).render_prompt(WITH_SYSTEM)
     template = ChatTemplate.named(name, bos_token="<s>")
     assert template.render_prompt(WITH_SYSTEM) == "<s>" + history
@@ -122,7 +124,7 @@ def test_start_token_of_named_templates(name):
 
 @pytest.mark.parametrize(
     ("name", "token"),
-    [("zephyr", "bos_token"), ("chatml", "bos_token"), ("gemma", "eos_token")],
+    [("chatml", "eos_token"), ("gemma", "eos_token")],
 )
 def test_a_token_that_a_named_template_does_not_write(name, token):
     with pytest.raises(
@@ -178,6 +180,61 @@ def test_a_template_that_cannot_render_is_refused(source):
         ChatTemplate(source).check()
 
 
+@pytest.mark.parametrize(
+    "size", [4_000_000, 400_000_000], ids=["small", "large"]
+)
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a'.center(N) }}",
+        "{{ 'a'.ljust(N) }}",
+        "{{ 'a'.rjust(width) }}",
+        "{{ 'a'.zfill(N) }}",
+        "{{ '\t'.expandtabs(N) }}",
+        "{{ 'a' | center(N) }}",
+        "{{ 'a\nb' | indent(N // 2) }}",
+        "{{ '%Nd' % 1 }}",
+        "{{ '%*d' % (N, 1) }}",
+        "{{ '%Nd' | format(1) }}",
+        "{{ '{:>N}'.format(1) }}",
+        "{{ '{:>{w}}'.format(1, w=N) }}",
+        "{{ ('a' * 2000).replace('a', 'b' * (N // 2000)) }}",
+        "{{ ('a' * 2000) | replace('a', 'b' * (N // 2000)) }}",
+        "{{ ('b' * (N // 2000)).join(['a'] * 2001) }}",
+        "{{ (['a'] * 2001) | join('b' * (N // 2000)) }}",
+        "{% set x = 'a' * (N // 64) %}{% for i in range(6) %}"
+        "{% set x = x + x %}{{ x + x }}{{ x + x }}{% endfor %}"
+        "{{ 'a' * N }}",
+        "{% set x = 'a' * (N // 4000) %}"
+        "{% for i in range(4000) %}{{ x }}{% endfor %}",
+    ],
+)
+def test_a_template_that_writes_too_much(source, size):
+    source = source.replace("N", str(size)).replace("width", str(size))
+    template = ChatTemplate(source)
+    if size < 10_000_000:
+        assert len(template.render_prompt(ONE_TURN)) >= size // 2
+        return
+    with pytest.raises(ValueError, match="OverflowError: the result of"):
+        template.render_prompt(ONE_TURN)
+
+
+def test_a_template_without_generation_prompt_is_refused():
+    """Else a response begins with the header of its turn."""
+    turn = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n"
+    source = turn + "{% endfor %}"
+    with pytest.raises(ValueError, match=r"the header '<\|assistant\|>.*Add"):
+        ChatTemplate(source).check()
+    source += "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ChatTemplate(source).check()
+    # As Mistral's, which needs none.
+    ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] "
+        "{{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}"
+        "{% endfor %}"
+    ).check()
+
+
 def test_small_products():
     source = "{{ '-' * 3 }}{{ 2 * 3 }}{{ 2 ** 3 }}{{ 'a' * -1 }}{{ 0.5 * 4 }}"
     assert ChatTemplate(source).render_prompt(ONE_TURN) == "---682.0"
@@ -205,7 +262,7 @@ def test_folder_saved_by_transformers(tmp_path, tokenizer, as_transformers):
     template = ChatTemplate.named("zephyr")
     as_transformers(tokenizer, template).save_pretrained(tmp_path)
     loaded = ChatTemplate.from_folder(tmp_path)
-    assert loaded.fingerprint() == template.fingerprint()
+    assert loaded.fingerprint() == template.bind(tokenizer).fingerprint()
 
 
 def test_template_in_the_tokenizer_config(tmp_path):

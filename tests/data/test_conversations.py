@@ -3,7 +3,7 @@ import json
 import datasets
 import pytest
 
-from keras_iris.data import Conversation, read_conversations, read_examples
+from keras_iris.data import Conversation, read_conversations
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello"}
@@ -60,6 +60,7 @@ def test_files_and_datasets_give_what_the_list_gives(tmp_path):
 
 
 GOOD = {"prompt": "a", "response": "b"}
+CALL = {**ASSISTANT, "content": None}
 BAD_ROWS = [
     ({"prompt": "a"}, r"row 1 has no response.*\['prompt'\]"),
     ({"prompt": "a", "response": " \n"}, "row 1 has no response.*empty"),
@@ -75,9 +76,18 @@ BAD_ROWS = [
     ({"messages": "Hi"}, "row 1: expected a list of messages.*'Hi'"),
     ({"messages": [{"from": "x"}]}, "row 1: expected messages.*'from'"),
     (
-        {"messages": [USER, {**ASSISTANT, "content": None, "tool_calls": []}]},
-        "row 1: .*tool_calls.*Remove the row, or write",
+        {"messages": [USER, {**CALL, "tool_calls": [{"name": "f"}]}]},
+        "a message of row 1 has 'tool_calls', which would be left out",
     ),
+    (
+        {"messages": [USER, {**CALL, "tool_calls": []}]},
+        "row 1: .*'content': None.*Remove the row, or write",
+    ),
+    ({**GOOD, "system": "x"}, "row 1 has 'system', which would be left out"),
+    ({**GOOD, "input": "x"}, "row 1 has 'input', .*Write it into the prompt"),
+    ({**GOOD, "prompt": "a\ud83d"}, r"row 1 has half a char.*'a\\ud83d'"),
+    ({**GOOD, "response": "a\ud83d"}, "row 1 has half a character"),
+    ({"messages": [USER, {**ASSISTANT, "content": "\udc00"}]}, "row 1 has ha"),
     ("text", "row 1 is a str, expected a dict"),
 ]
 
@@ -127,28 +137,6 @@ def test_sources_that_cannot_be_read(source, error):
         read_conversations(source)
 
 
-def test_tokenised_rows():
-    rows = [{"prompt_ids": [3, 4], "response_ids": [5, 1]}]
-    (example,) = read_examples(datasets.Dataset.from_list(rows))
-    assert example.prompt_ids.tolist() == [3, 4]
-    assert example.response_ids.tolist() == [5, 1]
-    assert example.response_ids.dtype == "int32"
-
-
-@pytest.mark.parametrize(
-    ("rows", "error"),
-    [
-        ([], "data is empty"),
-        ([{"prompt_ids": [1]}], "row 0 has no 'response_ids'"),
-        ([{"prompt_ids": [], "response_ids": [1]}], "row 0: .*'prompt_ids'"),
-        ([{"prompt_ids": [1], "response_ids": [0.5]}], "row 0: .*integer"),
-    ],
-)
-def test_bad_tokenised_rows_are_named(rows, error):
-    with pytest.raises(ValueError, match=error):
-        read_examples(rows)
-
-
 def test_byte_order_mark(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text('{"prompt": "a", "response": "é"}', encoding="utf-8-sig")
@@ -176,3 +164,16 @@ def test_damaged_parquet(tmp_path):
 def test_no_such_file(tmp_path, suffix):
     with pytest.raises(ValueError, match="There is no file"):
         read_conversations(tmp_path / f"data.{suffix}")
+
+
+def test_bad_rows_can_be_dropped():
+    with pytest.warns(UserWarning, match="2 of 4 rows .* first .*row 1 has no"):
+        rows = [GOOD, {"prompt": "a"}, "text", {**GOOD, "input": ""}]
+        conversations = read_conversations(rows, on_bad_row="drop")
+    assert conversations == [Conversation("a", "b")] * 2
+    assert [c.where for c in conversations] == ["row 0", "row 3"]
+    with (
+        pytest.raises(ValueError, match="No row is left. The first: row 0"),
+        pytest.warns(UserWarning),
+    ):
+        read_conversations(["text"], on_bad_row="drop")

@@ -1,21 +1,26 @@
+import importlib
+import json
 import warnings
 
-import keras_hub
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
 from keras_iris.data import (
     ChatTemplate,
     Conversation,
-    HubTokenizer,
+    Example,
     SymbolTokenizer,
-    cached_tokenize,
+    Tokenizer,
     check_vocabulary,
     encode_prompt,
-    read_examples,
+    token_cache,
     tokenize,
 )
 
+# The function of the same name hides it.
+tokenize_module = importlib.import_module("keras_iris.data.tokenize")
 ONE_TURN = ({"role": "user", "content": "Hello there, 12 😀"},)
 THREE_TURNS = (
     {"role": "user", "content": "  def add(a, b):\n\n\n    return a  +  b"},
@@ -121,7 +126,7 @@ def test_private_use_characters_in_user_text_survive(tokenizer):
     assert text in tokenizer.decode(prompt_ids)
 
 
-def test_end_token_is_appended_where_the_template_has_none(tokenizer):
+def test_the_tokenizers_end_token_where_the_template_has_none(tokenizer):
     for name in ("plain", "spin"):
         template = ChatTemplate.named(name)
         _, response_ids = run(Conversation("Hi", "Yo"), tokenizer, template)
@@ -131,9 +136,36 @@ def test_end_token_is_appended_where_the_template_has_none(tokenizer):
         ]
 
 
+@pytest.mark.parametrize("name", ["plain", "spin", "zephyr", "chatml", None])
+def test_the_tokenizers_start_token(any_tokenizer, name):
+    """Where the format has none of its own; transformers is the oracle."""
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=any_tokenizer.inner
+    )
+    any_tokenizer.start_token_ids = (any_tokenizer.inner.token_to_id("<s>"),)
+    template = name and ChatTemplate.named(name)
+    text = template.render_prompt(ONE_TURN) if name else "Hello <there>"
+    prompt = ONE_TURN if name else text
+    expected = theirs("<s>").input_ids + theirs(text).input_ids
+    assert encode_prompt(prompt, any_tokenizer, template) == expected
+    prompt_ids, _ = run(Conversation(prompt, "Yo"), any_tokenizer, template)
+    assert prompt_ids == expected
+
+
+def test_an_end_of_turn_that_the_tokenizer_spells(byte_level):
+    """LLaMA-Factory#2147: fourteen tokens, and generation never stops."""
+    text = byte_level.to_str().replace("<|im_end|>", "<|other|>")
+    inner = tokenizers.Tokenizer.from_str(text)
+    tokenizer = Tokenizer(text, end_token_ids=[inner.token_to_id("</s>")])
+    conversation = Conversation("Hi", "Yo")
+    with pytest.raises(ValueError, match=r"'<\|im_end.*tokens, none.*'spin'"):
+        run(conversation, tokenizer, ChatTemplate.named("chatml"))
+    run(conversation, tokenizer, ChatTemplate.named("spin"))
+
+
 def test_a_template_whose_end_of_turn_does_not_stop_generation(tokenizer):
     tokenizer.end_token_ids = tokenizer.end_token_ids[:1]
-    with pytest.raises(ValueError, match=r"'<\|im_end\|>'.* not stop there"):
+    with pytest.raises(ValueError, match=r"'<\|im_end\|>'.*default_template"):
         run(Conversation("Hi", "Yo"), tokenizer, ChatTemplate.named("chatml"))
 
 
@@ -152,7 +184,7 @@ def test_messages_need_a_template(tokenizer):
 def test_a_conversation_that_cannot_be_rendered_is_named(tokenizer):
     good = Conversation("a", "b")
     bad = Conversation(({"role": "system", "content": "x"},), "b")
-    with pytest.raises(ValueError, match="Conversation 1: .*no system role"):
+    with pytest.raises(ValueError, match="row 1: .*no system role"):
         tokenize(
             [good, bad],
             tokenizer,
@@ -165,44 +197,73 @@ LETTERS = SymbolTokenizer("abcdef")
 ROWS = [Conversation("a b c d", "e f"), Conversation("a", "e f e f e")]
 
 
-def test_long_prompts_are_cut_on_the_left_and_counted():
-    with pytest.warns(UserWarning, match="1 of 2 prompts .* on the left"):
+@pytest.mark.parametrize(
+    ("limits", "left"), [((2, 9), "e f e f e <end>"), ((9, 3), "e f <end>")]
+)
+def test_what_is_too_long_is_dropped_and_counted(limits, left):
+    names = ("max_prompt_length", "max_response_length")
+    options = dict(zip(names, limits, strict=True))
+    with pytest.warns(UserWarning, match="1 of 2 conversations were dropped"):
+        (example,) = tokenize(ROWS, LETTERS, **options)
+    assert LETTERS.decode(example.response_ids) == left
+    with pytest.raises(
+        ValueError, match=r"row \d: A prompt .*'drop'.*'truncate'"
+    ):
+        tokenize(ROWS, LETTERS, on_overflow="error", **options)
+
+
+def test_truncated_texts_are_counted():
+    options = {"on_overflow": "truncate", "max_prompt_length": 2}
+    with (
+        pytest.warns(UserWarning, match="1 of 2 .* shortened prompt"),
+        pytest.warns(UserWarning, match="1 of 2 .* cut response, without end"),
+    ):
         first, second = tokenize(
-            ROWS, LETTERS, max_prompt_length=2, max_response_length=9
+            ROWS, LETTERS, max_response_length=3, **options
         )
     assert LETTERS.decode(first.prompt_ids) == "c d"
-    assert LETTERS.decode(second.prompt_ids) == "a"
+    assert LETTERS.decode(second.response_ids) == "e f e"
 
 
-def test_long_responses_are_dropped_and_counted():
-    with pytest.warns(UserWarning, match="1 of 2 responses .* dropped"):
+def test_a_shortened_prompt_keeps_start_system_and_headers(tokenizer):
+    """Not only the end of its ids, which would have no header."""
+    template = ChatTemplate.named("llama3")
+    short = (WITH_SYSTEM[0], *WITH_SYSTEM[3:])
+    expected = encode_prompt(short, tokenizer, template)
+    options = {"template": template, "on_overflow": "truncate"}
+    options |= {"max_response_length": 99}
+    with pytest.warns(UserWarning, match="1 of 1 .* shortened prompt"):
         (example,) = tokenize(
-            ROWS, LETTERS, max_prompt_length=9, max_response_length=3
+            [Conversation(WITH_SYSTEM, "Yo")],
+            tokenizer,
+            max_prompt_length=len(expected),
+            **options,
         )
-    assert LETTERS.decode(example.response_ids) == "e f <end>"
+    assert example.prompt_ids.tolist() == expected
+    with (
+        pytest.raises(ValueError, match="No example is left of 1"),
+        pytest.warns(UserWarning),
+    ):
+        tokenize(
+            [Conversation(WITH_SYSTEM, "Yo")],
+            tokenizer,
+            max_prompt_length=len(expected) - 1,
+            **options,
+        )
 
 
-def test_long_responses_are_cut_and_counted():
-    with pytest.warns(UserWarning, match="1 of 2 responses .* no end token"):
-        _, example = tokenize(
-            ROWS,
-            LETTERS,
-            max_prompt_length=9,
-            max_response_length=3,
+def test_a_shortened_text_keeps_its_start_token(tokenizer):
+    tokenizer.start_token_ids = (tokenizer.inner.token_to_id("<s>"),)
+    (text,) = tokenizer.encode_batch(["Hello there, all"])
+    with pytest.warns(UserWarning, match="shortened prompt"):
+        (example,) = tokenize(
+            [Conversation("Hello there, all", "Yo")],
+            tokenizer,
+            max_prompt_length=4,
+            max_response_length=99,
             on_overflow="truncate",
         )
-    assert LETTERS.decode(example.response_ids) == "e f e"
-
-
-def test_a_long_response_is_an_error():
-    with pytest.raises(ValueError, match="1 of 2 .* conversation 1 with 6"):
-        tokenize(
-            ROWS,
-            LETTERS,
-            max_prompt_length=9,
-            max_response_length=3,
-            on_overflow="error",
-        )
+    assert example.prompt_ids.tolist() == [2, *text[-3:]]
 
 
 def test_what_just_fits_is_kept_without_a_warning():
@@ -227,22 +288,23 @@ def test_bad_arguments(options, error):
 
 
 def test_nothing_left():
-    with pytest.raises(ValueError, match="No example is left of 0"):
+    with pytest.raises(ValueError, match="data is empty: the source has no"):
         tokenize([], LETTERS, **LIMITS)
+    with pytest.warns(UserWarning, match="2 of 2 .* were dropped"):
+        with pytest.raises(ValueError, match="No example is left of 2 rows"):
+            tokenize(ROWS, LETTERS, max_prompt_length=9, max_response_length=1)
 
 
 def test_empty_prompt_ids():
-    with pytest.raises(ValueError, match="Conversation 0: .*no token ids"):
+    with pytest.raises(ValueError, match="row 0: The prompt has no token ids"):
         tokenize([Conversation(" ", "a")], LETTERS, **LIMITS)
 
 
 def test_vocabulary_mismatch():
-    examples = read_examples(
-        [
-            {"prompt_ids": [1, 7], "response_ids": [9]},
-            {"prompt_ids": [1], "response_ids": [10]},
-        ]
-    )
+    examples = [
+        Example(np.array([1, 7]), np.array([9])),
+        Example(np.array([1]), np.array([10])),
+    ]
     check_vocabulary(examples, 11)
     with pytest.raises(ValueError, match="example 1 .*id 10, .* 0 to 9.*Use"):
         check_vocabulary(examples, 10)
@@ -268,9 +330,9 @@ def test_symbols():
             lambda: LETTERS.encode("<end>", parse_special=False),
             r"Unknown symbols \['<end>'\]",
         ),
-        (lambda: SymbolTokenizer(["a", "a"]), r"\['a'\] more than once"),
-        (lambda: SymbolTokenizer(["<pad>"]), r"\['<pad>'\] more than once"),
-        (lambda: SymbolTokenizer(["a b"]), r"whitespace, received \['a b'\]"),
+        (lambda: SymbolTokenizer(["a", "a"]), r"received \['a'\]"),
+        (lambda: SymbolTokenizer(["<pad>"]), r"received \['<pad>'\]"),
+        (lambda: SymbolTokenizer(["a b"]), r"whitespace.* received \['a b'\]"),
     ],
 )
 def test_bad_symbols(action, error):
@@ -278,60 +340,15 @@ def test_bad_symbols(action, error):
         action()
 
 
-def hub_tokenizer(**options):
-    special = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    symbols = [*"abcdefghijklmnopqrstuvwxyz<>|_/ĠĊ", "ab", *special]
-    vocabulary = {symbol: i for i, symbol in enumerate(symbols)}
-    return keras_hub.tokenizers.QwenTokenizer(
-        vocabulary=vocabulary, merges=["a b"], **options
-    )
-
-
-def test_hub_tokenizer():
-    hub = hub_tokenizer()
-    tokenizer = HubTokenizer(hub)
-    end = hub.token_to_id("<|endoftext|>")
-    ab = hub.token_to_id("ab")
-    assert tokenizer.vocabulary_size == hub.vocabulary_size()
-    assert tokenizer.end_token_ids == (end,)
-    assert tokenizer.encode("ab<|endoftext|>ab") == [ab, end, ab]
-    text = "ab<|endoftext|>ab"
-    as_text = tokenizer.encode(text, parse_special=False)
-    assert end not in as_text
-    assert as_text[0] == as_text[-1] == ab
-    assert tokenizer.decode(as_text) == text
-    assert tokenizer.encode("") == []
-
-
-def test_hub_tokenizer_fingerprint():
-    fingerprint = HubTokenizer(hub_tokenizer()).fingerprint()
-    assert fingerprint == HubTokenizer(hub_tokenizer()).fingerprint()
-    other = HubTokenizer(hub_tokenizer(), end_token_ids=(3,))
-    assert other.end_token_ids == (3,)
-    assert fingerprint != other.fingerprint()
-
-
-def test_hub_tokenizer_that_pads_is_refused():
-    with pytest.raises(ValueError, match="'sequence_length': 8.*Make it with"):
-        HubTokenizer(hub_tokenizer(sequence_length=8))
-
-
-def test_hub_tokenizer_without_an_end_token_is_refused():
-    hub = keras_hub.tokenizers.BytePairTokenizer(
-        vocabulary={"a": 0, "b": 1, "ab": 2}, merges=["a b"]
-    )
-    with pytest.raises(ValueError, match="no end token. Pass `end_token_ids"):
-        HubTokenizer(hub)
-    assert HubTokenizer(hub, end_token_ids=(1,)).encode("ab") == [2]
-
-
 def test_cached_examples_are_those_of_tokenize(tmp_path, monkeypatch):
     options = {"max_prompt_length": 9, "max_response_length": 9}
     expected = tokenize(ROWS, LETTERS, **options)
-    first = cached_tokenize(ROWS, LETTERS, cache_dir=tmp_path, **options)
+    first = tokenize(ROWS, LETTERS, cache_dir=tmp_path, **options)
     (file,) = tmp_path.iterdir()
-    monkeypatch.setattr(SymbolTokenizer, "encode", None)  # cannot be called
-    second = cached_tokenize(ROWS, LETTERS, cache_dir=tmp_path, **options)
+    monkeypatch.setattr(
+        SymbolTokenizer, "encode_batch", None
+    )  # cannot be called
+    second = tokenize(ROWS, LETTERS, cache_dir=tmp_path, **options)
     for examples in (first, second):
         for ours, theirs in zip(examples, expected, strict=True):
             np.testing.assert_array_equal(ours.prompt_ids, theirs.prompt_ids)
@@ -352,20 +369,18 @@ def test_the_cache_key_has_tokenizer_template_data_and_limits(tmp_path):
         ([Conversation("a ", "b")], LETTERS, {"template": plain}),
     ]
     for rows, tokenizer, options in variants:
-        cached_tokenize(
-            rows, tokenizer, cache_dir=tmp_path, **{**LIMITS, **options}
-        )
+        tokenize(rows, tokenizer, cache_dir=tmp_path, **{**LIMITS, **options})
     assert len(list(tmp_path.iterdir())) == len(variants)
 
 
 def test_a_damaged_cache_file_is_made_again(tmp_path):
-    expected = cached_tokenize(ROWS, LETTERS, cache_dir=tmp_path, **LIMITS)
+    expected = tokenize(ROWS, LETTERS, cache_dir=tmp_path, **LIMITS)
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     for damaged in (b"", whole[: len(whole) // 2], b"x" * 50):
         file.write_bytes(damaged)
         with pytest.warns(UserWarning, match="damaged.*is made again"):
-            again = cached_tokenize(ROWS, LETTERS, cache_dir=tmp_path, **LIMITS)
+            again = tokenize(ROWS, LETTERS, cache_dir=tmp_path, **LIMITS)
         assert len(again) == len(expected)
         assert file.read_bytes() == whole
 
@@ -376,5 +391,58 @@ def test_nothing_half_written_is_left(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.fsync", disk_full)
     with pytest.raises(OSError, match="No space"):
-        cached_tokenize(ROWS, LETTERS, cache_dir=tmp_path, **LIMITS)
+        tokenize(ROWS, LETTERS, cache_dir=tmp_path, **LIMITS)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_tokenised_once(tmp_path, monkeypatch):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a b", "response": r} for r in "cdef" for _ in range(9)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(token_cache, "_BATCH", 5)
+    options = {"cache_dir": tmp_path / "cache", **LIMITS}
+    expected = tokenize(rows, LETTERS, **LIMITS)
+    first = tokenize(file, LETTERS, **options)
+    with monkeypatch.context() as changed:
+        changed.setattr(SymbolTokenizer, "encode_batch", None)
+        second = tokenize(str(file), LETTERS, **options)
+    for examples in (first, second):
+        assert len(examples) == 36
+        for ours, theirs in zip(examples, expected, strict=True):
+            for name in ("prompt_ids", "response_ids"):
+                np.testing.assert_array_equal(
+                    getattr(ours, name), getattr(theirs, name)
+                )
+    file.write_text(json.dumps(rows[0]))
+    assert len(tokenize(file, LETTERS, **options)) == 1
+
+
+def test_bad_rows_are_named_or_dropped_and_counted(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    good = {"prompt": "a b", "response": "c"}
+    bad = [
+        '{"prompt": "a", ',
+        json.dumps({**good, "prompt": "cut emoji \ud83d"}),
+        json.dumps({**good, "response": "z"}),  # unknown symbol
+        json.dumps({**good, "system": "Be kind."}),
+        "",
+    ]
+    file.write_text("\n".join([json.dumps(good), *bad, json.dumps(good)]))
+    with pytest.warns(UserWarning, match="4 of 6 rows .*line 2 of .*rows") as w:
+        examples = tokenize(file, LETTERS, on_bad_row="drop", **LIMITS)
+    assert len(examples) == 2 and len(w) == 1
+    for number, line in enumerate(bad[:4], start=2):
+        file.write_text("\n" * (number - 1) + line)
+        with pytest.raises(ValueError, match=f"^line {number} of .*rows.jsonl"):
+            tokenize(file, LETTERS, **LIMITS)
+    with pytest.raises(ValueError, match="`on_bad_row` to be .* 'skip'"):
+        tokenize(file, LETTERS, on_bad_row="skip", **LIMITS)
+
+
+def test_progress_of_long_work(monkeypatch, capsys):
+    monkeypatch.setattr(tokenize_module, "_BATCH", 2)
+    tokenize(ROWS * 3, LETTERS, **LIMITS)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(tokenize_module, "_SECONDS_IN_SILENCE", 0)
+    tokenize(ROWS * 3, LETTERS, **LIMITS)
+    assert "6/Unknown" in capsys.readouterr().out

@@ -18,9 +18,11 @@ from reference import (
     random_ids,
 )
 from safetensors.numpy import load_file
+from tiny_checkpoints import copy, edit
 from tokenizer_texts import TEXTS
 
-from keras_iris import files
+from keras_iris import SelfPlay, SelfPlayModel, files, losses
+from keras_iris.data import ChatTemplate, Tokenizer, tokenize
 from keras_iris.hub import export, load, shards
 
 TOLERANCE = 1e-4
@@ -91,6 +93,69 @@ def _assert_same_text_side(first, second):
     messages = [{"role": "user", "content": "Hello"}]
     prompt = first.chat_template.render_prompt(messages)
     assert second.chat_template.render_prompt(messages) == prompt
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name", "end"),
+    [
+        ("mistral", "spin", None),  # which writes the start token then
+        ("qwen2", "spin", "<|stop|>"),
+        ("qwen2", "chatml", None),
+    ],
+)
+def test_what_is_trained_with_is_exported(
+    checkpoint, tmp_path, architecture, name, end
+):
+    """Template, tokenizer, end tokens; transformers and vLLM read them."""
+    source = copy(checkpoint(architecture), tmp_path)
+    edit(source / "tokenizer_config.json", chat_template=None)
+    template = ChatTemplate.named(name)
+    options = {"template": template}
+    if end:
+        definition = json.loads((source / "tokenizer.json").read_text())
+        token = {**definition["added_tokens"][0], "id": 635, "content": end}
+        definition["added_tokens"].append(token)
+        options["tokenizer"] = Tokenizer(
+            json.dumps(definition), end_token_ids=[635]
+        )
+    causal_lm = load(source, default_template=template)
+    model = SelfPlayModel(causal_lm)
+    model.compile("adam", losses.IRIS())
+    rows = [{"prompt": "Hello,  you", "response": "Fine.\n"}]
+    run_dir = tmp_path / "run"
+    self_play = SelfPlay(model, rows, run_dir, batch_size=1, **options)
+    folder = export(causal_lm, tmp_path / "model")
+
+    theirs = expected_tokenizer(folder)
+    (example,) = self_play.examples
+    turns = [
+        {"role": "user", "content": "Hello,  you"},
+        {"role": "assistant", "content": "Fine.\n"},
+    ]
+    ids = theirs.apply_chat_template(turns, return_dict=False)
+    trained = [*example.prompt_ids, *example.response_ids]
+    assert ids[: len(trained)] == trained
+    prompt_ids = theirs.apply_chat_template(
+        turns[:1], add_generation_prompt=True, return_dict=False
+    )
+    assert prompt_ids == example.prompt_ids.tolist()
+    end_id = int(example.response_ids[-1])
+    assert theirs.eos_token_id == end_id
+    assert end in (None, theirs.eos_token)
+    for file in ("config.json", "generation_config.json"):
+        ends = json.loads((folder / file).read_text())["eos_token_id"]
+        assert np.ravel(ends)[0] == end_id
+    again = load(folder)
+    _assert_same_text_side(causal_lm, again)
+    assert again.tokenizer.fingerprint() == causal_lm.tokenizer.fingerprint()
+    (again,) = tokenize(
+        rows,
+        again.tokenizer,
+        template=again.chat_template,
+        max_prompt_length=99,
+        max_response_length=99,
+    )
+    assert [*again.prompt_ids, *again.response_ids] == trained
 
 
 def test_keeps_llama3_rotary_scaling(tmp_path):

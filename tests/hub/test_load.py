@@ -13,11 +13,9 @@ from keras_iris import losses
 from keras_iris.data import (
     ChatTemplate,
     Conversation,
-    HubTokenizer,
     tokenize,
 )
 from keras_iris.hub import export, inspect, load
-from keras_iris.hub.fast_tokenizer import FastTokenizer
 from keras_iris.models import SelfPlayModel
 
 ARCHITECTURES = ("mistral", "qwen2", "llama", "gemma")
@@ -104,7 +102,7 @@ def test_default_template(checkpoint, tmp_path):
     plain = load(folder)
     assert plain.tokenizer.end_token_ids == (632,)
     causal_lm = load(folder, default_template=template)
-    assert causal_lm.chat_template is template
+    assert causal_lm.chat_template.source == template.source
     assert causal_lm.tokenizer.end_token_ids == (634, 632)
     (example,) = tokenize(
         [conversation],
@@ -134,7 +132,7 @@ def test_inspect(checkpoint, tmp_path):
     assert inspect(folder).chat_template is None
     template = ChatTemplate.named("chatml")
     found = inspect(folder, default_template=template)
-    assert found.chat_template is template
+    assert found.chat_template.source == template.source
     (folder / "model.safetensors").write_bytes(b"half")
     with pytest.raises(ValueError, match="truncated or damaged"):
         inspect(folder)
@@ -241,7 +239,7 @@ def test_keras_preset_with_byte_pairs(checkpoint, tmp_path):
     original.save_to_preset(str(tmp_path))
     template = ChatTemplate.named("chatml")
     causal_lm = load(tmp_path, default_template=template)
-    assert causal_lm.chat_template is template
+    assert causal_lm.chat_template.source == template.source
     assert causal_lm.tokenizer.end_token_ids == (634, 632)
     assert load(tmp_path).tokenizer.end_token_ids == (632,)
     expected = expected_tokenizer(source)
@@ -252,18 +250,6 @@ def test_keras_preset_with_byte_pairs(checkpoint, tmp_path):
     np.testing.assert_array_equal(
         logits_of(causal_lm, token_ids), logits_of(original, token_ids)
     )
-
-
-# KerasHub 0.32 leaves tokenizer.model open.
-@saves_preset
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_keras_preset_with_sentencepiece(checkpoint, tmp_path):
-    original = make_keras_preset(checkpoint("mistral"), "mistral")
-    original.save_to_preset(str(tmp_path))
-    tokenizer = load(tmp_path).tokenizer
-    assert isinstance(tokenizer, FastTokenizer)
-    assert tokenizer.encode("</s>") == [2]
 
 
 def test_other_architectures_pass_with_a_warning(tmp_path):
@@ -285,7 +271,6 @@ def test_other_architectures_pass_with_a_warning(tmp_path):
     (tmp_path / "merges.txt").write_text("a b\n")
     with pytest.warns(UserWarning, match="type 'gpt2'"):
         causal_lm = load(tmp_path)
-    assert isinstance(causal_lm.tokenizer, HubTokenizer)
     assert causal_lm.tokenizer.encode("ab") == [3]
     assert causal_lm.chat_template is None
     template = ChatTemplate.named("chatml")

@@ -88,7 +88,7 @@ def test_gemma_ignores_the_epsilon(checkpoint):
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 def test_byte_pair_tokenizers_split_nothing(checkpoint, architecture):
-    """`FastTokenizer` replaces them, for presets too (`keras_preset`)."""
+    """`convert_keras_hub` makes them anew."""
     folder = checkpoint(architecture)
     tokenizer = keras_hub.tokenizers.Tokenizer.from_preset(str(folder))
     expected = expected_tokenizer(folder)
@@ -99,17 +99,6 @@ def test_byte_pair_tokenizers_split_nothing(checkpoint, architecture):
         for text in texts
     ]
     assert not all(same)
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_mistral_tokenizer_reads_special_tokens_as_text(checkpoint):
-    """`FastTokenizer` replaces it; in presets `HubTokenizer` splits texts."""
-    # Not `Tokenizer.from_preset`, which picks one of Mistral's two by chance.
-    tokenizer = keras_hub.tokenizers.MistralTokenizer.from_preset(
-        str(checkpoint("mistral"))
-    )
-    assert 2 not in np.asarray(tokenizer("a</s>b")).tolist()
 
 
 def test_qwen_exporter_names_no_class(checkpoint, tmp_path):

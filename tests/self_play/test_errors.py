@@ -42,9 +42,11 @@ def test_too_long_responses_of_text(tmp_path):
     tokenizer = SymbolTokenizer(["a", "b", "c"])
     rows = [{"prompt": "a", "response": "b c b c b"}] * 8
     options = dict(examples=rows, tokenizer=tokenizer, max_response_length=3)
-    with pytest.raises(ValueError, match="8 of 8 .*3"):
+    with pytest.raises(
+        ValueError, match="row 0: A prompt of 1 .* at most 1024 and 3"
+    ):
         make_self_play(tmp_path, on_overflow="error", **options)
-    with pytest.warns(UserWarning, match="8 of 8 .* were cut"):
+    with pytest.warns(UserWarning, match="8 of 8 .* a cut response"):
         self_play = make_self_play(tmp_path, on_overflow="truncate", **options)
     b, c = tokenizer.encode("b c")
     for example in self_play.examples:
