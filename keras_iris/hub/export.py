@@ -9,9 +9,10 @@ import keras
 
 from keras_iris.data.text_files import read_json
 from keras_iris.files import check_replaceable, written_beside
+from keras_iris.hub.architecture_table import MODEL_TYPES
 from keras_iris.hub.architectures import read_config
 from keras_iris.hub.checkpoint import INDEX_FILE, read_metadata
-from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
+from keras_iris.hub.decoder_config import DecoderConfig
 from keras_iris.hub.export_tokenizer import write_tokenizer
 from keras_iris.hub.shards import BYTES_PER_NUMBER, write_shards
 from keras_iris.hub.weights import Weight, list_weights

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.text_files import read_json
+from keras_iris.hub.architecture_table import MODEL_TYPES
 from keras_iris.hub.checkpoint import find_weights
-from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
+from keras_iris.hub.decoder_config import DecoderConfig
 from keras_iris.hub.fast_tokenizer import FastTokenizer
 from keras_iris.hub.sources import find_folder
 from keras_iris.hub.tokenizer_folder import check_embeddings, load_tokenizer

@@ -8,9 +8,9 @@ import keras
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.text_files import read_json
+from keras_iris.hub.architecture_table import MODEL_TYPES
 from keras_iris.hub.architectures import make_causal_lm
 from keras_iris.hub.checkpoint import find_weights, read_weights
-from keras_iris.hub.decoder_config import MODEL_TYPES
 from keras_iris.hub.inspect import read_checkpoint
 from keras_iris.hub.keras_preset import load_keras_preset
 from keras_iris.hub.sources import find_folder
