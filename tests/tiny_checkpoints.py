@@ -93,8 +93,8 @@ def find_classes(architecture):
 def non_default_options(architecture):
     """Of the config: no entry that the model reads has its default."""
     options = dict(NON_DEFAULT)
-    if architecture == "gemma3_text":
-        options["rope_parameters"] = _GEMMA3_ROPE
+    if architecture in _ROPES:
+        options["rope_parameters"] = _ROPES[architecture]
     if "gemma" not in architecture and architecture not in (
         "mistral",
         "mixtral",
@@ -301,14 +301,13 @@ _MODELS = {
             sliding_window=5,
             layer_types=_LAYER_TYPES,
             query_pre_attn_scalar=40,
-            attn_logit_softcapping=None,
             final_logit_softcapping=3.0,
         ),
     ),
     "mixtral": (
         "Mixtral",
         "mistral",
-        dict(num_local_experts=4, num_experts_per_tok=2, sliding_window=6),
+        dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=6),
     ),
     "qwen2_moe": (
         "Qwen2Moe",
@@ -328,7 +327,8 @@ _MODELS = {
             head_dim=24,
             num_experts=5,
             moe_intermediate_size=12,
-            mlp_only_layers=[1],
+            mlp_only_layers=[0],
+            decoder_sparse_step=2,
             **_EXPERTS,
         ),
     ),
@@ -339,9 +339,19 @@ NON_DEFAULT = dict(
     rms_norm_eps=1e-2,
     rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
 )
-_GEMMA3_ROPE = {
-    "full_attention": NON_DEFAULT["rope_parameters"],
-    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+_ROPES = {
+    "gemma3_text": {
+        "full_attention": NON_DEFAULT["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    },
+    "llama": {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.5,
+        "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 16,
+    },
 }
 END_IDS = {
     "mistral": 2,

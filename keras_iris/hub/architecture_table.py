@@ -102,6 +102,7 @@ class Architecture:
             `"argument"` for one of all layers, `"layer"` for one of each.
         window_pattern: Without `layer_types`, each layer of this number has
             no window.
+        ropes: The kinds of rotary embeddings that KerasHub's layers know.
         takes_theta: Whether KerasHub has an argument for the base of the
             rotary embedding.
         halves: KerasHub counts gate and up projection together: 2, or 1.
@@ -120,6 +121,7 @@ class Architecture:
     biases: tuple[str, ...] = ()
     windows: str | None = None
     window_pattern: int = 1
+    ropes: tuple[str, ...] = ("default", "linear")
     takes_theta: bool = True
     halves: int = 1
 
@@ -180,15 +182,11 @@ ARCHITECTURES = {
         "Gemma3",
         decoder_parts.GEMMA3,
         arguments=_HEAD_DIM
-        | {
-            "attn_logit_softcapping": "attention_logit_soft_cap",
-            "final_logit_softcapping": "final_logit_soft_cap",
-        },
+        | {"final_logit_softcapping": "final_logit_soft_cap"},
         adjusted=("query_pre_attn_scalar",),
         defaults={
             "num_key_value_heads": 4,
             "head_dim": 256,
-            "attn_logit_softcapping": None,
             "final_logit_softcapping": None,
             "query_pre_attn_scalar": 256,
             "rope_theta": 1000000.0,
@@ -219,6 +217,7 @@ ARCHITECTURES = {
             "attention_bias": False,
             "mlp_bias": False,
         },
+        ropes=("default", "llama3"),
     ),
     "mistral": Architecture(
         "MistralForCausalLM",

@@ -19,8 +19,12 @@ _KINDS = (
 )
 
 
-class _Adjusted:
-    """A KerasHub backbone whose layers do what it has no arguments for."""
+class _OfCheckpoint:
+    """A KerasHub backbone whose config is the checkpoint's.
+
+    KerasHub's own (0.32) knows nothing of what `adjust` does, and that of
+    Llama leaves out whether embeddings are tied.
+    """
 
     decoder_config: DecoderConfig
 
@@ -37,15 +41,15 @@ class _Adjusted:
         return _make_backbone(content, dtype)
 
 
-def _make_adjusted(name: str) -> type:
+def _make_class(name: str) -> type:
     original = getattr(models, f"{name}Backbone")
-    adjusted = type(original.__name__, (_Adjusted, original), {})
+    of_checkpoint = type(original.__name__, (_OfCheckpoint, original), {})
     register = keras.saving.register_keras_serializable("keras_iris")
-    return register(adjusted)
+    return register(of_checkpoint)
 
 
-_ADJUSTED = {
-    name: _make_adjusted(name)
+_CLASSES = {
+    name: _make_class(name)
     for name in sorted({row.keras_hub for row in ARCHITECTURES.values()})
 }
 
@@ -87,20 +91,16 @@ def adjust(backbone: keras.Model, config: DecoderConfig) -> None:
     """Sets what KerasHub's backbones (0.32) have no arguments for.
 
     The epsilon of some norms, the base of some rotary embeddings, each
-    layer's window, and the scale of queries. Such a backbone becomes one
-    whose `get_config` knows.
+    layer's window, and the scale of queries.
 
     Args:
         backbone: A KerasHub backbone.
         config: What it ought to compute.
     """
-    different = list(_differences(backbone, config))
-    for layer, name, value in different:
+    for layer, name, value in list(_differences(backbone, config)):
         setattr(layer, name, value)
-    if different:
-        row = ARCHITECTURES[config.model_type]
-        backbone.__class__ = _ADJUSTED[row.keras_hub]
-        backbone.decoder_config = config
+    backbone.__class__ = _CLASSES[ARCHITECTURES[config.model_type].keras_hub]
+    backbone.decoder_config = config
 
 
 def _differences(
@@ -152,13 +152,11 @@ def read_config(backbone: keras.Model) -> DecoderConfig:
         ValueError: If its architecture isn't in the table, or it uses
             something that a Hugging Face config.json cannot say.
     """
-    if isinstance(backbone, _Adjusted):
+    if isinstance(backbone, _OfCheckpoint):
         return backbone.decoder_config
-    for model_type, row in ARCHITECTURES.items():
-        if _is_of(backbone, row):
-            config = _read(model_type, row, backbone)
-            if not any(_differences(backbone, config)):
-                return config
+    config = find_config(backbone)
+    if config is not None and not any(_differences(backbone, config)):
+        return config
     raise ValueError(
         f"Cannot write a {type(backbone).__name__} with this configuration "
         f"as a Hugging Face folder. Expected a {', '.join(ARCHITECTURES)} "
@@ -168,11 +166,21 @@ def read_config(backbone: keras.Model) -> DecoderConfig:
     )
 
 
-def is_exact(backbone: keras.Model) -> bool:
-    """Whether a KerasHub backbone's architecture is in the table."""
-    return isinstance(backbone, _Adjusted) or any(
-        _is_of(backbone, row) for row in ARCHITECTURES.values()
-    )
+def find_config(backbone: keras.Model) -> DecoderConfig | None:
+    """The config that one of KerasHub's own backbones means.
+
+    Its layers may not all be as the config says; `adjust` makes them.
+
+    Args:
+        backbone: A KerasHub backbone.
+
+    Returns:
+        The config, or `None` for an architecture that isn't in the table.
+    """
+    for model_type, row in ARCHITECTURES.items():
+        if _is_of(backbone, row):
+            return _read(model_type, row, backbone)
+    return None
 
 
 def _is_of(backbone: keras.Model, row: Architecture) -> bool:

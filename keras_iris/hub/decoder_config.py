@@ -94,7 +94,7 @@ class DecoderConfig:
         if "head_dim" not in row.arguments:
             _check_head_dim(model_type, merged["head_dim"], usual)
         windows = _read_windows(row, merged)
-        full, local = read_ropes(config, row.defaults, model_type == "llama")
+        full, local = read_ropes(config, row.defaults, row.ropes)
         names = [*row.arguments, *row.adjusted]
         entries = {name: _read(merged, name) for name in names}
         length = config.get("max_position_embeddings")

@@ -1,6 +1,6 @@
 """Rotary embeddings in config.json, in old and new files."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 _LLAMA3 = (
@@ -38,7 +38,9 @@ class Rope(NamedTuple):
 
 
 def read_ropes(
-    config: Mapping[str, Any], defaults: Mapping[str, Any], can_llama3: bool
+    config: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    kinds: Collection[str],
 ) -> tuple[Rope, Rope]:
     """The rotary embeddings of layers without and with a window.
 
@@ -48,7 +50,7 @@ def read_ropes(
     Args:
         config: The content of config.json.
         defaults: The architecture's defaults.
-        can_llama3: Whether the architecture takes Llama 3's scaling.
+        kinds: The kinds of scaling that KerasHub's layer knows.
 
     Raises:
         ValueError: If there is something that KerasHub's layers don't do.
@@ -65,24 +67,19 @@ def read_ropes(
         base = config.get("rope_local_base_freq")
         local = {"rope_theta": base or defaults["rope_local_base_freq"]}
         local |= _object(parameters, _LOCAL)
-    return _read(full, can_llama3), _read(local, can_llama3)
+    return _read(full, kinds), _read(local, kinds)
 
 
-def _read(entries: Mapping[str, Any], can_llama3: bool) -> Rope:
+def _read(entries: Mapping[str, Any], kinds: Collection[str]) -> Rope:
     kind = entries.get("rope_type", entries.get("type")) or "default"
-    needed = {
-        "default": (),
-        "linear": ("factor",),
-        "llama3": _LLAMA3 if can_llama3 else None,
-    }.get(kind)
-    if needed is None:
+    if kind not in kinds:
         raise ValueError(
             f"config.json scales the rotary embedding by {kind!r}. Expected "
-            "none, 'linear', or 'llama3' for a model of type 'llama': "
-            "KerasHub's model would give wrong logits. Use another "
-            "checkpoint, or remove the scaling if prompts stay within the "
-            "original length."
+            f"one of {list(kinds)}: KerasHub's model of this type would give "
+            "wrong logits. Use another checkpoint, or remove the scaling if "
+            "prompts stay within the original length."
         )
+    needed = {"linear": ("factor",), "llama3": _LLAMA3}.get(kind, ())
     known = {"rope_type", "type", "rope_theta", *needed}
     for name, value in entries.items():
         if name not in known and not _is_off(name, value):

@@ -35,7 +35,17 @@ BAD_CONFIGS = {
     "activation": ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "biases": ("llama", dict(attention_bias=True), "attention_bias=True"),
     "head size": ("qwen2", dict(head_dim=8), "head_dim=8 where"),
-    "epsilon": ("gemma", dict(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+    "unknown": ("qwen2", dict(logit_scale=2.0), "logit_scale=2.0, an entry"),
+    "unknown scaling": (
+        "qwen2",
+        dict(rope_parameters={"rope_theta": 1e4, "mrope_section": [2, 2]}),
+        "mrope_section=[2, 2] for the rotary embedding",
+    ),
+    "windows": (
+        "gemma2",
+        dict(layer_types=["chunked_attention", "full_attention"]),
+        "layer_types=['chunked_attention', 'full_attention']",
+    ),
     "tied": ("mistral", dict(tie_word_embeddings=True), "tie_word_embeddings"),
     "rotary scaling": (
         "llama",
