@@ -239,6 +239,19 @@ class LeftAligned(CachedForward):
 
     pads_left = False
 
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__(causal_lm)
+        # What doesn't decode is seen here, not after a first training.
+        try:
+            (cache,) = self.prefill(np.ones((1, 2), "int32"), None, 3)
+            self.step(np.ones((1, 1), "int32"), (cache,), 2)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{type(causal_lm).__name__} can't generate in this process: "
+                f"{type(error).__name__}: {error} Expected a decoder whose "
+                "cache takes token ids alone. Use another model or engine."
+            ) from error
+
     def prefill(self, token_ids: Any, is_prompt: Any, total: int) -> Any:
         """The cache after the prompts, and after the padding behind them."""
         del is_prompt  # what is behind a prompt is overwritten

@@ -60,6 +60,7 @@ class DecoderConfig:
             `None`.
         max_position_embeddings: The longest sequence that the model was made
             for, in tokens, if that is known.
+        bos_token_id: The id of the start token, if that is known.
     """
 
     model_type: str
@@ -69,6 +70,7 @@ class DecoderConfig:
     max_position_embeddings: int | None = dataclasses.field(
         default=None, compare=False
     )
+    bos_token_id: int | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "DecoderConfig":
@@ -104,6 +106,7 @@ class DecoderConfig:
             ropes=tuple(full if w is None else local for w in windows),
             windows=windows,
             max_position_embeddings=length and int(length),
+            bos_token_id=config.get("bos_token_id"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -117,8 +120,9 @@ class DecoderConfig:
             **row.expected,
             **self.entries,
         }
-        if self.max_position_embeddings is not None:
-            config["max_position_embeddings"] = self.max_position_embeddings
+        for name in ("max_position_embeddings", "bos_token_id"):
+            if getattr(self, name) is not None:
+                config[name] = getattr(self, name)
         full, local = self._ropes_by_kind()
         config |= full.to_json()
         if "rope_local_base_freq" in row.defaults:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,9 @@ def export(
     left is tidied up by the next one of the same folder.
 
     Args:
-        causal_lm: A KerasHub Gemma 1, Llama 3, Mistral or Qwen2 causal LM;
-            one from `keras_iris.load` brings its tokenizer and chat template.
+        causal_lm: A KerasHub causal LM of an architecture in the table
+            (`keras_iris.hub.architecture_table`); one from `keras_iris.load`
+            brings its tokenizer and chat template.
         folder: The folder to write. If there is one already it has to be
             empty, or an earlier export with no other files in it, which is
             replaced.
@@ -74,7 +76,7 @@ def export(
     _check_disk(folder.parent, weights, dtype)
     with written_beside(folder) as new:
         write_tokenizer(causal_lm, source, new)
-        _write_config(config, source, new, dtype)
+        _write_config(causal_lm, config, source, new, dtype)
         names = sorted(file.name for file in new.iterdir())
         write_shards(weights, new, dtype, {_MARK: json.dumps(names)})
     return folder
@@ -129,12 +131,28 @@ def _check_disk(parent: Path, weights: list[Weight], dtype: str) -> None:
 
 
 def _write_config(
-    config: DecoderConfig, source: Path | None, folder: Path, dtype: str
+    causal_lm: keras.Model,
+    config: DecoderConfig,
+    source: Path | None,
+    folder: Path,
+    dtype: str,
 ) -> None:
     content: dict[str, Any] = config.to_json()
+    tokenizer = getattr(causal_lm, "tokenizer", None)
     if source is not None:
         original = read_json(source / "config.json")
         content = {**original, "architectures": content["architectures"]}
+    elif config.max_position_embeddings is None:
+        warnings.warn(
+            "The exported config.json doesn't say how long a sequence may be, "
+            "as KerasHub's model doesn't: other tools will take their "
+            f"default for {config.model_type}. Write "
+            "'max_position_embeddings' into it, or pass `source`.",
+            stacklevel=3,
+        )
+    if tokenizer is not None:
+        content["eos_token_id"] = list(tokenizer.end_token_ids)
+        content.setdefault("pad_token_id", tokenizer.pad_token_id)
     content |= {"dtype": dtype, "torch_dtype": dtype}
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

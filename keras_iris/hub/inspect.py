@@ -36,8 +36,8 @@ def inspect(
     has weights, their names, shapes and files' sizes are checked.
 
     Args:
-        preset: `"hf://org/name"`, or a folder in Hugging Face's layout, of a
-            Gemma, Llama, Mistral or Qwen2 model.
+        preset: `"hf://org/name"`, with `"@revision"` if need be, or a folder
+            in Hugging Face's layout; of an architecture in the table.
         default_template: Used where the checkpoint has no chat template.
 
     Returns:

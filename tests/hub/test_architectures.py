@@ -156,6 +156,12 @@ def test_exports_without_source(folder, causal_lm, tmp_path):
     causal_lm.source, source = None, causal_lm.source
     new = export(causal_lm, tmp_path / "model", dtype="float32")
     causal_lm.source = source
+    config, original = (
+        json.loads((f / "config.json").read_text()) for f in (new, folder)
+    )
+    for name in ("max_position_embeddings", "bos_token_id"):
+        assert config.get(name) == original[name]
+    assert tuple(config["eos_token_id"]) == causal_lm.tokenizer.end_token_ids
     token_ids = random_ids()
     np.testing.assert_array_equal(
         expected_logits(new, token_ids), expected_logits(folder, token_ids)

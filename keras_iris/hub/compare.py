@@ -1,0 +1,71 @@
+"""Models that no test of keras_iris covers, beside transformers' own."""
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+from keras import ops
+
+_TOKENS = np.arange(1, 9, dtype="int32")[None]
+# Mean differences of log-probs, in nats. Wrong models are off by far more,
+# rounding in half precision by less.
+_TOLERANCES = {"float32": 1e-3}
+_HALF_TOLERANCE = 0.25
+
+
+def check_untested(
+    causal_lm: keras.Model, folder: Path, model_type: str
+) -> None:
+    """Says what is known of a model of an architecture without a row.
+
+    Args:
+        causal_lm: What KerasHub made of the folder.
+        folder: A Hugging Face folder.
+        model_type: That of its config.json.
+
+    Raises:
+        ValueError: If transformers, where it is installed with PyTorch, gives
+            other log-probs for a few tokens.
+    """
+    needed = ("transformers", "torch")
+    if all(importlib.util.find_spec(name) for name in needed):
+        difference = _difference(causal_lm, folder)
+        tolerance = _TOLERANCES.get(causal_lm.compute_dtype, _HALF_TOLERANCE)
+        if not difference <= tolerance:
+            raise ValueError(
+                f"KerasHub's {type(causal_lm).__name__} isn't the model in "
+                f"{folder}: its log-probs are off by {difference:.2g} nats "
+                f"on average from those of transformers, expected at most "
+                f"{tolerance}. Use another checkpoint."
+            )
+        known = "a few tokens were compared with transformers"
+    else:
+        known = (
+            "nothing was compared, which `pip install transformers torch` "
+            "would change"
+        )
+    warnings.warn(
+        f"keras_iris has no tests for models of type {model_type!r}: {known}. "
+        "It trains and generates in this process; `keras_iris.export` can't "
+        "write it, so engines that need a folder can't answer with it.",
+        stacklevel=5,
+    )
+
+
+def _difference(causal_lm: keras.Model, folder: Path) -> float:
+    import torch
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32
+    )
+    with torch.no_grad():
+        expected = model.eval()(torch.tensor(_TOKENS, dtype=torch.int64)).logits
+    logits = causal_lm(
+        {"token_ids": _TOKENS, "padding_mask": np.ones_like(_TOKENS)}
+    )
+    log_probs = ops.log_softmax(ops.cast(logits, "float32"))
+    expected = torch.log_softmax(expected, -1).numpy()
+    return float(np.abs(ops.convert_to_numpy(log_probs) - expected).mean())
