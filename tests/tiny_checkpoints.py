@@ -95,10 +95,7 @@ def non_default_options(architecture):
     options = dict(NON_DEFAULT)
     if architecture in _ROPES:
         options["rope_parameters"] = _ROPES[architecture]
-    if "gemma" not in architecture and architecture not in (
-        "mistral",
-        "mixtral",
-    ):
+    if architecture in ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"):
         options["tie_word_embeddings"] = True
     if "mixtral" in architecture or "moe" in architecture:
         options["router_aux_loss_coef"] = 0.25
@@ -332,6 +329,11 @@ _MODELS = {
             **_EXPERTS,
         ),
     ),
+    "smollm3": (
+        "SmolLM3",
+        "qwen2",
+        dict(no_rope_layers=[0, 1], pad_token_id=0),
+    ),
 }
 # Values that aren't transformers' defaults, of entries that all have.
 NON_DEFAULT = dict(
@@ -344,6 +346,7 @@ _ROPES = {
         "full_attention": NON_DEFAULT["rope_parameters"],
         "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     },
+    "smollm3": {"rope_type": "default", "rope_theta": 500.0},
     "llama": {
         "rope_type": "llama3",
         "rope_theta": 5000.0,

@@ -243,8 +243,9 @@ class LeftAligned(CachedForward):
         super().__init__(causal_lm)
         # What doesn't decode is seen here, not after a first training.
         try:
-            (cache,) = self.prefill(np.ones((1, 2), "int32"), None, 3)
-            self.step(np.ones((1, 1), "int32"), (cache,), 2)
+            (cache,) = self.prefill(ops.ones((1, 2), "int32"), None, 3)
+            index = ops.convert_to_tensor(2, "int32")
+            self.step(ops.ones((1, 1), "int32"), (cache,), index)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{type(causal_lm).__name__} can't generate in this process: "
@@ -266,7 +267,11 @@ class LeftAligned(CachedForward):
 
         head.call = call_on_last
         try:
-            _, _, cache = self.causal_lm.call_with_cache(token_ids, cache, 0)
+            # SmolLM3 takes no plain number.
+            start = ops.convert_to_tensor(0, "int32")
+            _, _, cache = self.causal_lm.call_with_cache(
+                token_ids, cache, start
+            )
         finally:
             del head.call
         return (cache,)

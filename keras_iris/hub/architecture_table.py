@@ -103,8 +103,9 @@ class Architecture:
         window_pattern: Without `layer_types`, each layer of this number has
             no window.
         ropes: The kinds of rotary embeddings that KerasHub's layers know.
-        takes_theta: Whether KerasHub has an argument for the base of the
-            rotary embedding.
+        theta: KerasHub's argument for the base of the rotary embedding, or
+            `None`.
+        final_norm: The backbone's last norm.
         halves: KerasHub counts gate and up projection together: 2, or 1.
     """
 
@@ -122,7 +123,8 @@ class Architecture:
     windows: str | None = None
     window_pattern: int = 1
     ropes: tuple[str, ...] = ("default", "linear")
-    takes_theta: bool = True
+    theta: str | None = "rope_max_wavelength"
+    final_norm: str = "layer_norm"
     halves: int = 1
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ ARCHITECTURES = {
         },
         expected=_GEMMA,
         fixed={"use_post_ffw_norm": False, "use_post_attention_norm": False},
-        takes_theta=False,
+        theta=None,
         halves=2,
     ),
     "gemma2": Architecture(
@@ -174,7 +176,7 @@ ARCHITECTURES = {
         names=_GEMMA_NORMS,
         windows="layer",
         window_pattern=2,
-        takes_theta=False,
+        theta=None,
         halves=2,
     ),
     "gemma3_text": Architecture(
@@ -205,7 +207,7 @@ ARCHITECTURES = {
         names=_GEMMA_NORMS,
         windows="layer",
         window_pattern=6,
-        takes_theta=False,
+        theta=None,
     ),
     "llama": Architecture(
         "LlamaForCausalLM",
@@ -313,6 +315,37 @@ ARCHITECTURES = {
         expected=_QWEN | {"attention_bias": False},
         aliases={"num_local_experts": "num_experts"},
         fixed={"sliding_window_size": None},
+    ),
+    "smollm3": Architecture(
+        "SmolLM3ForCausalLM",
+        "SmolLM3",
+        decoder_parts.SMOLLM3,
+        arguments={
+            "num_attention_heads": "num_attention_heads",
+            "no_rope_layers": "rope_layer_enabled_list",
+            "layer_types": "layer_types",
+        },
+        defaults={
+            "num_key_value_heads": 4,
+            "rope_theta": 2000000.0,
+            "tie_word_embeddings": True,
+        },
+        expected=_QWEN
+        | {
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+        },
+        fixed={
+            "attention_bias": False,
+            "attention_dropout": 0.0,
+            "max_position_embeddings": 32768,  # which it only keeps
+            "mlp_bias": False,
+            "partial_rotary_factor": 1.0,
+        },
+        ropes=("default",),
+        theta="rope_theta",
+        final_norm="norm",
     ),
 }
 

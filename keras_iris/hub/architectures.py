@@ -78,11 +78,18 @@ def _make_backbone(config: DecoderConfig, dtype: Any) -> keras.Model:
         for entry, argument in row.arguments.items()
     }
     arguments["intermediate_dim"] *= row.halves
-    if row.takes_theta:
-        arguments["rope_max_wavelength"] = config.ropes[0].theta
-    backbone = getattr(models, f"{row.keras_hub}Backbone")(
-        **arguments, **row.fixed, **_llama3_scaling(config), dtype=dtype
-    )
+    if row.theta is not None:
+        arguments[row.theta] = config.ropes[0].theta
+    arguments |= {**row.fixed, **_llama3_scaling(config)}
+    policy = keras.config.dtype_policy()
+    try:
+        # SmolLM3 (KerasHub 0.32) doesn't hand its dtype to its layers.
+        keras.config.set_dtype_policy(dtype or policy)
+        backbone = getattr(models, f"{row.keras_hub}Backbone")(
+            **arguments, dtype=dtype
+        )
+    finally:
+        keras.config.set_dtype_policy(policy)
     adjust(backbone, config)
     return backbone
 
@@ -116,7 +123,8 @@ def _wanted(
     backbone: keras.Model, config: DecoderConfig
 ) -> Iterator[tuple[Any, str, Any]]:
     row = ARCHITECTURES[config.model_type]
-    yield backbone.layer_norm, "epsilon", config.epsilon
+    final_norm = getattr(backbone, row.final_norm)
+    yield final_norm, "epsilon", config.epsilon
     for layer, rope, window in zip(
         backbone.transformer_layers, config.ropes, config.windows, strict=True
     ):
@@ -124,9 +132,10 @@ def _wanted(
             if role.endswith("_norm"):
                 norm = part(layer, row.parts, role)
                 yield norm, "epsilon", config.epsilon
-        embedding = part(layer, row.parts, "rope")
-        yield embedding, "max_wavelength", rope.theta
-        yield embedding, "scaling_factor", rope.factor
+        if "rope" in row.parts:
+            embedding = part(layer, row.parts, "rope")
+            yield embedding, "max_wavelength", rope.theta
+            yield embedding, "scaling_factor", rope.factor
         attention = part(layer, row.parts, "attention")
         if row.windows == "layer":
             yield (
@@ -211,12 +220,15 @@ def _read(
     return DecoderConfig(
         model_type=model_type,
         entries=entries,
-        ropes=tuple(_read_rope(part(x, row.parts, "rope")) for x in layers),
+        ropes=tuple(_read_rope(backbone, row, layer) for layer in layers),
         windows=tuple(windows),
     )
 
 
-def _read_rope(layer: keras.layers.Layer) -> Rope:
+def _read_rope(backbone: keras.Model, row: Architecture, block: Any) -> Rope:
+    if "rope" not in row.parts:
+        return Rope(float(getattr(backbone, str(row.theta))))
+    layer = part(block, row.parts, "rope")
     llama3 = None
     if getattr(layer, "frequency_adjustment_factor", None) is not None:
         llama3 = (

@@ -15,6 +15,7 @@ _HARMLESS = frozenset(
     auto_map bos_token_id cache_implementation chunk_size_feed_forward dtype
     eos_token_id id2label initializer_range is_llama_config label2id
     max_length max_position_embeddings max_window_layers model_type
+    no_rope_layer_interval
     num_beams num_beam_groups num_return_sequences output_router_logits
     pad_token_id pretraining_tp repetition_penalty return_dict
     router_jitter_noise temperature top_k top_p torch_dtype
@@ -26,6 +27,8 @@ _HARMLESS = frozenset(
     """.split()
 )
 _FLAGS = ("tie_word_embeddings", "norm_topk_prob")
+# Lists for all layers, and what stands for none.
+_BY_LAYER = {"layer_types": "full_attention", "no_rope_layers": None}
 _OPTIONAL = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
@@ -373,6 +376,8 @@ def _read(content: Mapping[str, Any], name: str) -> Any:
         return bool(value)
     if name == "mlp_only_layers":
         return [int(layer) for layer in value or ()]
+    if name in _BY_LAYER:
+        return _list(content, name, _BY_LAYER[name])
     if name == "router_aux_loss_coef":
         return float(value or 0.0)
     if name == "sliding_window" and not value:
@@ -382,6 +387,18 @@ def _read(content: Mapping[str, Any], name: str) -> Any:
     if name == "rms_norm_eps" or name in _OPTIONAL:
         return read_number(content, name)
     return _integer(content, name)
+
+
+def _list(content: Mapping[str, Any], name: str, default: Any) -> list[Any]:
+    """An entry with a value for each layer."""
+    num_layers = _integer(content, "num_hidden_layers")
+    values = content.get(name) or num_layers * [default]
+    if not isinstance(values, list) or len(values) != num_layers:
+        raise ValueError(
+            f"config.json has {name}={values!r}, expected a list of "
+            f"{num_layers}, for as many layers. Download the file again."
+        )
+    return values
 
 
 def _integer(content: Mapping[str, Any], name: str) -> int:

@@ -153,13 +153,14 @@ def list_weights(backbone: keras.Model, config: DecoderConfig) -> list[Weight]:
         backbone: A KerasHub backbone.
         config: Its configuration, as `read_config` gives it.
     """
+    row = ARCHITECTURES[config.model_type]
     embedding = backbone.token_embedding
     ends = {
         "embedding": (embedding, "embeddings"),
         "head": (embedding, "reverse_embeddings"),
-        "final_norm": (backbone.layer_norm, "scale"),
+        "final_norm": (getattr(backbone, row.final_norm), "scale"),
     }
-    parts = ARCHITECTURES[config.model_type].parts
+    parts = row.parts
     banks: dict[str, Bank] = {}  # by the path of a variable
     weights: list[Weight] = []
     for entry in config.weights():

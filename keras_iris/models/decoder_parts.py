@@ -95,6 +95,19 @@ QWEN_MOE = (
         "shared_router": "mlp.shared_expert_gate_dense",
     }
 )
+# Its rotary embedding can't be changed once it is made.
+SMOLLM3 = {
+    "attention": "self_attn",
+    "attention_norm": "input_layernorm",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.o_proj",
+    "feedforward_norm": "post_attention_layernorm",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 def part(layer: Any, parts: Mapping[str, str], role: str) -> Any:

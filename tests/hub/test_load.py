@@ -227,7 +227,8 @@ def test_single_file_beside_an_old_index(checkpoint, tmp_path):
     folder = copy(checkpoint("qwen2", seed=1), tmp_path)
     (folder / "model.safetensors").rename(folder / "model-1.safetensors")
     names = load_file(folder / "model-1.safetensors")
-    index = {"weight_map": dict.fromkeys(names, "model-1.safetensors")}
+    weight_map = dict.fromkeys(names, "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     token_ids = random_ids()
     for _ in range(2):

@@ -19,7 +19,10 @@ _EXPERTS = dict(num_experts=2, top_k=1)
 
 
 def _backbone(name, **options):
-    return getattr(keras_hub.models, f"{name}Backbone")(**_SIZES, **options)
+    sizes = dict(_SIZES)
+    if "num_attention_heads" in options:
+        del sizes["num_query_heads"]
+    return getattr(keras_hub.models, f"{name}Backbone")(**sizes, **options)
 
 
 def _names(parts, *left_out):
@@ -62,6 +65,22 @@ def _names(parts, *left_out):
             ),
         ),
         ("QWEN3_MOE", "Qwen3Moe", dict(moe_intermediate_dim=4, **_EXPERTS)),
+        (
+            "SMOLLM3",
+            "SmolLM3",
+            dict(
+                num_attention_heads=2,
+                attention_bias=False,
+                attention_dropout=0.0,
+                rope_layer_enabled_list=[True],
+                layer_types=["full_attention"],
+                mlp_bias=False,
+                layer_norm_epsilon=1e-6,
+                max_position_embeddings=8,
+                rope_theta=1e4,
+                partial_rotary_factor=1.0,
+            ),
+        ),
     ],
 )
 def test_names(table, name, options):
