@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from keras_iris.hub.architecture_table import ARCHITECTURES, Architecture
-from keras_iris.hub.rope import Rope, read_number, read_ropes
+from keras_iris.hub.entries import read_entry, read_integer
+from keras_iris.hub.rope import Rope, read_ropes
 
 # Entries that change nothing of what a model computes, or only when others
 # train it. What a file sets to null, false or nothing is harmless too.
@@ -26,10 +27,6 @@ _HARMLESS = frozenset(
     _sliding_window_pattern
     """.split()
 )
-_FLAGS = ("tie_word_embeddings", "norm_topk_prob")
-# Lists for all layers, and what stands for none.
-_BY_LAYER = {"layer_types": "full_attention", "no_rope_layers": None}
-_OPTIONAL = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 class Entry(NamedTuple):
@@ -92,16 +89,16 @@ class DecoderConfig:
         config = {row.aliases.get(name, name): v for name, v in config.items()}
         _check(model_type, row, config)
         merged = {**row.defaults, **config}
-        heads = _integer(merged, "num_attention_heads")
+        heads = read_integer(merged, "num_attention_heads")
         merged["num_key_value_heads"] = merged["num_key_value_heads"] or heads
-        usual = _integer(merged, "hidden_size") // heads
+        usual = read_integer(merged, "hidden_size") // heads
         merged["head_dim"] = merged["head_dim"] or usual
         if "head_dim" not in row.arguments:
             _check_head_dim(model_type, merged["head_dim"], usual)
         windows = _read_windows(row, merged)
         full, local = read_ropes(config, row.defaults, row.ropes)
         names = [*row.arguments, *row.adjusted]
-        entries = {name: _read(merged, name) for name in names}
+        entries = {name: read_entry(merged, name) for name in names}
         length = config.get("max_position_embeddings")
         return cls(
             model_type=model_type,
@@ -346,11 +343,11 @@ def _read_windows(
     row: Architecture, merged: Mapping[str, Any]
 ) -> tuple[int | None, ...]:
     """Each layer's window."""
-    num_layers = _integer(merged, "num_hidden_layers")
+    num_layers = read_integer(merged, "num_hidden_layers")
     size = merged["sliding_window"]
     if row.windows is None or not size:
         return num_layers * (None,)
-    size = _integer(merged, "sliding_window")
+    size = read_integer(merged, "sliding_window")
     if row.windows == "argument":
         return num_layers * (size,)
     names = ("sliding_window_pattern", "_sliding_window_pattern")
@@ -367,39 +364,3 @@ def _read_windows(
             f"out of {known}. Use another checkpoint."
         )
     return tuple(size if kind == known[0] else None for kind in types)
-
-
-def _read(content: Mapping[str, Any], name: str) -> Any:
-    """An entry, of the type that it ought to have."""
-    value = content.get(name)
-    if name in _FLAGS:
-        return bool(value)
-    if name == "mlp_only_layers":
-        return [int(layer) for layer in value or ()]
-    if name in _BY_LAYER:
-        return _list(content, name, _BY_LAYER[name])
-    if name == "router_aux_loss_coef":
-        return float(value or 0.0)
-    if name == "sliding_window" and not value:
-        return None
-    if name in _OPTIONAL and value is None:
-        return None
-    if name == "rms_norm_eps" or name in _OPTIONAL:
-        return read_number(content, name)
-    return _integer(content, name)
-
-
-def _list(content: Mapping[str, Any], name: str, default: Any) -> list[Any]:
-    """An entry with a value for each layer."""
-    num_layers = _integer(content, "num_hidden_layers")
-    values = content.get(name) or num_layers * [default]
-    if not isinstance(values, list) or len(values) != num_layers:
-        raise ValueError(
-            f"config.json has {name}={values!r}, expected a list of "
-            f"{num_layers}, for as many layers. Download the file again."
-        )
-    return values
-
-
-def _integer(content: Mapping[str, Any], name: str) -> int:
-    return int(read_number(content, name))

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from keras_iris.hub.entries import read_number
+
 _LLAMA3 = (
     "factor",
     "low_freq_factor",
@@ -107,20 +109,3 @@ def _object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
             "Download the file again."
         )
     return dict(entry)
-
-
-def read_number(content: Mapping[str, Any], name: str) -> float:
-    """An entry that has to be a number above 0."""
-    value = content.get(name)
-    if value is None:
-        raise ValueError(
-            f"config.json has no entry {name!r}, which this model needs. "
-            "Download the file again."
-        )
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value <= 0:
-        raise ValueError(
-            f"config.json has {name}={value!r}, expected a number above 0. "
-            "Download the file again."
-        )
-    return float(value)

@@ -41,6 +41,11 @@ BAD_CONFIGS = {
         dict(rope_parameters={"rope_theta": 1e4, "mrope_section": [2, 2]}),
         "mrope_section=[2, 2] for the rotary embedding",
     ),
+    "layers without positions": (
+        "smollm3",
+        dict(no_rope_layers=[1]),
+        "no_rope_layers=[1], expected a list of 2",
+    ),
     "windows": (
         "gemma2",
         dict(layer_types=["chunked_attention", "full_attention"]),
