@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart test test-slow bench notebooks lint clean
+.PHONY: quickstart test test-slow matrix bench notebooks lint clean
 
 quickstart: .venv/installed-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
@@ -25,6 +25,10 @@ test-slow: .venv/installed-dev
 	for backend in $(BACKENDS); do \
 	    KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; \
 	done
+
+# docs/architectures.md
+matrix: .venv/installed-dev
+	$(BIN)/python tests/make_matrix.py
 
 BENCHMARKS := startup remat log_probs micro_batch train_step generation scaling
 

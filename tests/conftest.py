@@ -28,7 +28,7 @@ def checkpoint(tmp_path_factory):
     folders = {}
 
     def make(architecture, **options):
-        key = (architecture, *sorted(options.items()))
+        key = repr((architecture, sorted(options.items())))
         if key not in folders:
             folder = tmp_path_factory.mktemp(architecture)
             folders[key] = save_checkpoint(folder, architecture, **options)

@@ -66,21 +66,40 @@ _SIZES = dict(
 def save_checkpoint(folder, architecture, seed=0, dtype="float32", **options):
     """Writes a tiny checkpoint: weights, tokenizer, template, configs."""
     torch.manual_seed(seed)
-    model_class, config_class, defaults = _MODELS[architecture]
+    model_class, config_class, tokenizer, defaults = find_classes(architecture)
     config = config_class(**{**_SIZES, **defaults, **options})
     model = model_class(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            centre = 0.0 if architecture == "gemma" else 1.0
+            centre = 0.0 if "gemma" in architecture else 1.0
             parameter.data.normal_(centre, 0.2)
         elif name.endswith("bias"):
             parameter.data.normal_(0, 0.2)
         else:
             parameter.data.normal_(0, 0.08)
-    model.generation_config.eos_token_id = END_IDS[architecture]
+    model.generation_config.eos_token_id = END_IDS[tokenizer]
     model.to(getattr(torch, dtype)).save_pretrained(folder)
-    _TOKENIZERS[architecture](folder)
+    _TOKENIZERS[tokenizer](folder)
     return folder
+
+
+def find_classes(architecture):
+    """Its classes in transformers, its tokenizer and options of its config."""
+    name, tokenizer, options = _MODELS[architecture]
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    return model_class, model_class.config_class, tokenizer, options
+
+
+def non_default_options(architecture):
+    """Of the config: no entry that the model reads has its default."""
+    options = dict(NON_DEFAULT)
+    if architecture in _ROPES:
+        options["rope_parameters"] = _ROPES[architecture]
+    if architecture in ("llama", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe"):
+        options["tie_word_embeddings"] = True
+    if "mixtral" in architecture or "moe" in architecture:
+        options["router_aux_loss_coef"] = 0.25
+    return options
 
 
 def copy(folder, tmp_path):
@@ -239,27 +258,103 @@ def _write_json(file, content):
     file.write_text(json.dumps(content, indent=2))
 
 
+_LAYER_TYPES = ["full_attention", "sliding_attention"]
+_EXPERTS = dict(num_experts_per_tok=2, norm_topk_prob=True)
+# The class in transformers, the tokenizer, and options of the config.
 _MODELS = {
     "mistral": (
-        transformers.MistralForCausalLM,
-        transformers.MistralConfig,
+        "Mistral",
+        "mistral",
         dict(rms_norm_eps=1e-5, sliding_window=8, head_dim=24),
     ),
     "qwen2": (
-        transformers.Qwen2ForCausalLM,
-        transformers.Qwen2Config,
+        "Qwen2",
+        "qwen2",
         dict(rms_norm_eps=1e-6, tie_word_embeddings=True),
     ),
     "llama": (
-        transformers.LlamaForCausalLM,
-        transformers.LlamaConfig,
+        "Llama",
+        "llama",
         dict(rms_norm_eps=1e-3, tie_word_embeddings=True),
     ),
-    "gemma": (
-        transformers.GemmaForCausalLM,
-        transformers.GemmaConfig,
-        dict(head_dim=24),
+    "gemma": ("Gemma", "gemma", dict(head_dim=24)),
+    "gemma2": (
+        "Gemma2",
+        "gemma",
+        dict(
+            head_dim=24,
+            sliding_window=5,
+            layer_types=_LAYER_TYPES,
+            query_pre_attn_scalar=40,
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=3.0,
+        ),
     ),
+    "gemma3_text": (
+        "Gemma3",
+        "gemma",
+        dict(
+            head_dim=24,
+            sliding_window=5,
+            layer_types=_LAYER_TYPES,
+            query_pre_attn_scalar=40,
+            final_logit_softcapping=3.0,
+        ),
+    ),
+    "mixtral": (
+        "Mixtral",
+        "mistral",
+        dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=6),
+    ),
+    "qwen2_moe": (
+        "Qwen2Moe",
+        "qwen2",
+        dict(
+            num_experts=5,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=20,
+            **_EXPERTS,
+        ),
+    ),
+    "qwen3": ("Qwen3", "qwen2", dict(head_dim=24)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        "qwen2",
+        dict(
+            head_dim=24,
+            num_experts=5,
+            moe_intermediate_size=12,
+            mlp_only_layers=[0],
+            decoder_sparse_step=2,
+            **_EXPERTS,
+        ),
+    ),
+    "smollm3": (
+        "SmolLM3",
+        "qwen2",
+        dict(no_rope_layers=[0, 1], pad_token_id=0),
+    ),
+}
+# Values that aren't transformers' defaults, of entries that all have.
+NON_DEFAULT = dict(
+    hidden_size=32,
+    rms_norm_eps=1e-2,
+    rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0},
+)
+_ROPES = {
+    "gemma3_text": {
+        "full_attention": NON_DEFAULT["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    },
+    "smollm3": {"rope_type": "default", "rope_theta": 500.0},
+    "llama": {
+        "rope_type": "llama3",
+        "rope_theta": 5000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.5,
+        "high_freq_factor": 3.0,
+        "original_max_position_embeddings": 16,
+    },
 }
 END_IDS = {
     "mistral": 2,

@@ -8,22 +8,26 @@ wait for the others.
 """
 
 import abc
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras_hub
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from keras_iris import backend
+from keras_iris.models import decoder_parts
+from keras_iris.models.decoder_parts import part
 
 # Decoders of one kind: rotary embeddings, a gated feed-forward network, and
-# parts of the same names.
-_SHIFTABLE = (
-    keras_hub.models.LlamaBackbone,  # and Llama 3
-    keras_hub.models.MistralBackbone,
-    keras_hub.models.QwenBackbone,
-)
+# masks that are the layer's and not its attention's.
+_SHIFTABLE = {
+    keras_hub.models.LlamaBackbone: decoder_parts.LLAMA,  # and Llama 3
+    keras_hub.models.MistralBackbone: decoder_parts.LLAMA,
+    keras_hub.models.QwenBackbone: decoder_parts.LLAMA,
+    keras_hub.models.Qwen3Backbone: decoder_parts.QWEN3,
+}
 
 
 def cached_forward(causal_lm: Any) -> "CachedForward":
@@ -35,8 +39,9 @@ def cached_forward(causal_lm: Any) -> "CachedForward":
     backbone = causal_lm.backbone
     # A Qwen model's window is its attention's and not its mask's.
     has_window = getattr(backbone, "use_sliding_window_attention", False)
-    if isinstance(backbone, _SHIFTABLE) and not has_window:
-        return RightAligned(causal_lm)
+    for kind, parts in _SHIFTABLE.items():
+        if isinstance(backbone, kind) and not has_window:
+            return RightAligned(causal_lm, parts)
     return LeftAligned(causal_lm)
 
 
@@ -92,9 +97,17 @@ class RightAligned(CachedForward):
     are. KerasHub's layers (0.32) hold them as `(batch, 2, total, heads, head
     width)`, which every step slices, transposes and stacks again, most of its
     time on a CPU.
+
+    Args:
+        causal_lm: A `keras_hub.models.CausalLM`.
+        parts: The table of its layers' parts.
     """
 
     pads_left = True
+
+    def __init__(self, causal_lm: Any, parts: Mapping[str, str]) -> None:
+        super().__init__(causal_lm)
+        self._parts = parts
 
     def prefill(self, token_ids: Any, is_prompt: Any, total: int) -> Any:
         """The cache after the prompts."""
@@ -105,20 +118,19 @@ class RightAligned(CachedForward):
         caches: list[Any] = []
 
         def attend(layer: Any, hidden_states: Any) -> Any:
-            attention = layer._self_attention_layer
-            query, key, value = _project(attention, hidden_states, 0)
+            query, key, value = self._project(layer, hidden_states, 0)
             widths = ((0, 0), (0, 0), (0, total - time), (0, 0))
             caches.extend(
                 ops.pad(ops.swapaxes(new, 1, 2), widths) for new in (key, value)
             )
             groups = query.shape[2] // key.shape[2]
-            outputs = attention._compute_attention(
+            outputs = self._part(layer, "attend")(
                 query,
                 ops.repeat(key, groups, axis=2),
                 ops.repeat(value, groups, axis=2),
-                _attention_mask(layer, hidden_states, mask, None, 0),
+                self._mask(layer, hidden_states, mask, None, 0),
             )
-            return attention._output_dense(outputs)
+            return self._part(layer, "output")(outputs)
 
         self._layers(token_ids, attend)
         is_key = ops.pad(
@@ -132,18 +144,15 @@ class RightAligned(CachedForward):
         old, updated = iter(caches), list[Any]()
 
         def attend(layer: Any, hidden_states: Any) -> Any:
-            attention = layer._self_attention_layer
-            query, *new = _project(attention, hidden_states, index)
+            query, *new = self._project(layer, hidden_states, index)
             key, value = (
                 backend.write(next(old), index, ops.swapaxes(part, 1, 2))
                 for part in new
             )
             updated.extend((key, value))
-            mask = _attention_mask(
-                layer, hidden_states, is_key[:, None], key, index
-            )
+            mask = self._mask(layer, hidden_states, is_key[:, None], key, index)
             outputs = _attend_once(query, key, value, mask)
-            return attention._output_dense(outputs)
+            return self._part(layer, "output")(outputs)
 
         hidden_states = self._layers(token_ids, attend)
         backbone = self.causal_lm.backbone
@@ -156,40 +165,52 @@ class RightAligned(CachedForward):
         backbone = self.causal_lm.backbone
         hidden_states = backbone.token_embedding(token_ids)
         for layer in backbone.transformer_layers:
-            inputs = layer._self_attention_layernorm(hidden_states)
+            inputs = self._part(layer, "attention_norm")(hidden_states)
             hidden_states = hidden_states + attend(layer, inputs)
-            inputs = layer._feedforward_layernorm(hidden_states)
-            gate = ops.cast(layer._feedforward_gate_dense(inputs), "float32")
-            gate = ops.cast(layer.activation(gate), layer.compute_dtype)
-            inner = layer._feedforward_intermediate_dense(inputs) * gate
-            hidden_states = hidden_states + layer._feedforward_output_dense(
-                inner
-            )
+            inputs = self._part(layer, "feedforward_norm")(hidden_states)
+            gate = ops.cast(self._part(layer, "gate")(inputs), "float32")
+            gate = self._part(layer, "activation")(gate)
+            gate = ops.cast(gate, layer.compute_dtype)
+            inner = self._part(layer, "up")(inputs) * gate
+            hidden_states = hidden_states + self._part(layer, "down")(inner)
         return hidden_states
 
+    def _project(
+        self, layer: Any, inputs: Any, index: Any
+    ) -> tuple[Any, Any, Any]:
+        """Queries, keys and values, `(batch, time, heads, head width)`."""
+        query = self._part(layer, "query")(inputs)
+        key = self._part(layer, "key")(inputs)
+        if "query_norm" in self._parts:
+            query = self._part(layer, "query_norm")(query)
+            key = self._part(layer, "key_norm")(key)
+        rotate = self._part(layer, "rope")
+        return (
+            rotate(query, start_index=index),
+            rotate(key, start_index=index),
+            self._part(layer, "value")(inputs),
+        )
 
-def _project(attention: Any, inputs: Any, index: Any) -> tuple[Any, Any, Any]:
-    """Queries, keys and values, `(batch, time, heads, head width)`."""
-    rotate = attention.rotary_embedding_layer
-    return (
-        rotate(attention._query_dense(inputs), start_index=index),
-        rotate(attention._key_dense(inputs), start_index=index),
-        attention._value_dense(inputs),
-    )
+    def _mask(
+        self,
+        layer: Any,
+        hidden_states: Any,
+        is_key: Any,
+        cache: Any,
+        index: Any,
+    ) -> Any:
+        """`is_key`, but for what the layer doesn't look at."""
+        mask = self._part(layer, "mask")(
+            decoder_sequence=hidden_states,
+            decoder_padding_mask=None,
+            decoder_attention_mask=is_key,
+            self_attention_cache=cache,  # of which the third dimension is read
+            self_attention_cache_update_index=index,
+        )
+        return ops.cast(mask, "bool")
 
-
-def _attention_mask(
-    layer: Any, hidden_states: Any, is_key: Any, cache: Any, index: Any
-) -> Any:
-    """`is_key`, but for what the layer doesn't look at."""
-    mask = layer._compute_self_attention_mask(
-        decoder_sequence=hidden_states,
-        decoder_padding_mask=None,
-        decoder_attention_mask=is_key,
-        self_attention_cache=cache,  # of which the third dimension is read
-        self_attention_cache_update_index=index,
-    )
-    return ops.cast(mask, "bool")
+    def _part(self, layer: Any, role: str) -> Any:
+        return part(layer, self._parts, role)
 
 
 def _attend_once(query: Any, key: Any, value: Any, mask: Any) -> Any:
@@ -218,6 +239,20 @@ class LeftAligned(CachedForward):
 
     pads_left = False
 
+    def __init__(self, causal_lm: Any) -> None:
+        super().__init__(causal_lm)
+        # What doesn't decode is seen here, not after a first training.
+        try:
+            (cache,) = self.prefill(ops.ones((1, 2), "int32"), None, 3)
+            index = ops.convert_to_tensor(2, "int32")
+            self.step(ops.ones((1, 1), "int32"), (cache,), index)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"{type(causal_lm).__name__} can't generate in this process: "
+                f"{type(error).__name__}: {error} Expected a decoder whose "
+                "cache takes token ids alone. Use another model or engine."
+            ) from error
+
     def prefill(self, token_ids: Any, is_prompt: Any, total: int) -> Any:
         """The cache after the prompts, and after the padding behind them."""
         del is_prompt  # what is behind a prompt is overwritten
@@ -232,7 +267,11 @@ class LeftAligned(CachedForward):
 
         head.call = call_on_last
         try:
-            _, _, cache = self.causal_lm.call_with_cache(token_ids, cache, 0)
+            # SmolLM3 takes no plain number.
+            start = ops.convert_to_tensor(0, "int32")
+            _, _, cache = self.causal_lm.call_with_cache(
+                token_ids, cache, start
+            )
         finally:
             del head.call
         return (cache,)
@@ -245,11 +284,16 @@ class LeftAligned(CachedForward):
         return logits[:, 0], (updated,)
 
     def _empty_cache(self, batch_size: int, total: int) -> Any:
-        """Zeros of shape (batch, layers, 2, total, heads, head width)."""
-        # `_build_cache` (KerasHub 0.32) alone knows the shape. Two tokens are
-        # the fewest that Keras' softmax takes without a warning.
-        start = ops.zeros((batch_size, 2), "int32")
-        _, small = self.causal_lm._build_cache(start)
-        shape = list(small.shape)
-        shape[3] = total
-        return ops.zeros(shape, small.dtype)
+        """Zeros, as many and of the shapes that the model takes."""
+        # `_build_cache` (KerasHub 0.32) alone knows them; what it takes beside
+        # token ids is for images. Two tokens are the fewest that Keras'
+        # softmax takes without a warning.
+        build = self.causal_lm._build_cache
+        others = [None] * (len(inspect.signature(build).parameters) - 1)
+        _, small = build(ops.zeros((batch_size, 2), "int32"), *others)
+
+        def lengthen(tensor: Any) -> Any:  # (..., time, heads, head width)
+            *outer, _, heads, width = tensor.shape
+            return ops.zeros((*outer, total, heads, width), tensor.dtype)
+
+        return tree.map_structure(lengthen, small)

@@ -6,6 +6,7 @@ import keras_hub
 from keras import ops
 
 from keras_iris.generation.cached_forward import cached_forward
+from keras_iris.models.checks import check_length
 
 
 class Decoder:
@@ -92,9 +93,9 @@ class Decoder:
         is_prompt = ops.convert_to_tensor(inputs["is_prompt"], "bool")
         starts = ops.convert_to_tensor(inputs["starts"], "int32")
         is_real = ops.convert_to_tensor(inputs["is_real"], "bool")
-        cache = self.forward.prefill(
-            prompts, is_prompt, prompts.shape[1] + self.max_new_tokens
-        )
+        total = prompts.shape[1] + self.max_new_tokens
+        check_length(self.causal_lm, total)
+        cache = self.forward.prefill(prompts, is_prompt, total)
         token_ids = ops.pad(
             prompts,
             ((0, 0), (0, self.max_new_tokens)),

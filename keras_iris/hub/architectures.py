@@ -1,65 +1,154 @@
-"""KerasHub models of the architectures whose parity is tested."""
+"""KerasHub models of the architectures in the table."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
+from keras_hub import models
 
+from keras_iris.hub.architecture_table import ARCHITECTURES, Architecture
 from keras_iris.hub.decoder_config import DecoderConfig
+from keras_iris.hub.rope import Rope
+from keras_iris.models.decoder_parts import part
+
+# The arguments that tell apart what has one class in KerasHub.
+_KINDS = (
+    "use_post_ffw_norm",
+    "use_post_attention_norm",
+    "use_sliding_window_attention",
+)
+
+
+class _OfCheckpoint:
+    """A KerasHub backbone whose config is the checkpoint's.
+
+    KerasHub's own (0.32) knows nothing of what `adjust` does, and that of
+    Llama leaves out whether embeddings are tied.
+    """
+
+    decoder_config: DecoderConfig
+
+    def get_config(self) -> dict[str, Any]:
+        """KerasHub's, and the checkpoint's."""
+        content = self.decoder_config.to_json()
+        return {**super().get_config(), "checkpoint": content}  # type: ignore
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> keras.Model:
+        """The same backbone, with random weights."""
+        content = DecoderConfig.from_json(config["checkpoint"])
+        dtype = keras.dtype_policies.get(config["dtype"])
+        return _make_backbone(content, dtype)
+
+
+def _make_class(name: str) -> type:
+    original = getattr(models, f"{name}Backbone")
+    of_checkpoint = type(original.__name__, (_OfCheckpoint, original), {})
+    register = keras.saving.register_keras_serializable("keras_iris")
+    return register(of_checkpoint)
+
+
+_CLASSES = {
+    name: _make_class(name)
+    for name in sorted({row.keras_hub for row in ARCHITECTURES.values()})
+}
 
 
 def make_causal_lm(config: DecoderConfig, *, dtype: Any = None) -> keras.Model:
     """A KerasHub causal LM with random weights and no preprocessor.
 
-    KerasHub's own converters aren't used: those of 0.32 drop Llama's
-    `rms_norm_eps`, the rotary scaling that transformers 5 writes, and
-    Qwen2's sliding window, and round Mistral's weights to float16.
+    KerasHub's own converters aren't used: those of 0.32 drop or fix entries
+    of config.json (epsilons, rotary scaling and bases, windows, the scale of
+    queries), and round Mistral's weights to float16.
 
     Args:
         config: The architecture and its sizes.
         dtype: A Keras dtype policy, or its name.
     """
-    # Imported here because it takes seconds.
-    from keras_hub import models
-
-    sizes: dict[str, Any] = dict(
-        vocabulary_size=config.vocabulary_size,
-        num_layers=config.num_layers,
-        num_query_heads=config.num_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        hidden_dim=config.hidden_size,
-        intermediate_dim=config.intermediate_size,
-        layer_norm_epsilon=config.epsilon,
-        dtype=dtype,
-    )
-    rope = {"rope_max_wavelength": config.rope_theta}
-    match config.model_type:
-        case "gemma":
-            # KerasHub counts gate and up projection together.
-            sizes["intermediate_dim"] *= 2
-            backbone = models.GemmaBackbone(head_dim=config.head_dim, **sizes)
-            causal_lm = models.GemmaCausalLM
-        case "llama":
-            backbone = models.Llama3Backbone(
-                tie_word_embeddings=config.tie_word_embeddings,
-                **_llama3_scaling(config),
-                **rope,
-                **sizes,
-            )
-            causal_lm = models.Llama3CausalLM
-        case "mistral":
-            backbone = models.MistralBackbone(
-                head_dim=config.head_dim,
-                sliding_window=config.sliding_window,
-                **rope,
-                **sizes,
-            )
-            causal_lm = models.MistralCausalLM
-        case "qwen2":
-            backbone = models.QwenBackbone(
-                tie_word_embeddings=config.tie_word_embeddings, **rope, **sizes
-            )
-            causal_lm = models.QwenCausalLM
+    row = ARCHITECTURES[config.model_type]
+    causal_lm = getattr(models, f"{row.keras_hub}CausalLM")
+    backbone = _make_backbone(config, dtype)
     return causal_lm(backbone=backbone, preprocessor=None)
+
+
+def _make_backbone(config: DecoderConfig, dtype: Any) -> keras.Model:
+    row = ARCHITECTURES[config.model_type]
+    arguments = {
+        argument: config.entries[entry]
+        for entry, argument in row.arguments.items()
+    }
+    arguments["intermediate_dim"] *= row.halves
+    if row.theta is not None:
+        arguments[row.theta] = config.ropes[0].theta
+    arguments |= {**row.fixed, **_llama3_scaling(config)}
+    policy = keras.config.dtype_policy()
+    try:
+        # SmolLM3 (KerasHub 0.32) doesn't hand its dtype to its layers.
+        keras.config.set_dtype_policy(dtype or policy)
+        backbone = getattr(models, f"{row.keras_hub}Backbone")(
+            **arguments, dtype=dtype
+        )
+    finally:
+        keras.config.set_dtype_policy(policy)
+    adjust(backbone, config)
+    return backbone
+
+
+def adjust(backbone: keras.Model, config: DecoderConfig) -> None:
+    """Sets what KerasHub's backbones (0.32) have no arguments for.
+
+    The epsilon of some norms, the base of some rotary embeddings, each
+    layer's window, and the scale of queries.
+
+    Args:
+        backbone: A KerasHub backbone.
+        config: What it ought to compute.
+    """
+    for layer, name, value in list(_differences(backbone, config)):
+        setattr(layer, name, value)
+    backbone.__class__ = _CLASSES[ARCHITECTURES[config.model_type].keras_hub]
+    backbone.decoder_config = config
+
+
+def _differences(
+    backbone: keras.Model, config: DecoderConfig
+) -> Iterator[tuple[Any, str, Any]]:
+    """Layers, attributes and the values that they don't have yet."""
+    for layer, name, value in _wanted(backbone, config):
+        if getattr(layer, name) != value:
+            yield layer, name, value
+
+
+def _wanted(
+    backbone: keras.Model, config: DecoderConfig
+) -> Iterator[tuple[Any, str, Any]]:
+    row = ARCHITECTURES[config.model_type]
+    final_norm = getattr(backbone, row.final_norm)
+    yield final_norm, "epsilon", config.epsilon
+    for layer, rope, window in zip(
+        backbone.transformer_layers, config.ropes, config.windows, strict=True
+    ):
+        for role in row.parts:
+            if role.endswith("_norm"):
+                norm = part(layer, row.parts, role)
+                yield norm, "epsilon", config.epsilon
+        if "rope" in row.parts:
+            embedding = part(layer, row.parts, "rope")
+            yield embedding, "max_wavelength", rope.theta
+            yield embedding, "scaling_factor", rope.factor
+        attention = part(layer, row.parts, "attention")
+        if row.windows == "layer":
+            yield (
+                attention,
+                "use_sliding_window_attention",
+                window is not None,
+            )
+            if window is not None:
+                yield attention, "sliding_window_size", window
+        if "query_pre_attn_scalar" in row.adjusted:
+            # Once the layer is built, that is read for its queries' scale.
+            scalar = config.entries["query_pre_attn_scalar"]
+            yield attention, "head_dim", scalar
 
 
 def read_config(backbone: keras.Model) -> DecoderConfig:
@@ -69,86 +158,98 @@ def read_config(backbone: keras.Model) -> DecoderConfig:
         backbone: A KerasHub backbone.
 
     Raises:
-        ValueError: If its architecture isn't one of the four, or it uses
+        ValueError: If its architecture isn't in the table, or it uses
             something that a Hugging Face config.json cannot say.
     """
-    model_type = _model_type(backbone)
-    is_gemma = model_type == "gemma"
-    heads = backbone.num_query_heads
-    head_dim = getattr(backbone, "head_dim", None)
-    return DecoderConfig(
-        model_type=model_type,
-        vocabulary_size=backbone.vocabulary_size,
-        num_layers=backbone.num_layers,
-        hidden_size=backbone.hidden_dim,
-        intermediate_size=backbone.intermediate_dim // (2 if is_gemma else 1),
-        num_heads=heads,
-        num_key_value_heads=backbone.num_key_value_heads,
-        head_dim=head_dim or backbone.hidden_dim // heads,
-        epsilon=backbone.layer_norm_epsilon,
-        rope_theta=10000.0 if is_gemma else float(backbone.rope_max_wavelength),
-        rope_scaling=_read_llama3_scaling(backbone),
-        sliding_window=(
-            backbone.sliding_window if model_type == "mistral" else None
-        ),
-        tie_word_embeddings=backbone.token_embedding.tie_weights,
+    if isinstance(backbone, _OfCheckpoint):
+        return backbone.decoder_config
+    config = find_config(backbone)
+    if config is not None and not any(_differences(backbone, config)):
+        return config
+    raise ValueError(
+        f"Cannot write a {type(backbone).__name__} with this configuration "
+        f"as a Hugging Face folder. Expected a {', '.join(ARCHITECTURES)} "
+        "model from `keras_iris.load`, or one of KerasHub that uses nothing "
+        "else; for another architecture try KerasHub's "
+        "`export_to_transformers`."
     )
 
 
-def _model_type(backbone: keras.Model) -> str:
-    from keras_hub import models
+def find_config(backbone: keras.Model) -> DecoderConfig | None:
+    """The config that one of KerasHub's own backbones means.
 
-    types = {
-        models.GemmaBackbone: "gemma",
-        models.Llama3Backbone: "llama",
-        models.MistralBackbone: "mistral",
-        models.QwenBackbone: "qwen2",
+    Its layers may not all be as the config says; `adjust` makes them.
+
+    Args:
+        backbone: A KerasHub backbone.
+
+    Returns:
+        The config, or `None` for an architecture that isn't in the table.
+    """
+    for model_type, row in ARCHITECTURES.items():
+        if _is_of(backbone, row):
+            return _read(model_type, row, backbone)
+    return None
+
+
+def _is_of(backbone: keras.Model, row: Architecture) -> bool:
+    kinds = [name for name in row.fixed if name in _KINDS]
+    return type(backbone) is getattr(models, f"{row.keras_hub}Backbone") and (
+        all(getattr(backbone, name) == row.fixed[name] for name in kinds)
+    )
+
+
+def _read(
+    model_type: str, row: Architecture, backbone: keras.Model
+) -> DecoderConfig:
+    entries = {
+        entry: getattr(backbone, argument)
+        for entry, argument in row.arguments.items()
     }
-    model_type = types.get(type(backbone))
-    if model_type is None or not _is_plain(model_type, backbone):
-        raise ValueError(
-            f"Cannot write a {type(backbone).__name__} with this "
-            "configuration as a Hugging Face folder. Expected Gemma 1, Llama "
-            "3, Mistral or Qwen2 without position interpolation; for another "
-            "architecture try KerasHub's `export_to_transformers`."
+    entries["intermediate_size"] //= row.halves
+    layers = backbone.transformer_layers
+    attentions = [part(layer, row.parts, "attention") for layer in layers]
+    if "query_pre_attn_scalar" in row.adjusted:
+        entries["query_pre_attn_scalar"] = attentions[0].head_dim
+    windows = [entries.get("sliding_window")] * len(layers)
+    if row.windows == "layer":
+        windows = [
+            a.sliding_window_size if a.use_sliding_window_attention else None
+            for a in attentions
+        ]
+    return DecoderConfig(
+        model_type=model_type,
+        entries=entries,
+        ropes=tuple(_read_rope(backbone, row, layer) for layer in layers),
+        windows=tuple(windows),
+    )
+
+
+def _read_rope(backbone: keras.Model, row: Architecture, block: Any) -> Rope:
+    if "rope" not in row.parts:
+        return Rope(float(getattr(backbone, str(row.theta))))
+    layer = part(block, row.parts, "rope")
+    llama3 = None
+    if getattr(layer, "frequency_adjustment_factor", None) is not None:
+        llama3 = (
+            float(layer.frequency_adjustment_factor),
+            float(layer.low_freq_factor),
+            float(layer.high_freq_factor),
+            float(layer.pretraining_sequence_length),
         )
-    return model_type
-
-
-def _is_plain(model_type: str, backbone: keras.Model) -> bool:
-    match model_type:
-        case "gemma":
-            return not (
-                backbone.use_post_ffw_norm
-                or backbone.use_sliding_window_attention
-                or backbone.final_logit_soft_cap
-            )
-        case "llama":
-            return bool(backbone.rope_position_scaling_factor == 1.0)
-        case "qwen2" if backbone.use_sliding_window_attention:
-            return False
-    return bool(backbone.rope_scaling_factor == 1.0)
+    return Rope(
+        float(layer.max_wavelength), float(layer.scaling_factor), llama3
+    )
 
 
 def _llama3_scaling(config: DecoderConfig) -> dict[str, float]:
-    if config.rope_scaling is None:
+    llama3 = config.ropes[0].llama3
+    if llama3 is None:
         return {}
-    factor, low, high, length = config.rope_scaling
+    factor, low, high, length = llama3
     return dict(
         rope_frequency_adjustment_factor=factor,
         rope_low_freq_factor=low,
         rope_high_freq_factor=high,
         rope_pretraining_sequence_length=int(length),
-    )
-
-
-def _read_llama3_scaling(backbone: keras.Model) -> tuple[float, ...] | None:
-    factor = getattr(backbone, "rope_frequency_adjustment_factor", None)
-    if factor is None:
-        return None
-    return (
-        float(factor),
-        float(backbone.rope_low_freq_factor),
-        float(backbone.rope_high_freq_factor),
-        float(backbone.rope_pretraining_sequence_length),
     )

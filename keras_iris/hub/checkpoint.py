@@ -82,7 +82,9 @@ def _list_files(folder: Path) -> list[Path]:
 
 
 def _list_names(index: Path) -> list[str]:
-    if not index.is_file():
+    # The single file goes first, as in transformers: an index beside it is
+    # left over from what was saved there before.
+    if (index.parent / SINGLE_FILE).is_file() or not index.is_file():
         return [SINGLE_FILE]
     weight_map = read_json(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else [None]

@@ -1,235 +1,295 @@
 """What a decoder's config.json says, in one form for every architecture."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-# The defaults are those of transformers' configuration classes, which
-# published files leave out.
-_SHARED = {
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "head_dim": None,
-    "sliding_window": None,
-    "num_key_value_heads": None,
-    "tie_word_embeddings": False,
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "gemma": {"head_dim": 256, "tie_word_embeddings": True},
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32},
-}
-# What the forward pass of KerasHub's model takes for granted.
-_EXPECTED: dict[str, dict[str, Any]] = {
-    "gemma": {
-        "hidden_act": "gelu_pytorch_tanh",
-        "attention_bias": False,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": True,
-        "use_bidirectional_attention": False,
-    },
-    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
-    "mistral": {"hidden_act": "silu", "tie_word_embeddings": False},
-    "qwen2": {"hidden_act": "silu", "use_sliding_window": False},
-}
-_CLASSES = {
-    "gemma": "GemmaForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-_LLAMA3_SCALING = (
-    "factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "original_max_position_embeddings",
+from keras_iris.hub.architecture_table import ARCHITECTURES, Architecture
+from keras_iris.hub.entries import read_entry, read_integer
+from keras_iris.hub.rope import Rope, read_ropes
+
+# Entries that change nothing of what a model computes, or only when others
+# train it. What a file sets to null, false or nothing is harmless too.
+_HARMLESS = frozenset(
+    """
+    _attn_implementation _name_or_path architectures attention_dropout
+    auto_map bos_token_id cache_implementation chunk_size_feed_forward dtype
+    eos_token_id id2label initializer_range is_llama_config label2id
+    max_length max_position_embeddings max_window_layers model_type
+    no_rope_layer_interval
+    num_beams num_beam_groups num_return_sequences output_router_logits
+    pad_token_id pretraining_tp repetition_penalty return_dict
+    router_jitter_noise temperature top_k top_p torch_dtype
+    transformers.js_config transformers_version typical_p
+    diversity_penalty length_penalty unsloth_fixed unsloth_version use_cache
+    rope_theta rope_scaling rope_parameters rope_local_base_freq
+    sliding_window layer_types sliding_window_pattern
+    _sliding_window_pattern
+    """.split()
 )
 
-MODEL_TYPES = tuple(_DEFAULTS)
+
+class Entry(NamedTuple):
+    """A weight of a checkpoint.
+
+    Attributes:
+        name: Its name there.
+        shape: Its shape there.
+        layer: The number of its decoder layer, or `None`.
+        role: What it is: a key of a table in `decoder_parts`, `"embedding"`,
+            `"head"` or `"final_norm"`.
+        expert: The number of its expert, or `None`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    layer: int | None
+    role: str
+    expert: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The numbers that fix a decoder's weights and forward pass."""
+    """The numbers that fix a decoder's weights and forward pass.
+
+    Attributes:
+        model_type: A key of the table of architectures.
+        entries: Entries of config.json, those that the table names.
+        ropes: Each layer's rotary embedding.
+        windows: How many positions each layer looks back, itself included, or
+            `None`.
+        max_position_embeddings: The longest sequence that the model was made
+            for, in tokens, if that is known.
+        bos_token_id: The id of the start token, if that is known.
+    """
 
     model_type: str
-    vocabulary_size: int
-    num_layers: int
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    epsilon: float
-    rope_theta: float
-    rope_scaling: tuple[float, ...] | None
-    sliding_window: int | None
-    tie_word_embeddings: bool
+    entries: Mapping[str, Any]
+    ropes: tuple[Rope, ...]
+    windows: tuple[int | None, ...]
+    max_position_embeddings: int | None = dataclasses.field(
+        default=None, compare=False
+    )
+    bos_token_id: int | None = dataclasses.field(default=None, compare=False)
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "DecoderConfig":
         """Reads the content of a Hugging Face config.json.
 
         Args:
-            config: The content, with a `model_type` out of `MODEL_TYPES`.
+            config: The content, with a `model_type` out of the table.
 
         Raises:
-            ValueError: If an entry is missing, or asks for something that
-                KerasHub's model of this architecture doesn't compute.
+            ValueError: If an entry is missing, asks for something that
+                KerasHub's model of this architecture doesn't compute, or is
+                one that this function doesn't know.
         """
         model_type = config["model_type"]
-        rope = _read_rope(config)
-        merged = {**_SHARED, **_DEFAULTS[model_type], **config, **rope}
-        if model_type == "gemma" and merged.get("hidden_act") == "gelu":
-            merged["hidden_act"] = "gelu_pytorch_tanh"  # what they mean
-        _check(model_type, config, merged)
-        heads = _integer(merged, "num_attention_heads")
-        hidden_size = _integer(merged, "hidden_size")
-        read = cls(
+        row = ARCHITECTURES[model_type]
+        config = {row.aliases.get(name, name): v for name, v in config.items()}
+        _check(model_type, row, config)
+        merged = {**row.defaults, **config}
+        heads = read_integer(merged, "num_attention_heads")
+        merged["num_key_value_heads"] = merged["num_key_value_heads"] or heads
+        usual = read_integer(merged, "hidden_size") // heads
+        merged["head_dim"] = merged["head_dim"] or usual
+        if "head_dim" not in row.arguments:
+            _check_head_dim(model_type, merged["head_dim"], usual)
+        windows = _read_windows(row, merged)
+        full, local = read_ropes(config, row.defaults, row.ropes)
+        names = [*row.arguments, *row.adjusted]
+        entries = {name: read_entry(merged, name) for name in names}
+        length = config.get("max_position_embeddings")
+        return cls(
             model_type=model_type,
-            vocabulary_size=_integer(merged, "vocab_size"),
-            num_layers=_integer(merged, "num_hidden_layers"),
-            hidden_size=hidden_size,
-            intermediate_size=_integer(merged, "intermediate_size"),
-            num_heads=heads,
-            num_key_value_heads=_integer(merged, "num_key_value_heads", heads),
-            head_dim=_integer(merged, "head_dim", hidden_size // heads),
-            epsilon=_number(merged, "rms_norm_eps"),
-            rope_theta=_number(merged, "rope_theta"),
-            rope_scaling=rope["scaling"],
-            sliding_window=_window(model_type, merged),
-            tie_word_embeddings=bool(merged["tie_word_embeddings"]),
+            entries=entries,
+            ropes=tuple(full if w is None else local for w in windows),
+            windows=windows,
+            max_position_embeddings=length and int(length),
+            bos_token_id=config.get("bos_token_id"),
         )
-        read._check_head_dim()
-        return read
 
     def to_json(self) -> dict[str, Any]:
         """The content of a config.json that transformers reads back."""
+        row = self._row
         config = {
-            "architectures": [_CLASSES[self.model_type]],
+            "architectures": [row.class_name],
             "model_type": self.model_type,
-            "vocab_size": self.vocabulary_size,
-            "num_hidden_layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
-            "rms_norm_eps": self.epsilon,
-            "rope_theta": self.rope_theta,
-            "sliding_window": self.sliding_window,
-            "tie_word_embeddings": self.tie_word_embeddings,
-            **_EXPECTED[self.model_type],
+            "tie_word_embeddings": row.defaults["tie_word_embeddings"],
+            **row.expected,
+            **self.entries,
         }
-        if self.rope_scaling is not None:
-            scaling = dict(zip(_LLAMA3_SCALING, self.rope_scaling, strict=True))
-            config["rope_scaling"] = {"rope_type": "llama3", **scaling}
+        for name in ("max_position_embeddings", "bos_token_id"):
+            if getattr(self, name) is not None:
+                config[name] = getattr(self, name)
+        full, local = self._ropes_by_kind()
+        config |= full.to_json()
+        if "rope_local_base_freq" in row.defaults:
+            config["rope_local_base_freq"] = local.theta
+        if row.windows == "layer":
+            used = [window for window in self.windows if window is not None]
+            if used:
+                config["sliding_window"] = used[0]
+            config["layer_types"] = [
+                "full_attention" if window is None else "sliding_attention"
+                for window in self.windows
+            ]
         return config
+
+    def _ropes_by_kind(self) -> tuple[Rope, Rope]:
+        """Those of layers without and with a window, or the defaults."""
+        defaults = self._row.defaults
+        full = Rope(defaults["rope_theta"])
+        local = Rope(defaults.get("rope_local_base_freq", 10000.0))
+        for rope, window in zip(self.ropes, self.windows, strict=True):
+            if window is None or "rope_local_base_freq" not in defaults:
+                full = rope
+            else:
+                local = rope
+        return full, local
+
+    def weights(self) -> Iterator[Entry]:
+        """The weights, in the order of a checkpoint."""
+        row, hidden = self._row, self.hidden_size
+        embedding = (self.vocabulary_size, hidden)
+        yield Entry("model.embed_tokens.weight", embedding, None, "embedding")
+        shapes = self._layer_shapes()
+        for layer in range(self.num_layers):
+            for role in self._roles(layer):
+                name = f"model.layers.{layer}.{row.names[role]}"
+                shape = shapes[role]
+                if not role.startswith("expert"):
+                    yield Entry(f"{name}.weight", shape, layer, role)
+                    if role in row.biases:
+                        yield Entry(f"{name}.bias", shape[:1], layer, role)
+                    continue
+                for expert in range(self._num_experts):
+                    full = f"{name.format(expert)}.weight"
+                    yield Entry(full, shape, layer, role, expert)
+        yield Entry("model.norm.weight", (hidden,), None, "final_norm")
+        if not self.tie_word_embeddings:
+            yield Entry("lm_head.weight", embedding, None, "head")
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights by their names in a checkpoint."""
+        return {entry.name: entry.shape for entry in self.weights()}
+
+    def _roles(self, layer: int) -> Iterator[str]:
+        """The parts of a layer that have weights, in the table's order."""
+        experts = self._num_experts
+        is_sparse = (
+            experts > 0
+            and layer not in self.entries.get("mlp_only_layers", ())
+            and (layer + 1) % self.entries.get("decoder_sparse_step", 1) == 0
+        )
+        left_out = ("gate", "up", "down") if is_sparse else _SPARSE
+        for role in self._row.names:
+            if role in self._row.parts and role not in left_out:
+                yield role
+
+    def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
         queries = self.num_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
-        layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (hidden,),
-            "self_attn.q_proj.weight": (queries, hidden),
-            "self_attn.k_proj.weight": (keys, hidden),
-            "self_attn.v_proj.weight": (keys, hidden),
-            "self_attn.o_proj.weight": (hidden, queries),
-            "post_attention_layernorm.weight": (hidden,),
-            "mlp.gate_proj.weight": (inner, hidden),
-            "mlp.up_proj.weight": (inner, hidden),
-            "mlp.down_proj.weight": (hidden, inner),
+        expert = self.entries.get("moe_intermediate_size", inner)
+        shared = self.entries.get("shared_expert_intermediate_size", 0)
+        return {
+            "attention_norm": (hidden,),
+            "query": (queries, hidden),
+            "key": (keys, hidden),
+            "value": (keys, hidden),
+            "output": (hidden, queries),
+            "query_norm": (self.head_dim,),
+            "key_norm": (self.head_dim,),
+            "post_attention_norm": (hidden,),
+            "feedforward_norm": (hidden,),
+            "post_feedforward_norm": (hidden,),
+            "gate": (inner, hidden),
+            "up": (inner, hidden),
+            "down": (hidden, inner),
+            "router": (self._num_experts, hidden),
+            "expert_gate": (expert, hidden),
+            "expert_up": (expert, hidden),
+            "expert_down": (hidden, expert),
+            "shared_gate": (shared, hidden),
+            "shared_up": (shared, hidden),
+            "shared_down": (hidden, shared),
+            "shared_router": (1, hidden),
         }
-        if self.model_type == "qwen2":
-            layer["self_attn.q_proj.bias"] = (queries,)
-            layer["self_attn.k_proj.bias"] = (keys,)
-            layer["self_attn.v_proj.bias"] = (keys,)
-        embedding = (self.vocabulary_size, hidden)
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": embedding
-        }
-        for index in range(self.num_layers):
-            for name, shape in layer.items():
-                shapes[f"model.layers.{index}.{name}"] = shape
-        shapes["model.norm.weight"] = (hidden,)
-        if not self.tie_word_embeddings:
-            shapes["lm_head.weight"] = embedding
-        return shapes
 
-    def _check_head_dim(self) -> None:
-        # KerasHub 0.32's Qwen and Llama have no `head_dim` argument.
+    @property
+    def _row(self) -> Architecture:
+        return ARCHITECTURES[self.model_type]
+
+    @property
+    def _num_experts(self) -> int:
+        entries = self.entries
+        number = entries.get("num_experts", entries.get("num_local_experts"))
+        return int(number or 0)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return int(self.entries["vocab_size"])
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+        return int(self.entries["num_hidden_layers"])
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of hidden states."""
+        return int(self.entries["hidden_size"])
+
+    @property
+    def intermediate_size(self) -> int:
+        """The width of a feed-forward network."""
+        return int(self.entries["intermediate_size"])
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of queries."""
+        return int(self.entries["num_attention_heads"])
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return int(self.entries["num_key_value_heads"])
+
+    @property
+    def head_dim(self) -> int:
+        """The width of a head."""
         usual = self.hidden_size // self.num_heads
-        if self.model_type in ("llama", "qwen2") and self.head_dim != usual:
-            raise ValueError(
-                f"config.json has head_dim={self.head_dim} where KerasHub's "
-                f"{self.model_type} model takes hidden_size / "
-                f"num_attention_heads = {usual}. The logits would be wrong; "
-                "use another checkpoint."
-            )
+        return int(self.entries.get("head_dim", usual))
+
+    @property
+    def epsilon(self) -> float:
+        """What norms add to a variance."""
+        return float(self.entries["rms_norm_eps"])
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the embedding is also the output layer."""
+        default = self._row.defaults["tie_word_embeddings"]
+        return bool(self.entries.get("tie_word_embeddings", default))
 
 
-def _number(
-    content: Mapping[str, Any], name: str, default: int | None = None
-) -> float:
-    """A number above 0; `default` where the entry is null."""
-    value = content.get(name)
-    if value is None:
-        value = default
-    if value is None:
-        raise ValueError(
-            f"config.json has no entry {name!r}, which this model needs. "
-            "Download the file again."
-        )
-    if not isinstance(value, int | float) or value <= 0:
-        raise ValueError(
-            f"config.json has {name}={value!r}, expected a number above 0. "
-            "Download the file again."
-        )
-    return float(value)
-
-
-def _integer(
-    content: Mapping[str, Any], name: str, default: int | None = None
-) -> int:
-    return int(_number(content, name, default))
-
-
-def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary embedding's base and scaling, in old and new files.
-
-    transformers 5 writes both into `rope_parameters`.
-    """
-    rope: dict[str, Any] = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        entry = config.get(name) or {}
-        if not isinstance(entry, Mapping):
-            raise ValueError(
-                f"config.json has {name}={entry!r}, expected an object. "
-                "Download the file again."
-            )
-        rope |= entry
-    result: dict[str, Any] = {"scaling": None}
-    if "rope_theta" in rope:
-        result["rope_theta"] = rope["rope_theta"]
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "llama3" and config["model_type"] == "llama":
-        result["scaling"] = tuple(_number(rope, k) for k in _LLAMA3_SCALING)
-    elif kind != "default":
-        raise ValueError(
-            f"config.json scales the rotary embedding by {kind!r}. Expected "
-            "none, or 'llama3' for a model of type 'llama': KerasHub's model "
-            "would give wrong logits. Use another checkpoint, or remove the "
-            "scaling if prompts stay within the original length."
-        )
-    return result
+_SPARSE = (
+    "router",
+    "expert_gate",
+    "expert_up",
+    "expert_down",
+    "shared_gate",
+    "shared_up",
+    "shared_down",
+    "shared_router",
+)
 
 
 def _check(
-    model_type: str, config: Mapping[str, Any], merged: Mapping[str, Any]
+    model_type: str, row: Architecture, config: Mapping[str, Any]
 ) -> None:
     if config.get("quantization_config"):
         raise ValueError(
@@ -237,20 +297,70 @@ def _check(
             "load the original checkpoint, with `quantize='int8'` or 'int4' "
             "to quantize it here."
         )
-    if "sliding_attention" in (config.get("layer_types") or ()):
-        merged = {**merged, "use_sliding_window": True}
-    for name, expected in _EXPECTED[model_type].items():
-        value = merged.get(name)
-        if value is not None and value != expected:
+    if row.windows is None and "sliding_attention" in (
+        config.get("layer_types") or ()
+    ):
+        config = {**config, "use_sliding_window": True}
+    known = {*row.arguments, *row.adjusted, *row.defaults}
+    for name, value in config.items():
+        if value is None:
+            continue
+        if name in row.expected:
+            _check_expected(model_type, name, value, row.expected[name])
+        elif value and name not in known and name not in _HARMLESS:
             raise ValueError(
-                f"config.json has {name}={value!r}, expected {expected!r}: "
-                f"KerasHub 0.32's {model_type} model doesn't compute "
-                "anything else, and its logits would be wrong. Use another "
-                "checkpoint."
+                f"config.json has {name}={value!r}, an entry that keras_iris "
+                f"doesn't know for a {model_type} model: it may change the "
+                "logits. Remove it from the file if it doesn't, or use "
+                "another checkpoint."
             )
 
 
-def _window(model_type: str, merged: Mapping[str, Any]) -> int | None:
-    if model_type != "mistral" or not merged["sliding_window"]:
-        return None
-    return _integer(merged, "sliding_window")
+def _check_expected(
+    model_type: str, name: str, value: Any, expected: Any
+) -> None:
+    # Gemma's first files say "gelu" and mean the approximate one.
+    if (value, expected) == ("gelu", "gelu_pytorch_tanh"):
+        return
+    if value != expected:
+        raise ValueError(
+            f"config.json has {name}={value!r}, expected {expected!r}: "
+            f"KerasHub 0.32's {model_type} model doesn't compute anything "
+            "else, and its logits would be wrong. Use another checkpoint."
+        )
+
+
+def _check_head_dim(model_type: str, head_dim: Any, usual: int) -> None:
+    if head_dim != usual:
+        raise ValueError(
+            f"config.json has head_dim={head_dim} where KerasHub's "
+            f"{model_type} model takes hidden_size / num_attention_heads = "
+            f"{usual}. The logits would be wrong; use another checkpoint."
+        )
+
+
+def _read_windows(
+    row: Architecture, merged: Mapping[str, Any]
+) -> tuple[int | None, ...]:
+    """Each layer's window."""
+    num_layers = read_integer(merged, "num_hidden_layers")
+    size = merged["sliding_window"]
+    if row.windows is None or not size:
+        return num_layers * (None,)
+    size = read_integer(merged, "sliding_window")
+    if row.windows == "argument":
+        return num_layers * (size,)
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    given = [merged[name] for name in names if merged.get(name)]
+    pattern = int([*given, row.window_pattern][0])
+    types = merged.get("layer_types") or [
+        "sliding_attention" if (layer + 1) % pattern else "full_attention"
+        for layer in range(num_layers)
+    ]
+    known = ("sliding_attention", "full_attention")
+    if len(types) != num_layers or any(kind not in known for kind in types):
+        raise ValueError(
+            f"config.json has layer_types={types!r}, expected {num_layers} "
+            f"out of {known}. Use another checkpoint."
+        )
+    return tuple(size if kind == known[0] else None for kind in types)

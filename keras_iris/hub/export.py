@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import keras
 
 from keras_iris.data.text_files import read_json
 from keras_iris.files import check_replaceable, written_beside
+from keras_iris.hub.architecture_table import MODEL_TYPES
 from keras_iris.hub.architectures import read_config
 from keras_iris.hub.checkpoint import INDEX_FILE, read_metadata
-from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
+from keras_iris.hub.decoder_config import DecoderConfig
 from keras_iris.hub.export_tokenizer import write_tokenizer
 from keras_iris.hub.shards import BYTES_PER_NUMBER, write_shards
 from keras_iris.hub.weights import Weight, list_weights
@@ -42,8 +44,9 @@ def export(
     left is tidied up by the next one of the same folder.
 
     Args:
-        causal_lm: A KerasHub Gemma 1, Llama 3, Mistral or Qwen2 causal LM;
-            one from `keras_iris.load` brings its tokenizer and chat template.
+        causal_lm: A KerasHub causal LM of an architecture in the table
+            (`keras_iris.hub.architecture_table`); one from `keras_iris.load`
+            brings its tokenizer and chat template.
         folder: The folder to write. If there is one already it has to be
             empty, or an earlier export with no other files in it, which is
             replaced.
@@ -140,6 +143,14 @@ def _write_config(
     if source is not None:
         original = read_json(source / "config.json")
         content = {**original, "architectures": content["architectures"]}
+    elif config.max_position_embeddings is None:
+        warnings.warn(
+            "The exported config.json doesn't say how long a sequence may be, "
+            "as KerasHub's model doesn't: other tools will take their "
+            f"default for {config.model_type}. Write "
+            "'max_position_embeddings' into it, or pass `source`.",
+            stacklevel=3,
+        )
     content |= {**changes, "torch_dtype": changes["dtype"]}
     text = json.dumps(content, indent=2) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 from keras_iris.data import ChatTemplate, Tokenizer
 from keras_iris.data.text_files import read_json
+from keras_iris.hub.architecture_table import MODEL_TYPES
 from keras_iris.hub.checkpoint import find_weights
-from keras_iris.hub.decoder_config import MODEL_TYPES, DecoderConfig
+from keras_iris.hub.decoder_config import DecoderConfig
 from keras_iris.hub.sources import find_folder
 from keras_iris.hub.tokenizer_folder import check_embeddings, load_tokenizer
 
@@ -34,8 +35,8 @@ def inspect(
     has weights, their names, shapes and files' sizes are checked.
 
     Args:
-        preset: `"hf://org/name"`, or a folder in Hugging Face's layout, of a
-            Gemma, Llama, Mistral or Qwen2 model.
+        preset: `"hf://org/name"`, with `"@revision"` if need be, or a folder
+            in Hugging Face's layout; of an architecture in the table.
         default_template: Used where the checkpoint has no chat template.
 
     Returns:

@@ -7,8 +7,10 @@ import keras
 from safetensors import SafetensorError
 
 from keras_iris.data import ChatTemplate
+from keras_iris.hub.architectures import adjust, find_config
 from keras_iris.hub.convert_tokenizer import convert_keras_hub
 from keras_iris.hub.tokenizer_folder import check_embeddings, load_tokenizer
+from keras_iris.models.checks import check_causal_lm
 
 # What KerasHub raises for folders that are damaged or of another kind.
 _DAMAGED = (
@@ -53,6 +55,11 @@ def load_keras_preset(
             f"{error} Expected a causal language model of an architecture "
             "that it knows, with all its files."
         ) from error
+    check_causal_lm(causal_lm)
+    config = find_config(causal_lm.backbone)
+    if config is not None:
+        adjust(causal_lm.backbone, config)
+    causal_lm.max_position_embeddings = None
     if folder is None:
         hub = causal_lm.preprocessor.tokenizer
         tokenizer = convert_keras_hub(hub, template)

@@ -8,12 +8,13 @@ import keras
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.text_files import read_json
+from keras_iris.hub.architecture_table import MODEL_TYPES
 from keras_iris.hub.architectures import make_causal_lm
 from keras_iris.hub.checkpoint import find_weights, read_weights
-from keras_iris.hub.decoder_config import MODEL_TYPES
+from keras_iris.hub.compare import check_untested
 from keras_iris.hub.inspect import read_checkpoint
 from keras_iris.hub.keras_preset import load_keras_preset
-from keras_iris.hub.sources import find_folder
+from keras_iris.hub.sources import find_folder, read_commit
 from keras_iris.hub.weights import list_weights
 from keras_iris.models.lora import Lora, Targets, add_lora
 from keras_iris.models.remat import remat_layers
@@ -34,14 +35,15 @@ def load(  # noqa: PLR0913 (by keyword only)
 ) -> keras.Model:
     """Loads a causal LM.
 
-    Folders in Hugging Face's layout with a Gemma, Llama, Mistral or Qwen2
-    model give the logits and token ids that transformers gives. Other
-    architectures pass through KerasHub, with a warning.
+    Folders in Hugging Face's layout of an architecture in the table
+    (docs/architectures.md) give the logits and token ids that transformers
+    gives. Others pass through KerasHub; they are compared with transformers
+    where that is installed.
 
     Args:
-        preset: A KerasHub preset's name, `"hf://org/name"`,
-            `"kaggle://..."`, or a folder in KerasHub's or Hugging Face's
-            layout.
+        preset: A KerasHub preset's name, `"hf://org/name"` or
+            `"hf://org/name@revision"`, `"kaggle://..."`, or a folder in
+            KerasHub's or Hugging Face's layout.
         dtype: A Keras dtype policy or its name. Defaults to Keras' global
             one.
         lora_rank: Trains LoRA adapters of this rank and nothing else: a pair
@@ -67,8 +69,9 @@ def load(  # noqa: PLR0913 (by keyword only)
     Returns:
         A KerasHub `CausalLM` without preprocessor, and with the attributes
         `tokenizer` (a `keras_iris.data.Tokenizer`), `chat_template` (a
-        `keras_iris.data.ChatTemplate` or `None`) and `source` (the folder, or
-        `None`).
+        `keras_iris.data.ChatTemplate` or `None`), `source` (the folder, or
+        `None`), `commit` (that of the Hugging Face repository, or `None`) and
+        `max_position_embeddings` (tokens, or `None` if it isn't known).
 
     Raises:
         ValueError: If an argument is out of range, the preset isn't found or
@@ -95,6 +98,7 @@ def load(  # noqa: PLR0913 (by keyword only)
             template=default_template,
         )
     causal_lm.source = folder
+    causal_lm.commit = read_commit(folder)
     if quantize is not None:
         _quantize(causal_lm, quantize)
     if lora is not None:
@@ -109,12 +113,15 @@ def _load_hugging_face(
 ) -> keras.Model:
     content = _read_config(folder)
     if content["model_type"] not in MODEL_TYPES:
-        _warn_untested(content["model_type"])
         find_weights(folder, {})  # for a look at the files
         template = ChatTemplate.from_folder(folder) or default_template
-        return load_keras_preset(
+        causal_lm = load_keras_preset(
             str(folder), dtype=dtype, template=template, folder=folder
         )
+        check_untested(causal_lm, folder, content["model_type"])
+        length = content.get("max_position_embeddings")
+        causal_lm.max_position_embeddings = length
+        return causal_lm
     config, tokenizer, template = read_checkpoint(
         folder, content, default_template
     )
@@ -126,17 +133,8 @@ def _load_hugging_face(
         weights[name].assign(array)
     causal_lm.tokenizer = tokenizer
     causal_lm.chat_template = template
+    causal_lm.max_position_embeddings = config.max_position_embeddings
     return causal_lm
-
-
-def _warn_untested(model_type: str) -> None:
-    warnings.warn(
-        f"keras_iris doesn't test that KerasHub's model of type "
-        f"{model_type!r} gives the logits and token ids that transformers "
-        f"gives; it does for {', '.join(MODEL_TYPES)}. Compare them before a "
-        "long run.",
-        stacklevel=4,
-    )
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from pathlib import Path
 from keras_iris.data.text_files import read_json
 
 _HUGGING_FACE = "hf://"
+_SNAPSHOTS = "snapshots"  # where huggingface_hub keeps a folder per commit
 _SMALL_FILES = ["*.json", "*.jinja", "*.model", "*.spm", "*.txt"]
 _WEIGHTS = ["*.safetensors", "*.weights.h5"]
 _OTHER_COPIES = ["original/*", "consolidated*", "onnx/*", "openvino/*"]
@@ -14,6 +15,8 @@ def find_folder(
     preset: str | Path, *, with_weights: bool = True
 ) -> Path | None:
     """The local folder of a preset, downloaded if it is `hf://org/name`.
+
+    `hf://org/name@revision` pins a branch, a tag or a commit.
 
     Args:
         preset: As in `keras_iris.load`.
@@ -47,6 +50,13 @@ def find_folder(
     return None
 
 
+def read_commit(folder: Path | None) -> str | None:
+    """The commit that a folder was downloaded of, or `None`."""
+    if folder is None or folder.parent.name != _SNAPSHOTS:
+        return None
+    return folder.name
+
+
 def _is_builtin(name: str) -> bool:
     from keras_hub import models
 
@@ -57,6 +67,7 @@ def _download(repository: str, with_weights: bool) -> Path:
     """Fetches a repository: first what says whether it can be loaded."""
     import huggingface_hub
 
+    name, _, revision = repository.partition("@")
     downloads = [_SMALL_FILES]
     if with_weights:
         downloads.append([*_SMALL_FILES, *_WEIGHTS])
@@ -64,7 +75,8 @@ def _download(repository: str, with_weights: bool) -> Path:
         for patterns in downloads:
             folder = Path(
                 huggingface_hub.snapshot_download(
-                    repository,
+                    name,
+                    revision=revision or None,
                     allow_patterns=patterns,
                     ignore_patterns=_OTHER_COPIES,
                 )
@@ -77,7 +89,7 @@ def _download(repository: str, with_weights: bool) -> Path:
     except (OSError, huggingface_hub.errors.HFValidationError) as error:
         raise ValueError(
             f"Cannot download {repository!r} from the Hugging Face Hub: "
-            f"{error} Check the name, the connection and, for a gated model, "
-            "your token; or pass a local folder."
+            f"{error} Check the name, the revision after '@', the connection "
+            "and, for a gated model, your token; or pass a local folder."
         ) from error
     return folder

@@ -1,42 +1,20 @@
 """Where each weight of a checkpoint lives in KerasHub's model.
 
-One table serves loading and exporting. The attribute names are those of
-KerasHub 0.32, which offers no public access to a decoder layer's parts.
+One table (`architecture_table`) serves loading and exporting.
 """
 
 import dataclasses
 import math
-import operator
+from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_iris.hub.decoder_config import DecoderConfig
+from keras_iris.hub.architecture_table import ARCHITECTURES
+from keras_iris.hub.decoder_config import DecoderConfig, Entry
+from keras_iris.models.decoder_parts import part
 from keras_iris.models.lora import LoraLayer
-
-_LLAMA_LAYER = {
-    "input_layernorm": "_self_attention_layernorm",
-    "self_attn.q_proj": "_self_attention_layer._query_dense",
-    "self_attn.k_proj": "_self_attention_layer._key_dense",
-    "self_attn.v_proj": "_self_attention_layer._value_dense",
-    "self_attn.o_proj": "_self_attention_layer._output_dense",
-    "post_attention_layernorm": "_feedforward_layernorm",
-    "mlp.gate_proj": "_feedforward_gate_dense",
-    "mlp.up_proj": "_feedforward_intermediate_dense",
-    "mlp.down_proj": "_feedforward_output_dense",
-}
-_GEMMA_LAYER = {
-    "input_layernorm": "pre_attention_norm",
-    "self_attn.q_proj": "attention.query_dense",
-    "self_attn.k_proj": "attention.key_dense",
-    "self_attn.v_proj": "attention.value_dense",
-    "self_attn.o_proj": "attention.output_dense",
-    "post_attention_layernorm": "pre_ffw_norm",
-    "mlp.gate_proj": "gating_ffw",
-    "mlp.up_proj": "gating_ffw_2",
-    "mlp.down_proj": "ffw_linear",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +24,14 @@ class Weight:
     Attributes:
         name: The name in the checkpoint.
         shape: The shape in the checkpoint.
-        layer: The Keras layer.
-        attribute: `"kernel"`, `"bias"`, `"scale"`, `"embeddings"` or
-            `"reverse_embeddings"`.
+        layer: The Keras layer, or `None` for a part of a bank of experts.
+        attribute: `"kernel"`, `"bias"`, `"scale"`, `"embeddings"`,
+            `"reverse_embeddings"` or `"expert"`.
     """
 
     name: str
     shape: tuple[int, ...]
-    layer: keras.layers.Layer
+    layer: Any
     attribute: str
 
     @property
@@ -114,6 +92,67 @@ class Weight:
         return str(self.layer.equation).split(",")[1][1] == "d"
 
 
+class Bank:
+    """A variable that holds the matrices of all experts of a layer.
+
+    It is of shape `(experts, inputs, outputs)`, with two matrices side by
+    side in the last axis where gate and up projection are one.
+
+    Args:
+        variable: The variable.
+        num_parts: How many weights of a checkpoint it holds.
+    """
+
+    def __init__(self, variable: keras.Variable, num_parts: int) -> None:
+        self._variable = variable
+        self._num_parts = num_parts
+        self._count = 0
+        self._values: np.ndarray | None = None
+
+    def write(self, index: tuple[Any, ...], array: np.ndarray) -> None:
+        """Sets a part; the variable is set once, with all of them."""
+        if self._values is None:
+            self._values = np.empty(self._variable.shape, array.dtype)
+        self._values[index] = array
+        if self._is_last():
+            self._variable.assign(self._values.astype(np.float32))
+            self._values = None
+
+    def read(self, index: tuple[Any, ...]) -> np.ndarray:
+        """A part; the variable is read once for all of them."""
+        if self._values is None:
+            self._values = _to_numpy(self._variable)
+        array = self._values[index]
+        if self._is_last():
+            self._values = None
+        return array
+
+    def _is_last(self) -> bool:
+        self._count = (self._count + 1) % self._num_parts
+        return self._count == 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertWeight(Weight):
+    """A weight that is a part of a bank.
+
+    Attributes:
+        bank: The bank.
+        index: The part.
+    """
+
+    bank: Bank
+    index: tuple[Any, ...]
+
+    def assign(self, array: np.ndarray) -> None:
+        """Sets the part from the checkpoint's array."""
+        self.bank.write(self.index, array.T)
+
+    def read(self) -> np.ndarray:
+        """The checkpoint's array, in float32."""
+        return self.bank.read(self.index).T
+
+
 def list_weights(backbone: keras.Model, config: DecoderConfig) -> list[Weight]:
     """The weights in the order of a checkpoint.
 
@@ -121,29 +160,51 @@ def list_weights(backbone: keras.Model, config: DecoderConfig) -> list[Weight]:
         backbone: A KerasHub backbone.
         config: Its configuration, as `read_config` gives it.
     """
-    layer_names = _GEMMA_LAYER if config.model_type == "gemma" else _LLAMA_LAYER
-    weights = []
-    for name, shape in config.weight_shapes().items():
-        stem, kind = name.rsplit(".", 1)
-        match stem.split("."):
-            case ["model", "embed_tokens"]:
-                layer, attribute = backbone.token_embedding, "embeddings"
-            case ["lm_head"]:
-                layer, attribute = (
-                    backbone.token_embedding,
-                    "reverse_embeddings",
-                )
-            case ["model", "norm"]:
-                layer, attribute = backbone.layer_norm, "scale"
-            case ["model", "layers", index, *rest]:
-                block = backbone.transformer_layers[int(index)]
-                part = ".".join(rest)
-                layer = operator.attrgetter(layer_names[part])(block)
-                attribute = "scale" if part.endswith("layernorm") else "kernel"
-                if kind == "bias":
-                    attribute = "bias"
-        weights.append(Weight(name, shape, layer, attribute))
+    row = ARCHITECTURES[config.model_type]
+    embedding = backbone.token_embedding
+    ends = {
+        "embedding": (embedding, "embeddings"),
+        "head": (embedding, "reverse_embeddings"),
+        "final_norm": (getattr(backbone, row.final_norm), "scale"),
+    }
+    parts = row.parts
+    banks: dict[str, Bank] = {}  # by the path of a variable
+    weights: list[Weight] = []
+    for entry in config.weights():
+        if entry.layer is None:
+            weights.append(Weight(entry.name, entry.shape, *ends[entry.role]))
+            continue
+        layer = part(
+            backbone.transformer_layers[entry.layer], parts, entry.role
+        )
+        if entry.expert is not None:
+            weights.append(_find_expert(entry, layer, banks))
+            continue
+        kind = entry.name.rsplit(".", 1)[1]
+        attribute = "scale" if entry.role.endswith("_norm") else "kernel"
+        if kind == "bias":
+            attribute = "bias"
+        weights.append(Weight(entry.name, entry.shape, layer, attribute))
     return weights
+
+
+def _find_expert(
+    entry: Entry, variable: keras.Variable, banks: dict[str, Bank]
+) -> ExpertWeight:
+    num_experts, _, num_outputs = variable.shape
+    width = entry.shape[0]
+    per_expert = num_outputs // width
+    if variable.path not in banks:
+        banks[variable.path] = Bank(variable, num_experts * per_expert)
+    start = width if entry.role == "expert_up" and per_expert > 1 else 0
+    return ExpertWeight(
+        entry.name,
+        entry.shape,
+        layer=None,
+        attribute="expert",
+        bank=banks[variable.path],
+        index=(entry.expert, slice(None), slice(start, start + width)),
+    )
 
 
 def _read_by_calling(

@@ -1,6 +1,7 @@
 """What a `SelfPlayModel` refuses, and why."""
 
 import numbers
+import warnings
 from typing import Any
 
 import keras
@@ -119,6 +120,23 @@ def check_causal_lm(causal_lm: Any) -> None:
             "The output layer of `causal_lm` has to be in float. Received: "
             f"{head.quantization_mode!r}. Use `keras_iris.load(..., "
             "quantize=...)`, which quantizes the decoder layers only."
+        )
+
+
+def check_length(causal_lm: Any, length: int | None) -> None:
+    """Warns of sequences that are longer than the model was made for.
+
+    Args:
+        causal_lm: One from `keras_iris.load` knows how long they may be.
+        length: Tokens of a sequence, padding included, if it is known.
+    """
+    longest = getattr(causal_lm, "max_position_embeddings", None)
+    if length is not None and longest is not None and length > longest:
+        warnings.warn(
+            f"Sequences are padded to {length} tokens; the model's config.json "
+            f"says max_position_embeddings={longest}. Beyond that its answers "
+            "are arbitrary. Use shorter prompts, responses and buckets.",
+            stacklevel=2,
         )
 
 

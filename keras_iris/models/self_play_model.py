@@ -18,6 +18,7 @@ from keras_iris.models.checks import (
     check_causal_lm,
     check_fit,
     check_inputs,
+    check_length,
     check_lora,
     check_loss,
     check_micro_batch_size,
@@ -353,6 +354,7 @@ class SelfPlayModel(backend.Trainer):
         """What `function` makes of the backbone's output, `(batch, n, ...)`."""
         token_ids, padding_mask, response_mask = check_inputs(inputs)
         num_responses, time = ops.shape(token_ids)[1:]
+        check_length(self.causal_lm, token_ids.shape[2])
 
         def flat(tensor: Tensor) -> Tensor:
             return ops.reshape(tensor, (-1, time))

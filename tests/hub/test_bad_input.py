@@ -35,7 +35,22 @@ BAD_CONFIGS = {
     "activation": ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "biases": ("llama", dict(attention_bias=True), "attention_bias=True"),
     "head size": ("qwen2", dict(head_dim=8), "head_dim=8 where"),
-    "epsilon": ("gemma", dict(rms_norm_eps=1e-5), "rms_norm_eps=1e-05"),
+    "unknown": ("qwen2", dict(logit_scale=2.0), "logit_scale=2.0, an entry"),
+    "unknown scaling": (
+        "qwen2",
+        dict(rope_parameters={"rope_theta": 1e4, "mrope_section": [2, 2]}),
+        "mrope_section=[2, 2] for the rotary embedding",
+    ),
+    "layers without positions": (
+        "smollm3",
+        dict(no_rope_layers=[1]),
+        "no_rope_layers=[1], expected a list of 2",
+    ),
+    "windows": (
+        "gemma2",
+        dict(layer_types=["chunked_attention", "full_attention"]),
+        "layer_types=['chunked_attention', 'full_attention']",
+    ),
     "tied": ("mistral", dict(tie_word_embeddings=True), "tie_word_embeddings"),
     "rotary scaling": (
         "llama",
@@ -106,6 +121,16 @@ def _write(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
+def _index(content):
+    """Replaces the single file by an index."""
+
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_bytes(content)
+
+    return change
+
+
 def _integers(folder):
     entry = {"dtype": "I8", "shape": [640, 64], "data_offsets": [0, 40960]}
     header = json.dumps({"model.embed_tokens.weight": entry}).encode()
@@ -133,22 +158,16 @@ def _another_tokenizer(folder):
 BAD_FILES = {
     "no weights": (_remove("model.safetensors"), "lacks its weights"),
     "a shard is missing": (
-        _write(
-            "model.safetensors.index.json",
-            b'{"weight_map": {"a": "model-00002-of-00002.safetensors"}}',
-        ),
+        _index(b'{"weight_map": {"a": "model-00002-of-00002.safetensors"}}'),
         "lacks its weights: model-00002-of-00002.safetensors",
     ),
     "an index that leads out of the folder": (
-        _write(
-            "model.safetensors.index.json",
-            b'{"weight_map": {"a": "../model.safetensors"}}',
-        ),
+        _index(b'{"weight_map": {"a": "../model.safetensors"}}'),
         "model.safetensors.index.json has no valid 'weight_map': received "
         "'../model.safetensors'",
     ),
     "an index without a map": (
-        _write("model.safetensors.index.json", b'{"weight_map": ["a"]}'),
+        _index(b'{"weight_map": ["a"]}'),
         "model.safetensors.index.json has no valid 'weight_map': received "
         "None in ['a']",
     ),
@@ -199,7 +218,6 @@ def test_no_end_token(checkpoint, tmp_path, no_model):
         load(folder)
 
 
-@pytest.mark.filterwarnings("ignore:keras_iris doesn't test")
 def test_unknown_architecture(checkpoint, tmp_path, no_model):
     folder = copy(checkpoint("qwen2"), tmp_path)
     edit(folder / "config.json", model_type="abacus")
@@ -207,7 +225,6 @@ def test_unknown_architecture(checkpoint, tmp_path, no_model):
         load(folder)
 
 
-@pytest.mark.filterwarnings("ignore:keras_iris doesn't test")
 def test_truncated_weights_of_another_architecture(checkpoint, tmp_path):
     folder = copy(checkpoint("qwen2"), tmp_path)
     edit(folder / "config.json", model_type="gpt2")

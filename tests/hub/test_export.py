@@ -66,19 +66,11 @@ def test_round_trip_merges_adapters(checkpoint, tmp_path, architecture):
     assert config["architectures"] == original["architectures"]
 
 
-@every_architecture
-def test_round_trip_without_source(checkpoint, tmp_path, architecture):
-    causal_lm = load(checkpoint(architecture), dtype="float32")
+def test_text_side_without_source(checkpoint, tmp_path):
+    causal_lm = load(checkpoint("mistral"), dtype="float32")
     causal_lm.source = None
-    token_ids = random_ids()
     folder = export(causal_lm, tmp_path / "model", dtype="float32")
-    again = load(folder, dtype="float32")
-    logits = logits_of(causal_lm, token_ids)
-    np.testing.assert_array_equal(logits_of(again, token_ids), logits)
-    np.testing.assert_allclose(
-        expected_logits(folder, token_ids), logits, rtol=0, atol=TOLERANCE
-    )
-    _assert_same_text_side(causal_lm, again)
+    _assert_same_text_side(causal_lm, load(folder, dtype="float32"))
     expected = expected_tokenizer(folder)
     for text in TEXTS:
         ids = expected(text, add_special_tokens=False).input_ids
@@ -156,25 +148,6 @@ def test_what_is_trained_with_is_exported(
         max_response_length=99,
     )
     assert [*again.prompt_ids, *again.response_ids] == trained
-
-
-def test_keeps_llama3_rotary_scaling(tmp_path):
-    from test_parity import LLAMA3_SCALING
-    from tiny_checkpoints import save_checkpoint
-
-    source = tmp_path / "source"
-    source.mkdir()
-    save_checkpoint(source, "llama", rope_parameters=LLAMA3_SCALING)
-    causal_lm = load(source, dtype="float32")
-    causal_lm.source = None
-    folder = export(causal_lm, tmp_path / "model", dtype="float32")
-    token_ids = random_ids()
-    np.testing.assert_allclose(
-        expected_logits(folder, token_ids),
-        logits_of(causal_lm, token_ids),
-        rtol=0,
-        atol=TOLERANCE,
-    )
 
 
 def test_bfloat16_is_the_default(checkpoint, tmp_path):
@@ -418,7 +391,8 @@ def test_model_without_tokenizer(tmp_path):
         intermediate_dim=24,
     )
     causal_lm = keras_hub.models.QwenCausalLM(backbone, preprocessor=None)
-    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+    with pytest.warns(UserWarning, match="say how long a sequence may be"):
+        folder = export(causal_lm, tmp_path / "model", dtype="float32")
     token_ids = random_ids()
     np.testing.assert_allclose(
         expected_logits(folder, token_ids),

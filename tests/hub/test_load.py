@@ -1,11 +1,13 @@
 """LoRA, quantization, rematerialisation, sources and bad input of `load`."""
 
 import json
+import shutil
 
 import keras
 import numpy as np
 import pytest
-from reference import logits_of, random_ids
+from reference import expected_logits, logits_of, random_ids
+from safetensors.numpy import load_file
 from tiny_checkpoints import copy, edit
 from tiny_models import make_pairs
 
@@ -15,6 +17,7 @@ from keras_iris.data import (
     Conversation,
     tokenize,
 )
+from keras_iris.generation import KerasEngine
 from keras_iris.hub import export, inspect, load
 from keras_iris.models import SelfPlayModel
 
@@ -173,26 +176,69 @@ def test_old_configs(checkpoint, tmp_path):
     )
 
 
-def test_hugging_face_repository(checkpoint, monkeypatch):
+def test_hugging_face_repository(checkpoint, tmp_path, monkeypatch):
     import huggingface_hub
 
     asked = []
+    snapshot = tmp_path / "snapshots" / "0123abc"
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(checkpoint("qwen2"))
 
-    def snapshot_download(repository, *, allow_patterns, ignore_patterns):
-        asked.append((repository, "*.safetensors" in allow_patterns))
-        if repository == "org/none":
+    def snapshot_download(name, *, revision, allow_patterns, ignore_patterns):
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        if name == "org/none":
             raise huggingface_hub.errors.LocalEntryNotFoundError("offline")
-        return str(checkpoint("qwen2"))
+        return str(snapshot)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     causal_lm = load("hf://org/name")
-    assert causal_lm.source == checkpoint("qwen2")
-    assert asked == [("org/name", False), ("org/name", True)]
-    with pytest.raises(ValueError, match="Cannot download 'org/none'"):
-        load("hf://org/none")
+    assert causal_lm.source == snapshot
+    assert causal_lm.commit == "0123abc"
+    assert load(checkpoint("qwen2")).commit is None
+    assert asked == [("org/name", None, False), ("org/name", None, True)]
+    with pytest.raises(ValueError, match="Cannot download 'org/none@v1'"):
+        load("hf://org/none@v1")
     asked.clear()
-    inspect("hf://org/name")
-    assert asked == [("org/name", False)]
+    inspect("hf://org/name@v1")
+    assert asked == [("org/name", "v1", False)]
+
+
+def test_single_file_beside_an_old_index(checkpoint, tmp_path):
+    """As saved again into a folder that had several files."""
+    folder = copy(checkpoint("qwen2", seed=1), tmp_path)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    names = load_file(folder / "model-1.safetensors")
+    weight_map = dict.fromkeys(names, "model-1.safetensors")
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    token_ids = random_ids()
+    for _ in range(2):
+        np.testing.assert_allclose(
+            logits_of(load(folder, dtype="float32"), token_ids),
+            expected_logits(folder, token_ids),
+            rtol=0,
+            atol=1e-5,
+        )
+        new = checkpoint("qwen2") / "model.safetensors"
+        shutil.copy(new, folder / "model.safetensors")
+
+
+def test_sequences_beyond_the_longest(checkpoint):
+    causal_lm = load(checkpoint("qwen2", max_position_embeddings=20))
+    engine = KerasEngine(
+        causal_lm,
+        end_token_ids=(1,),
+        max_new_tokens=8,
+        batch_size=1,
+        bucket_lengths=(13,),
+    )
+    message = "padded to 21 tokens; .* max_position_embeddings=20"
+    with pytest.warns(UserWarning, match=message):
+        engine.generate([[5, 6]], seed=0)
+    pairs = make_pairs(length=21)
+    with pytest.warns(UserWarning, match=message):
+        SelfPlayModel(causal_lm)(pairs)
+    SelfPlayModel(causal_lm)({k: v[..., :20] for k, v in pairs.items()})
 
 
 def make_keras_preset(folder, architecture):
@@ -252,7 +298,8 @@ def test_keras_preset_with_byte_pairs(checkpoint, tmp_path):
     )
 
 
-def test_other_architectures_pass_with_a_warning(tmp_path):
+@pytest.fixture
+def gpt2(tmp_path):
     import transformers
 
     config = transformers.GPT2Config(
@@ -269,12 +316,23 @@ def test_other_architectures_pass_with_a_warning(tmp_path):
     vocabulary = {word: i for i, word in enumerate(words)}
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "merges.txt").write_text("a b\n")
-    with pytest.warns(UserWarning, match="type 'gpt2'"):
-        causal_lm = load(tmp_path)
+    return tmp_path
+
+
+def test_other_architectures_pass_with_a_warning(gpt2):
+    with pytest.warns(UserWarning, match="type 'gpt2': a few tokens were"):
+        causal_lm = load(gpt2, dtype="float32")
     assert causal_lm.tokenizer.encode("ab") == [3]
     assert causal_lm.chat_template is None
     template = ChatTemplate.named("chatml")
-    (tmp_path / "chat_template.jinja").write_text(template.source)
+    (gpt2 / "chat_template.jinja").write_text(template.source)
     with pytest.warns(UserWarning, match="type 'gpt2'"):
-        causal_lm = load(tmp_path, default_template=ChatTemplate.named("spin"))
+        causal_lm = load(gpt2, default_template=ChatTemplate.named("spin"))
     assert causal_lm.chat_template.source == template.source
+
+
+def test_other_architectures_are_compared(gpt2):
+    """KerasHub reads no such entry; transformers does."""
+    edit(gpt2 / "config.json", layer_norm_epsilon=1.0)
+    with pytest.raises(ValueError, match="log-probs are off by .* nats"):
+        load(gpt2, dtype="float32")
