@@ -31,6 +31,15 @@ class Conversation:
     prompt: Prompt
     response: str
 
+    def first_turn(self) -> "Conversation":
+        """The conversation up to the first answer, the others left out."""
+        if isinstance(self.prompt, str):
+            return self
+        for i, message in enumerate(self.prompt):
+            if message["role"] == "assistant":
+                return Conversation(self.prompt[:i], message["content"])
+        return self
+
 
 def read_conversations(source: Any) -> list[Conversation]:
     """Reads conversations from rows of any known format.

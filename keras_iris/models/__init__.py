@@ -1,7 +1,13 @@
 """The self-play model and its sequence log-probs."""
 
 from keras_iris.models.log_probs import sequence_log_probs
-from keras_iris.models.score import TokenScorer, score_pairs
+from keras_iris.models.score import HeldOutNLL, TokenScorer, score_pairs
 from keras_iris.models.self_play_model import SelfPlayModel
 
-__all__ = ["SelfPlayModel", "TokenScorer", "score_pairs", "sequence_log_probs"]
+__all__ = [
+    "HeldOutNLL",
+    "SelfPlayModel",
+    "TokenScorer",
+    "score_pairs",
+    "sequence_log_probs",
+]
