@@ -74,7 +74,9 @@ def read_options(arguments=None):
         "weights, such as 'vllm serve {folder}' (default: Keras generates)",
     )
     add("--in-flight", 256, "prompts that a server has at once")
-    add("--dry-run", False, "check and estimate, then stop", action="store_true")
+    add(
+        "--dry-run", False, "check and estimate, then stop", action="store_true"
+    )
     return parser.parse_args(arguments)
 
 
