@@ -12,6 +12,7 @@ from keras_iris import (
 )
 from keras_iris.hub import export, load
 from keras_iris.models import SelfPlayModel
+from keras_iris.run_estimate import estimate
 from keras_iris.self_play import SelfPlay
 
 __version__ = "0.1.0"
@@ -21,6 +22,7 @@ __all__ = [
     "SelfPlayModel",
     "callbacks",
     "data",
+    "estimate",
     "evaluation",
     "export",
     "generation",

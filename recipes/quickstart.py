@@ -128,6 +128,7 @@ def make_evaluate(causal_lm, held_out, tokenizer):
     """Held-out scores of a `SelfPlayModel` of this causal LM."""
     targets = [example.response_ids for example in held_out]
     num_tokens = sum(len(target) for target in targets)
+    nll = keras_iris.models.HeldOutNLL(held_out, batch_size=250)
     greedy = keras_iris.generation.KerasEngine(
         causal_lm,
         end_token_ids=tokenizer.end_token_ids,
@@ -137,16 +138,13 @@ def make_evaluate(causal_lm, held_out, tokenizer):
     )
 
     def evaluate(model):
-        log_probs = keras_iris.models.score_pairs(
-            model, held_out, targets, batch_size=250
-        )
         answers = greedy.generate([e.prompt_ids for e in held_out], seed=0)
         errors = [
             edit_distance(answer.token_ids, target)
             for answer, target in zip(answers, targets, strict=True)
         ]
         return {
-            "nll_per_token": -log_probs[:, 0].sum() / num_tokens,
+            **nll(model),
             # The end token is in both, and counts as a phoneme.
             "phoneme_error_rate": sum(errors) / num_tokens,
             "word_accuracy": np.mean([error == 0 for error in errors]),

@@ -108,20 +108,6 @@ def make_answer(causal_lm, conversations):
     return answer
 
 
-def make_evaluate(held_out):
-    """NLL of held-out responses in nats a token."""
-    targets = [example.response_ids for example in held_out]
-    num_tokens = sum(len(target) for target in targets)
-
-    def evaluate(model):
-        log_probs = keras_iris.models.score_pairs(
-            model, held_out, targets, batch_size=BATCH_SIZE
-        )
-        return {"nll_per_token": -log_probs[:, 0].sum() / num_tokens}
-
-    return evaluate
-
-
 def main(arguments=None):
     """Trains, and prints answers before and after."""
     start = time.perf_counter()
@@ -155,7 +141,9 @@ def main(arguments=None):
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_response_length=MAX_RESPONSE_LENGTH,
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
-        evaluate=make_evaluate(tokenize(held_out, causal_lm)),
+        evaluate=keras_iris.models.HeldOutNLL(
+            tokenize(held_out, causal_lm), batch_size=BATCH_SIZE
+        ),
         title="IRIS on SmolLM2-135M-Instruct",
     ).run()
 

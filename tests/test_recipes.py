@@ -3,11 +3,8 @@
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 from tiny_checkpoints import copy, edit
@@ -19,6 +16,7 @@ NUM_ROWS = 6
 TINY = {
     "--batch-size": 4,
     "--micro-batch-size": 2,
+    "--held-out": 2,
     "--iterations": 1,
     "--epochs": 1,
     "--max-length": 96,
@@ -42,6 +40,8 @@ def data(tmp_path):
             "messages": [
                 {"role": "user", "content": f"What is {i} plus {i}?"},
                 {"role": "assistant", "content": f"{i} and {i}."},
+                {"role": "user", "content": "And again?"},
+                {"role": "assistant", "content": "Not a first answer."},
             ]
         }
         for i in range(NUM_ROWS)
@@ -50,18 +50,8 @@ def data(tmp_path):
     return file
 
 
-@pytest.mark.parametrize("name", ["zephyr_7b", "qwen2_5_3b", "smollm2_135m"])
-def test_the_run_folder_follows_the_preset(name, recipe):
-    module = recipe("smollm2_135m" if "smol" in name else "paper_options")
-    prefix = () if "smol" in name else (None, "hf://a/zephyr")
-    for preset in ("hf://org/other", "some/folder/other"):
-        arguments = ["--preset", preset, "--data", "x.jsonl"]
-        options = module.read_options(*prefix, arguments)
-        assert options.run_dir == "runs/other"
-
-
 def _base_model(checkpoint, tmp_path):
-    """As Qwen2.5-3B may be: no template, and not the template's end token."""
+    """No template, and not the template's end token."""
     folder = copy(checkpoint("qwen2"), tmp_path)
     edit(folder / "tokenizer_config.json", chat_template=None)
     edit(folder / "generation_config.json", eos_token_id=632)
@@ -78,7 +68,7 @@ def _arguments(preset, data, run_dir, *more, **changes):
     ("name", "architecture", "more"),
     [
         ("zephyr_7b", "mistral", ()),
-        ("qwen2_5_3b", "qwen2", ("--lora-rank", "2", "--objective", "spin")),
+        ("qwen2_5_3b", "qwen2", ("--lora-rank", "2")),
     ],
 )
 def test_paper_recipe(  # noqa: PLR0913
@@ -97,10 +87,10 @@ def test_paper_recipe(  # noqa: PLR0913
         for line in map(json.loads, lines)
         if line["kind"] == "evaluation"
     ]
+    assert len(nll) == 2
     assert np.isfinite(nll).all()
     settings = json.loads((run_dir / "manifest.json").read_text())["settings"]
     assert settings["num_examples"] == 4  # and two held out
-    assert settings["loss"] == ("SPIN" if more else "IRIS")
     # What was trained is in the exported folder.
     old, new = (
         keras_iris.load(path).get_weights()
@@ -125,20 +115,21 @@ def test_dry_run(  # noqa: PLR0913
     run_dir = tmp_path / "run"
     folder = shutil.copytree(checkpoint(architecture), tmp_path / "copy")
     (folder / "model.safetensors").unlink()  # not needed
-    arguments = _arguments(folder, data, run_dir, "--dry-run")
-    recipe(name).main(arguments)
+    recipe(name).main(_arguments(folder, data, run_dir, "--dry-run"))
     output = capsys.readouterr().out
     assert prompt in output
-    for word in ("not measured", "activations", "checkpoint", "hours", "Not c"):
+    for word in ("activations", "checkpoints", "hours", "0 and 0."):
         assert word in output
+    assert "Not a first answer" not in output
     assert not run_dir.exists()
 
 
 def test_dry_run_of_a_base_model(recipe, checkpoint, data, tmp_path, capsys):
     folder = _base_model(checkpoint, tmp_path)
-    arguments = _arguments(folder, data, tmp_path / "run", "--dry-run")
-    recipe("qwen2_5_3b").main(arguments)
-    assert "0 and 0.<|im_end|>\n" in capsys.readouterr().out
+    recipe("qwen2_5_3b").main(
+        _arguments(folder, data, tmp_path / "run", "--dry-run")
+    )
+    assert "0 and 0.<|im_end|>" in capsys.readouterr().out
 
 
 def test_dry_run_loads_as_the_run_does(
@@ -149,152 +140,46 @@ def test_dry_run_loads_as_the_run_does(
         main(_arguments("hf://a b/c", data, tmp_path, "--dry-run"))
     with pytest.raises(ValueError, match="There is no folder"):
         main(_arguments(tmp_path / "none", data, tmp_path, "--dry-run"))
-    copy(checkpoint("qwen2"), tmp_path)
+    folder = copy(checkpoint("qwen2"), tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     main(_arguments("~/copy", data, tmp_path / "run", "--dry-run"))
-
-
-def test_dry_run_looks_at_the_vocabulary(recipe, checkpoint, data, tmp_path):
-    folder = copy(checkpoint("qwen2"), tmp_path)
-    (folder / "model.safetensors").unlink()
     edit(folder / "config.json", vocab_size=600)
+    (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="the model 600 embeddings"):
-        recipe("qwen2_5_3b").main(
-            _arguments(folder, data, tmp_path / "run", "--dry-run")
-        )
+        main(_arguments(folder, data, tmp_path / "run", "--dry-run"))
 
 
-def test_dry_run_looks_at_the_weights(recipe, checkpoint, data, tmp_path):
-    folder = shutil.copytree(checkpoint("qwen2"), tmp_path / "copy")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="Download"):
-        recipe("qwen2_5_3b").main(
-            _arguments(folder, data, tmp_path / "run", "--dry-run")
-        )
-
-
-def test_dry_run_looks_at_the_disk(
-    recipe, checkpoint, data, tmp_path, monkeypatch
-):
-    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(SystemExit, match="disk is too small"):
-        recipe("zephyr_7b").main(
-            _arguments(
-                checkpoint("mistral"), data, tmp_path / "run", "--dry-run"
-            )
-        )
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (("--engine", "server"), "needs --server-command or --server-url"),
-        (
-            ("--engine", "server", "--server-url", "http://a/v1"),
-            "--server-url needs --update-command",
-        ),
-        (("--shard", "3"), "has to divide --batch-size=4"),
-        (("--shard", "4"), "has to divide --micro-batch-size=2"),
-        (("--max-new-tokens", "96"), "--max-length"),
-        (("--objective", "dpo"), "invalid choice"),
-        (("--iterations", "0"), "received '0', expected int above 0"),
-        (("--batch-size", "0"), "received '0', expected int above 0"),
-        (("--lora-rank", "-1"), "received '-1', expected int above 0"),
-        (("--shard", "two"), "received 'two', expected int above 0"),
-        (("--learning-rate", "0"), "received '0', expected float above 0"),
-        (("--quantize", "int4"), "--quantize needs --lora-rank"),
-        (
-            "--quantize int8 --lora-rank 2 --engine server".split(),
-            "int8 doesn't go with --engine server",
-        ),
-        (
-            ("--engine", "server", "--server-command", "no/vllm {folder}"),
-            "no program 'no/vllm'",
-        ),
-    ],
-)
-def test_options_that_do_not_fit(more, message, recipe, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        recipe("zephyr_7b").main(_arguments("a", "b", tmp_path, *more))
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("more", [(), ("--dry-run",)])
-def test_too_few_rows(recipe, checkpoint, data, tmp_path, more):
+@pytest.mark.parametrize("batch_size", [5, 50])
+def test_too_few_rows(batch_size, recipe, checkpoint, data, tmp_path):
     arguments = _arguments(
-        checkpoint("qwen2"), data, tmp_path / "run", *more, **{"batch-size": 5}
+        checkpoint("qwen2"),
+        data,
+        tmp_path / "run",
+        **{"batch-size": batch_size},
     )
-    with pytest.raises(SystemExit, match="Expected at least 7"):
+    with pytest.raises(SystemExit, match=f"at least 1 and {batch_size}"):
         recipe("qwen2_5_3b").main(arguments)
 
 
-def test_update_command_gets_the_folder(recipe, tmp_path):
-    script = tmp_path / "serve.py"
-    script.write_text(
-        "import pathlib, sys\n"
-        f"pathlib.Path({str(tmp_path / 'seen')!r}).write_text(sys.argv[1])\n"
-    )
-    server = "--engine server --server-url http://127.0.0.1:1/v1".split()
-    command = ["--update-command", f"{sys.executable} {script}"]
-    options = recipe("paper_options").read_options(
-        "", "hf://a/b", [*server, *command]
-    )
-    tokenizer = keras_iris.data.SymbolTokenizer(["a"])
-    make_engine = recipe("paper_setting").make_engine
-    engine = make_engine(options, None, tokenizer)
-    assert engine.concurrency == 256
-    engine.update(tmp_path / "export")
-    assert (tmp_path / "seen").read_text() == str(tmp_path / "export")
-    options.update_command = ["false"]
-    with pytest.raises(subprocess.CalledProcessError):
-        make_engine(options, None, tokenizer).update(tmp_path)
-
-
-def test_a_server_to_start(recipe):
-    command = f"{sys.executable} serve.py {{folder}} --port {{port}}"
-    options = recipe("paper_options").read_options(
-        "",
-        "hf://a/b",
-        ["--engine", "server", "--server-command", command]
-        + "--server-devices 1,2 --concurrency 7".split(),
-    )
-    tokenizer = keras_iris.data.SymbolTokenizer(["a"])
-    engine = recipe("paper_setting").make_engine(options, None, tokenizer)
-    assert engine.command == command.split()
-    assert engine.environment == {"CUDA_VISIBLE_DEVICES": "1,2"}
-    assert engine.concurrency == 7
-
-
-def test_rows_of_a_dataset(recipe, checkpoint, tmp_path, monkeypatch):
+def test_rows_of_a_dataset(  # noqa: PLR0913
+    recipe, checkpoint, tmp_path, monkeypatch, capsys
+):
     import datasets
 
     turns = ("user", "What?"), ("assistant", "That.")
     messages = [{"role": role, "content": text} for role, text in turns]
-    rows = [{"messages": messages}] * 5
+    rows = datasets.Dataset.from_list([{"messages": messages}] * 70)
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda *args, **kwargs: iter(rows)
+        datasets,
+        "load_dataset",
+        lambda *args, **options: (
+            rows.to_iterable_dataset() if options["streaming"] else rows
+        ),
     )
-    arguments = _arguments(
-        checkpoint("qwen2"), "a/b", tmp_path / "run", "--dry-run"
+    recipe("qwen2_5_3b").main(
+        _arguments(checkpoint("qwen2"), "a/b", tmp_path / "run", "--dry-run")
     )
-    with pytest.raises(SystemExit, match="5 conversations are too few"):
-        recipe("qwen2_5_3b").main(arguments)
-    rows += rows
-    recipe("qwen2_5_3b").main(arguments)
-
-
-def test_warm_up(recipe):
-    schedule = recipe("paper_setting").LinearWarmUp(5e-7, 10, 100)
-    rates = [float(schedule(step)) for step in range(100)]
-    np.testing.assert_allclose(rates[:10], 5e-8 * np.arange(1, 11), rtol=1e-5)
-    np.testing.assert_allclose(
-        rates[10:], 5e-7 * np.arange(90, 0, -1) / 90, rtol=1e-5
-    )
-    config = keras.optimizers.schedules.serialize(schedule)
-    again = keras.optimizers.schedules.deserialize(config)
-    assert float(again(3)) == rates[3]
+    assert "What?" in capsys.readouterr().out
 
 
 def test_smollm2(recipe, checkpoint, data, tmp_path, capsys, monkeypatch):  # noqa: PLR0913

@@ -43,6 +43,15 @@ class Conversation:
     response: str
     where: str = field(default="", compare=False, repr=False)
 
+    def first_turn(self) -> "Conversation":
+        """The conversation up to the first answer, the others left out."""
+        if isinstance(self.prompt, str):
+            return self
+        for i, message in enumerate(self.prompt):
+            if message["role"] == "assistant":
+                return Conversation(self.prompt[:i], message["content"])
+        return self
+
 
 def read_conversations(
     source: Any, *, on_bad_row: OnBadRow = "error"

@@ -40,6 +40,34 @@ def score_pairs(
     return np.asarray(model.predict(dataset, verbose=0))
 
 
+class HeldOutNLL:
+    """The negative log-likelihood of held-out responses: `nll_per_token`.
+
+    It is what `SelfPlay(evaluate=...)` takes.
+
+    Args:
+        examples: Prompts and annotated responses that aren't trained on.
+        batch_size: Examples of a forward pass.
+    """
+
+    def __init__(self, examples: list[Example], *, batch_size: int) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self._responses = [example.response_ids for example in examples]
+
+    def __call__(self, model: SelfPlayModel) -> dict[str, float]:
+        """The mean over all tokens of the responses, in nats.
+
+        Args:
+            model: The model.
+        """
+        log_probs = score_pairs(
+            model, self.examples, self._responses, batch_size=self.batch_size
+        )
+        num_tokens = sum(map(len, self._responses))
+        return {"nll_per_token": float(-log_probs[:, 0].sum() / num_tokens)}
+
+
 class TokenScorer:
     """Log-probs of single tokens under a model, for a look at few responses.
 

@@ -1,0 +1,303 @@
+"""Estimates against what real models take."""
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+from tiny_checkpoints import save_checkpoint
+
+import keras_iris
+from keras_iris.hub.checkpoint import read_json
+from keras_iris.hub.decoder_config import DecoderConfig
+from keras_iris.run_estimate import RunEstimate
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+# Published sizes; the numbers of weights are those of the model cards.
+ZEPHYR = DecoderConfig.from_json(
+    {
+        "model_type": "mistral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    }
+)
+QWEN = DecoderConfig.from_json(
+    {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+)
+GIB = 2**30
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def _estimate(config, **changes):
+    options = dict(
+        num_prompts=1000,
+        prompt_length=100.0,
+        response_length=60.0,
+        new_tokens=40,
+        max_length=2048,
+        iterations=3,
+        epochs=2,
+        micro_batch_size=4,
+        generation_batch_size=16,
+    )
+    return RunEstimate(config=config, **{**options, **changes})
+
+
+def _bytes(variables):
+    return sum(
+        math.prod(v.shape)
+        * ITEM_BYTES[keras.backend.standardize_dtype(v.dtype)]
+        for v in variables
+    )
+
+
+@pytest.mark.parametrize("architecture", ["mistral", "qwen2", "llama", "gemma"])
+@pytest.mark.parametrize("lora_rank", [None, 4])
+def test_memory_of_variables(architecture, lora_rank, checkpoint):
+    folder = checkpoint(architecture)
+    causal_lm = keras_iris.load(
+        folder,
+        dtype="mixed_bfloat16" if lora_rank is None else "bfloat16",
+        lora_rank=lora_rank,
+    )
+    config = DecoderConfig.from_json(read_json(folder / "config.json"))
+    estimate = _estimate(config, lora_rank=lora_rank)
+    trained = causal_lm.trainable_variables
+    assert estimate.num_trained == sum(math.prod(v.shape) for v in trained)
+    memory = estimate.memory()
+    assert memory["weights"] == _bytes(causal_lm.backbone.weights)
+    optimizer = keras.optimizers.RMSprop()
+    optimizer.build(trained)
+    slots = [v for v in optimizer.variables if len(v.shape)]
+    assert memory["optimizer"] == _bytes(slots)
+
+
+def test_memory_of_quantized_weights(checkpoint):
+    folder = checkpoint("qwen2")
+    causal_lm = keras_iris.load(
+        folder, dtype="bfloat16", lora_rank=4, quantize="int8"
+    )
+    config = DecoderConfig.from_json(read_json(folder / "config.json"))
+    estimate = _estimate(config, lora_rank=4, quantize="int8")
+    # The scales of tiny matrices are many for so few numbers.
+    variables = [
+        v for v in causal_lm.backbone.weights if not v.name.endswith("_scale")
+    ]
+    assert estimate.memory()["weights"] == _bytes(variables)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_weights", "full", "lora", "quantized"),
+    [
+        (ZEPHYR, 7_241_732_096, 107.9, 13.5, 6.9),
+        (QWEN, 3_085_938_688, 46.0, 5.7, 3.2),
+    ],
+)
+def test_memory_of_the_papers_models(
+    config, num_weights, full, lora, quantized
+):
+    estimate = _estimate(config, optimizer_slots=2)
+    assert estimate.num_weights == num_weights
+    memory = estimate.memory()
+    # Weights, gradients and Adam's two slots, 4 bytes each.
+    sixteen = ("weights", "gradients", "optimizer")
+    assert sum(memory[n] for n in sixteen) / GIB == pytest.approx(full, abs=0.1)
+    for quantize, expected in ((None, lora), ("int8", quantized)):
+        estimate = _estimate(config, lora_rank=16, quantize=quantize)
+        base = estimate.memory()["weights"] - 4 * estimate.num_trained
+        assert base / GIB == pytest.approx(expected, abs=0.1)
+
+
+def test_memory_of_the_cache():
+    # 32 layers, keys and values, 8 heads of 128, bfloat16.
+    cache = _estimate(ZEPHYR).memory()["key-value cache"]
+    assert cache == 16 * 2048 * 32 * 2 * 8 * 128 * 2
+
+
+def test_the_measured_run():
+    """Qwen2.5-3B's shape on an H200; queries and values had adapters."""
+    estimate = _estimate(QWEN, lora_rank=16, max_length=576, micro_batch_size=8)
+    assert estimate.memory()["training"] == pytest.approx(17.2e9, rel=0.15)
+    # 50,000 pairs of 576 tokens each took 29,000 tokens a second.
+    estimate = RunEstimate(
+        config=QWEN,
+        prompt_length=288,
+        response_length=288,
+        new_tokens=288,
+        lora_rank=16,
+        iterations=1,
+        epochs=1,
+    )
+    tokens = estimate.num_prompts * 2 * 576
+    speed = tokens / estimate.seconds()["training"]
+    assert speed == pytest.approx(29_000, rel=0.15)
+
+
+ALLOCATED = """
+import json, sys
+import jax, keras, numpy as np
+import keras_iris
+
+folder, micro_batch_size, length, lora_rank = json.loads(sys.argv[1])
+causal_lm = keras_iris.load(
+    folder,
+    dtype="bfloat16" if lora_rank else "mixed_bfloat16",
+    lora_rank=lora_rank,
+    remat=True,
+)
+model = keras_iris.SelfPlayModel(causal_lm)
+model.compile(
+    optimizer=keras.optimizers.RMSprop(1e-3),
+    loss=keras_iris.losses.IRIS(),
+    micro_batch_size=micro_batch_size,
+)
+shape = (4 * micro_batch_size, 2, length)
+x = {"token_ids": np.ones(shape, "int32")}
+x["padding_mask"] = x["response_mask"] = np.ones(shape, bool)
+batch = (x, np.zeros(shape[:2], "float32"))
+model._symbolic_build(data_batch=batch)
+model.optimizer.build(model.trainable_variables)
+kinds = ("trainable", "non_trainable", "optimizer", "metrics")
+state = model._get_jax_state(**{f"{kind}_variables": True for kind in kinds})
+step = jax.jit(model.train_step, donate_argnums=0)
+memory = step.lower(state, batch).compile().memory_analysis()
+print(memory.argument_size_in_bytes + memory.temp_size_in_bytes)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="XLA's figures")
+@pytest.mark.parametrize(
+    ("architecture", "lora_rank"),
+    [("qwen2", 4), ("qwen2", None), ("mistral", 4)],
+)
+def test_what_xla_allocates(architecture, lora_rank, tmp_path):
+    sizes = dict(
+        vocab_size=1000,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    if architecture == "mistral":
+        sizes |= dict(hidden_size=512, num_hidden_layers=4)
+    folder = save_checkpoint(tmp_path, architecture, **sizes)
+    micro_batch_size, length = 4, 256
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            ALLOCATED,
+            json.dumps([str(folder), micro_batch_size, length, lora_rank]),
+        ],
+        env={
+            **os.environ,
+            # As on GPUs: see `keras_iris.models.remat`.
+            "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler"
+            "=false",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+            "PYTHONPATH": str(RECIPES.parent),
+        },
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    estimate = RunEstimate(
+        config=DecoderConfig.from_json(read_json(folder / "config.json")),
+        micro_batch_size=micro_batch_size,
+        max_length=length,
+        lora_rank=lora_rank,
+        logits_tile=(512, 8192),
+        is_gpu=False,
+    )
+    allocated = float(result.stdout.split()[-1])
+    assert estimate.memory()["training"] == pytest.approx(allocated, rel=0.15)
+
+
+def test_memory_of_shards():
+    one, eight = (_estimate(ZEPHYR, num_devices=n).memory() for n in (1, 8))
+    shared = one.pop("logits")
+    for name in one:
+        rest = shared if name == "training" else 0
+        assert eight[name] - rest == pytest.approx((one[name] - rest) / 8)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "line", "changes"),
+    [
+        ("zephyr_7b", ZEPHYR, "LoRA of rank 16", {"lora_rank": 16}),
+        (
+            "zephyr_7b",
+            ZEPHYR,
+            "LoRA, int8 base",
+            {"lora_rank": 16, "quantize": "int8"},
+        ),
+        ("zephyr_7b", ZEPHYR, "all weights, on 8 devices", {"num_devices": 8}),
+        ("qwen2_5_3b", QWEN, "LoRA of rank 16", {"lora_rank": 16}),
+        ("qwen2_5_3b", QWEN, "all weights", {}),
+        ("qwen2_5_3b", QWEN, "all weights, on 8 devices", {"num_devices": 8}),
+    ],
+)
+def test_memory_that_the_recipes_tell(recipe, config, line, changes):
+    text = (RECIPES / f"{recipe}.py").read_text()
+    [told] = re.findall(rf"^ +{re.escape(line)} +(\d+) GiB$", text, re.M)
+    memory = _estimate(
+        config, micro_batch_size=8, generation_batch_size=32, **changes
+    ).memory()
+    largest = max(memory["training"], memory["generation"])
+    assert round(largest / GIB) == int(told)
+
+
+def test_disk():
+    num_weights = 7_241_732_096
+    disk = _estimate(ZEPHYR, needs_folder=True).disk()
+    assert disk["checkpoints"] == 4 * 8 * num_weights
+    assert disk["engine's model"] == 2 * disk["trained model"]
+    assert disk["trained model"] == 2 * num_weights
+    assert disk["tokens"] == 4 * 1000 * (160 + 3 * 40)
+    assert _estimate(ZEPHYR).disk()["engine's model"] == 0
+
+
+def test_seconds():
+    def seconds(**changes):
+        return _estimate(
+            ZEPHYR, flops_per_second=1e14, bytes_per_second=1e12, **changes
+        ).seconds()
+
+    # Matrices alone: the embeddings are only looked up.
+    forward = 2 * (7_241_732_096 - 32000 * 4096) / 1e14
+    pairs = 1000 * (100 + 60 + 100 + 40)
+    plain = seconds()
+    # Forward, again for remat, and backward as two.
+    assert plain["training"] == pytest.approx(3 * 2 * 4 * forward * pairs)
+    assert plain["scoring"] == pytest.approx(3 * forward * pairs)
+    # 16 answers for a reading of the weights; prompts at once.
+    step = 4 * 7_241_732_096 / 1e12
+    assert step / 16 > forward
+    assert plain["generation"] == pytest.approx(
+        3 * 1000 * (100 * forward + 40 * step / 16)
+    )
+    assert seconds(lora_rank=16)["training"] == pytest.approx(
+        plain["training"] * 3 / 4
+    )
+    for name, time in seconds(num_devices=8).items():
+        assert time == pytest.approx(plain[name] / 8)
