@@ -16,9 +16,10 @@ quickstart: .venv/installed-$(KERAS_BACKEND)
 
 test: .venv/installed-dev
 	$(MAKE) lint
-	failed=0; for backend in $(BACKENDS); do \
+	failed=0; marks="not slow"; for backend in $(BACKENDS); do \
 	    echo "== $$backend"; \
-	    KERAS_BACKEND=$$backend $(PYTEST) $(ARGS) || failed=1; \
+	    KERAS_BACKEND=$$backend $(PYTEST) -m "$$marks" $(ARGS) || failed=1; \
+	    marks="not slow and not once"; \
 	done; exit $$failed
 
 test-slow: .venv/installed-dev

@@ -13,9 +13,9 @@ run that was cut off.
 
 Memory of a device, estimated by the dry run:
 
-    LoRA of rank 16               @@ GiB
-    all weights                   @@ GiB
-    all weights, on 8 devices     @@ GiB
+    LoRA of rank 16               39 GiB
+    all weights                   79 GiB
+    all weights, on 8 devices     11 GiB
 
 Not measured: anything with the real weights, be it memory, time or scores.
 Random weights of this shape with LoRA took 17.2 GB on an H200. Tested on a

@@ -2,7 +2,7 @@
 
     export KERAS_BACKEND=jax
     python recipes/zephyr_7b.py --dry-run            # checks and estimates
-    python recipes/zephyr_7b.py --lora-rank 16       # one 80 GB GPU
+    python recipes/zephyr_7b.py --lora-rank 16 --micro-batch-size 4
     python recipes/zephyr_7b.py --shard 8            # all weights, 8 GPUs
 
 First turns of UltraChat, 50,000 prompts, 5 iterations of 2 epochs, batches of
@@ -11,11 +11,12 @@ rate and optimizer are not in what we know of the paper: they are SPACE's.
 `--preset FOLDER --data FILE.jsonl` takes your own. Run again, it takes up a
 run that was cut off.
 
-Memory of a device, estimated by the dry run:
+Memory of a device, estimated by the dry run; LoRA on one 80 GB GPU needs
+micro-batches of 4 pairs:
 
-    LoRA of rank 16               @@ GiB
-    LoRA, int8 base               @@ GiB
-    all weights, on 8 devices     @@ GiB
+    LoRA of rank 16               77 GiB
+    LoRA, int8 base               64 GiB
+    all weights, on 8 devices     22 GiB
 
 Not measured: anything with the real weights, be it memory, time or scores.
 Tested on a CPU: the recipe from end to end on a tiny checkpoint

@@ -4,6 +4,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+# What gives the same on every backend: `make test` runs it on one.
+ONCE = (
+    "data/",
+    "evaluation/",
+    "generation/test_batch_plan.py",
+    "generation/test_check_log_probs.py",
+    "generation/test_server",
+    "hub/test_added_tokens.py",
+    "hub/test_bad_input.py",
+    "hub/test_convert_tokenizer.py",
+    "test_architecture.py",
+    "test_benchmarks.py",
+    "test_docs.py",
+    "test_run_estimate.py",
+)
 
 # Before anything imports TensorFlow, which KerasHub does.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -18,6 +33,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Several test processes on few cores: waiting threads would spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of `ONCE`."""
+    for item in items:
+        if str(item.path.relative_to(ROOT / "tests")).startswith(ONCE):
+            item.add_marker(pytest.mark.once)
 
 
 @pytest.fixture(scope="session")

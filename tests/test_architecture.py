@@ -16,7 +16,7 @@ LAYERS = [
     {"backend"},
     {"models"},
     {"callbacks", "generation", "hub", "distribution"},
-    {"self_play", "evaluation"},
+    {"self_play", "evaluation", "run_estimate"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -161,7 +161,10 @@ def test_exports_without_source(folder, causal_lm, tmp_path):
     )
     for name in ("max_position_embeddings", "bos_token_id"):
         assert config.get(name) == original[name]
-    assert tuple(config["eos_token_id"]) == causal_lm.tokenizer.end_token_ids
+    ends = causal_lm.tokenizer.end_token_ids
+    assert config["eos_token_id"] == ends[0]
+    generation = json.loads((new / "generation_config.json").read_text())
+    assert tuple(generation["eos_token_id"]) == ends
     token_ids = random_ids()
     np.testing.assert_array_equal(
         expected_logits(new, token_ids), expected_logits(folder, token_ids)
