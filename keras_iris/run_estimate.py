@@ -58,7 +58,7 @@ def estimate(
 
     Example:
     ```python
-    print(keras_iris.estimate("hf://Qwen/Qwen2.5-3B-Instruct", lora_rank=16))
+    print(keras_iris.estimate("path/to/folder", lora_rank=16))
     ```
     """
     config, tokenizer, template = inspect(
