@@ -191,6 +191,7 @@ class SelfPlay(Options):
         return {
             "title": self.title,
             "score_modes": dict(self.score_modes or {}),
+            "commit": getattr(self.model.causal_lm, "commit", None),
             "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "settings": {
                 "data": self._data_key,

@@ -54,8 +54,8 @@ def result_settings(options: Options) -> dict[str, Any]:
 
 def execution_settings(options: Options) -> dict[str, Any]:
     """What changes time and memory of a run, not what it computes."""
-    names = "iterations shard_size max_prompt_length on_overflow keep_best "
-    names += "checkpoint_every_minutes checkpoint_every_steps engine"
+    names = "iterations shard_size max_prompt_length on_overflow on_bad_row "
+    names += "keep_best checkpoint_every_minutes checkpoint_every_steps engine"
     return describe(
         {
             **{name: getattr(options, name) for name in names.split()},
