@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -105,8 +106,12 @@ def test_paper_recipe(  # noqa: PLR0913
 @pytest.mark.parametrize(
     ("name", "architecture", "prompt"),
     [
-        ("zephyr_7b", "mistral", "<|user|>\nWhat is 0 plus 0?</s> \n"),
-        ("qwen2_5_3b", "qwen2", "<|im_start|>user\nWhat is 0 plus 0?<|im_end"),
+        ("zephyr_7b", "mistral", r"<\|user\|>\nWhat is \d plus \d\?</s> \n"),
+        (
+            "qwen2_5_3b",
+            "qwen2",
+            r"<\|im_start\|>user\nWhat is \d plus \d\?<\|im_end",
+        ),
     ],
 )
 def test_dry_run(  # noqa: PLR0913
@@ -117,8 +122,8 @@ def test_dry_run(  # noqa: PLR0913
     (folder / "model.safetensors").unlink()  # not needed
     recipe(name).main(_arguments(folder, data, run_dir, "--dry-run"))
     output = capsys.readouterr().out
-    assert prompt in output
-    for word in ("activations", "checkpoints", "hours", "0 and 0."):
+    assert re.search(prompt, output)  # rows are drawn
+    for word in ("activations", "checkpoints", "hours"):
         assert word in output
     assert "Not a first answer" not in output
     assert not run_dir.exists()
@@ -129,7 +134,7 @@ def test_dry_run_of_a_base_model(recipe, checkpoint, data, tmp_path, capsys):
     recipe("qwen2_5_3b").main(
         _arguments(folder, data, tmp_path / "run", "--dry-run")
     )
-    assert "0 and 0.<|im_end|>" in capsys.readouterr().out
+    assert re.search(r"\d and \d\.<\|im_end\|>", capsys.readouterr().out)
 
 
 def test_dry_run_loads_as_the_run_does(

@@ -29,7 +29,15 @@ TOLERANCE = 1e-5
 NUM_NEW_TOKENS = 64
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+# The others, whose parts these have, are slow tests; `make matrix` runs all.
+FAST = ("gemma3_text", "llama", "qwen2_moe", "qwen3")
+ROWS = [
+    name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+    for name in ARCHITECTURES
+]
+
+
+@pytest.fixture(scope="module", params=ROWS)
 def architecture(request):
     return request.param
 
