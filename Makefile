@@ -5,7 +5,8 @@ PYTHON ?= python3
 KERAS_BACKEND ?= jax
 BACKENDS ?= jax torch tensorflow
 BIN := .venv/bin
-PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 \
+    --dist loadfile --no-loadscope-reorder
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 

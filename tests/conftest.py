@@ -35,8 +35,13 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
+# Few and long tests: a process that began them last would end alone.
+FIRST = ("test_notebooks.py", "test_backends.py", "test_distribution.py")
+
+
 def pytest_collection_modifyitems(items):
-    """Marks the tests of `ONCE`."""
+    """Marks the tests of `ONCE`, and begins with those of `FIRST`."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
     for item in items:
         if str(item.path.relative_to(ROOT / "tests")).startswith(ONCE):
             item.add_marker(pytest.mark.once)

@@ -79,7 +79,10 @@ def run_on_four_devices(program, *arguments):
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
 @pytest.mark.parametrize(
     ("architecture", "options"),
-    [("mistral", {}), ("qwen2", {"lora_rank": 2})],
+    [
+        ("mistral", {}),
+        pytest.param("qwen2", {"lora_rank": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_sharded(architecture, options, checkpoint, tmp_path):
     target = tmp_path / "results.json"

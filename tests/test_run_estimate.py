@@ -91,6 +91,7 @@ def test_memory_of_variables(architecture, lora_rank, checkpoint):
     assert memory["optimizer"] == _bytes(slots)
 
 
+@pytest.mark.slow
 def test_memory_of_quantized_weights(checkpoint):
     folder = checkpoint("qwen2")
     causal_lm = keras_iris.load(

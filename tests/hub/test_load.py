@@ -45,7 +45,10 @@ def test_lora_trains_adapters_only(checkpoint, architecture):
 
 @pytest.mark.parametrize(
     "quantize, tolerance",
-    [("int8", INT8_TOLERANCE), ("int4", INT4_TOLERANCE)],
+    [
+        pytest.param("int8", INT8_TOLERANCE, marks=pytest.mark.slow),
+        ("int4", INT4_TOLERANCE),
+    ],
 )
 def test_quantized_lora(checkpoint, quantize, tolerance, monkeypatch):
     # Keras collects garbage for each layer that it quantizes.
