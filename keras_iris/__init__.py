@@ -3,6 +3,7 @@
 from keras_iris import (
     callbacks,
     data,
+    distribution,
     evaluation,
     generation,
     hub,
@@ -22,6 +23,7 @@ __all__ = [
     "SelfPlayModel",
     "callbacks",
     "data",
+    "distribution",
     "estimate",
     "evaluation",
     "export",

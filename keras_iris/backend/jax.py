@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_iris.backend.jax_processes import local_rows, num_batch_shares
 from keras_iris.backend.jax_products import fold_products
 from keras_iris.backend.jax_state import SafeModel
 from keras_iris.backend.refusals import refuse_layer_losses
@@ -24,9 +25,9 @@ from keras_iris.losses.stream import Stream, shares
 Tree = Any
 
 
-def dataset(batches: PairDataset) -> PairDataset:
-    """What `fit` takes for batches of several lengths: they themselves."""
-    return batches
+def dataset(batches: PairDataset, *, is_training: bool = False) -> Any:
+    """What `fit` takes for batches: they, or this process's share of each."""
+    return local_rows(batches)
 
 
 def is_on_cpu(tensor: jax.Array) -> bool:
@@ -94,7 +95,13 @@ class Trainer(SafeModel):
     """
 
     def check_devices(self) -> None:
-        """Does nothing: batches may be cut over devices."""
+        """Refuses micro-batches that the devices don't divide."""
+        size, count = self.micro_batch_size or 0, num_batch_shares()
+        if size % count:
+            raise ValueError(
+                f"{count} devices have to divide every micro-batch. Received: "
+                f"micro_batch_size={size}. Choose a multiple of {count}."
+            )
 
     def stateless_call(self, *arguments: Any, **options: Any) -> Any:
         """Keras' own; when it trains on one CPU, with folded products."""
@@ -111,6 +118,7 @@ class Trainer(SafeModel):
         """One optimizer step, with the exact gradient of the whole batch."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
+        self.check_whole(num_rows)
         if (self.micro_batch_size or num_rows) >= num_rows:
             return super().train_step(state, data)
         trainable, _, optimizer_state, _ = state

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_iris.backend.jax_processes import num_batch_shares, replicate
+from keras_iris.backend.local_rows import LocalRows
 from keras_iris.data import PairDataset
 
 # A pytree of arrays.
@@ -27,6 +29,8 @@ def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
         options = inspect.signature(method).bind(self, *args, **kwargs)
         options.apply_defaults()
         _check_rows(**options.arguments)
+        x = options.arguments["x"]
+        self._whole_batch_size = getattr(x, "whole_batch_size", None)
         try:
             return method(self, *args, **kwargs)
         finally:
@@ -46,6 +50,25 @@ class SafeModel(keras.Model):
     train_on_batch = _keep_state(keras.Model.train_on_batch)
     test_on_batch = _keep_state(keras.Model.test_on_batch)
     predict_on_batch = _keep_state(keras.Model.predict_on_batch)
+
+    def check_whole(self, num_rows: int) -> None:
+        """Refuses a batch that isn't that of all processes.
+
+        Args:
+            num_rows: Of the batch that a step is traced with.
+        """
+        whole = getattr(self, "_whole_batch_size", None)
+        if whole not in (None, num_rows):
+            raise ValueError(
+                f"The step is traced with {num_rows} rows, the batch of all "
+                f"processes has {whole}. Pass the same `PairDataset` in every "
+                "process."
+            )
+
+    def predict_step(self, state: Tree, data: Tree) -> tuple[Tree, Tree]:
+        """Keras' own; every process has the predictions of all."""
+        outputs, rest = super().predict_step(state, data)
+        return replicate(outputs), rest
 
     def _get_jax_state(
         self, purge_model_variables: bool = False, **is_taken: bool
@@ -103,19 +126,21 @@ def _check_rows(x: Tree, batch_size: int | None = 0, **others: Any) -> None:
         batch_size: Its size, None for Keras' own, 0 where `x` is a batch.
         **others: Other arguments of `fit` and the like.
     """
-    distribution = keras.distribution.distribution()
-    if distribution is None:
-        return
-    if isinstance(x, PairDataset):
+    num_devices = num_batch_shares()
+    if isinstance(x, LocalRows):
+        sizes = {x.whole_batch_size}
+    elif jax.process_count() > 1:
+        raise ValueError(
+            "In several processes `x` has to be a `keras_iris.data.PairDataset`"
+            f", the same in each. Received: {type(x).__name__}"
+        )
+    elif isinstance(x, PairDataset):
         sizes = {x.batch_size}
     else:
         arrays = [a for a in jax.tree.leaves(x) if hasattr(a, "shape")]
         num_rows = arrays[0].shape[0] if arrays else 0
         size = num_rows if batch_size == 0 else batch_size or 32
         sizes = {min(size, num_rows), num_rows % size if size else 0}
-    mesh = distribution.device_mesh
-    axis = mesh.axis_names.index(distribution.batch_dim_name)
-    num_devices = max(1, mesh.shape[axis] // jax.process_count())
     if any(size % num_devices for size in sizes):
         raise ValueError(
             f"{num_devices} devices have to divide every batch, the last one "

@@ -61,3 +61,15 @@ def refuse_distribution() -> None:
         f"{keras.backend.backend()!r} one device would train on all. Set "
         "KERAS_BACKEND=jax, or call keras.distribution.set_distribution(None)."
     )
+
+
+def refuse_sharded_checkpoints() -> None:
+    """Refuses a checkpoint that was written under a distribution.
+
+    Raises:
+        ValueError: Always, on backends other than JAX.
+    """
+    raise ValueError(
+        "Checkpoints of a run under a distribution are read on JAX. Export "
+        "its model there with `keras_iris.export`."
+    )

@@ -30,7 +30,9 @@ def prepare_remat() -> None:
     tf.config.optimizer.set_experimental_options(options)
 
 
-def dataset(batches: PairDataset) -> tf.data.Dataset:
+def dataset(
+    batches: PairDataset, *, is_training: bool = False
+) -> tf.data.Dataset:
     """What `fit` takes for batches of the data set's bucket lengths.
 
     Keras (3.15) would take the shapes from the first two batches. Those of a
@@ -120,46 +122,56 @@ class Trainer(keras.Model):
     """
 
     def check_devices(self) -> None:
-        """Refuses strategies whose replicas would normalise on their own."""
-        if self.distribute_strategy.num_replicas_in_sync > 1:
-            raise ValueError(
-                "The loss is that of the whole batch, which the replicas of a "
-                "`tf.distribute` strategy don't see. Received: "
-                f"{type(self.distribute_strategy).__name__} with "
-                f"{self.distribute_strategy.num_replicas_in_sync} replicas. "
-                "Use one device, or JAX with keras.distribution."
-            )
+        """Refuses what replicas of a `tf.distribute` strategy can't train."""
         refuse_distribution()
+        size, count = self.micro_batch_size or 0, self._num_replicas
+        strategy = self.distribute_strategy
+        is_mirrored = isinstance(strategy, tf.distribute.MirroredStrategy)
+        if count > 1 and (not is_mirrored or has_routers(self) or size % count):
+            raise ValueError(
+                f"{type(strategy).__name__} with {count} replicas trains no "
+                "routers of experts, and takes micro-batches of a multiple of "
+                f"{count}. Received: micro_batch_size={size}. Use "
+                "MirroredStrategy, one device, or JAX."
+            )
+
+    @property
+    def _num_replicas(self) -> int:
+        return int(self.distribute_strategy.num_replicas_in_sync)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As `keras.Model.compile`; collectives aren't for XLA on CPUs."""
+        if self._num_replicas > 1:
+            kwargs["jit_compile"] = False
+        super().compile(*args, **kwargs)
+        optimizer = self.optimizer
+        while self._num_replicas > 1 and optimizer is not None:
+            # The step has added them up already, before they are clipped.
+            optimizer._all_reduce_sum_gradients = list
+            optimizer = getattr(optimizer, "inner_optimizer", None)
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One optimizer step, with the exact gradient of the whole batch."""
+        """One optimizer step, with the exact gradient of the whole batch.
+
+        Under a `tf.distribute.MirroredStrategy` each replica has some of its
+        rows.
+        """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if y is None or not self.micro_batch_size:  # without, the loss raises
+        size = self.micro_batch_size
+        num_rows = None if y is None else y.shape[0]  # None: not a fixed one
+        is_whole = not size or (num_rows is not None and size >= num_rows)
+        # Without `y` the loss raises.
+        if y is None or (is_whole and self._num_replicas == 1):
             return super().train_step(data)
-        num_rows = y.shape[0]  # None where the data has no fixed batch size
-        if num_rows is not None and self.micro_batch_size >= num_rows:
-            return super().train_step(data)
-
-        def batch_loss(y_pred: tf.Tensor) -> tf.Tensor:
-            # `_compute_loss` is the hook of Keras' own step (3.15).
-            return self._compute_loss(
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                training=True,
-            )
-
+        whole = _gathered(x, y, sample_weight)
         variables = self.trainable_weights
         if has_routers(self):
-            loss, y_pred, gradients = self._two_passes(x, batch_loss)
+            loss, y_pred, gradients = self._two_passes(x, whole)
         else:
-            y_pred, gradients = self._micro_batched_gradients(
-                x, y, sample_weight
-            )
+            y_pred, gradients = self._micro_batched_gradients(x, *whole[1:])
             # What the loss depends on beside them: weight regularisers.
             with tf.GradientTape() as tape:
-                loss = batch_loss(y_pred)
+                loss = self._whole_loss(whole, y_pred)
                 scaled = self.optimizer.scale_loss(loss)
             direct = tape.gradient(scaled, variables)
             gradients = [
@@ -167,11 +179,45 @@ class Trainer(keras.Model):
                 for g, d in zip(gradients, direct, strict=True)
             ]
         self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
+        return self._log(whole, y_pred, loss)
+
+    def test_step(self, data: Any) -> dict[str, Any]:
+        """Keras' own; with replicas, the loss is that of the whole batch."""
+        if self._num_replicas == 1:
+            return super().test_step(data)
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        y_pred = _gather(self(x, training=False))
+        whole = _gathered(x, y, sample_weight)
+        return self._log(
+            whole, y_pred, self._whole_loss(whole, y_pred, training=False)
+        )
+
+    def _whole_loss(
+        self, batch: Any, y_pred: tf.Tensor, *, training: bool = True
+    ) -> tf.Tensor:
+        """The loss of a whole batch, and of what else there is."""
+        x, y, sample_weight = batch
+        # The hook of Keras' own step (3.15), which takes each replica's loss
+        # for its share of the whole.
+        loss = self._compute_loss(
+            x=x,
+            y=y,
+            y_pred=y_pred,
+            sample_weight=sample_weight,
+            training=training,
+        )
+        return loss * self._num_replicas if self._num_replicas > 1 else loss
+
+    def _log(
+        self, batch: Any, y_pred: tf.Tensor, loss: tf.Tensor
+    ) -> dict[str, Any]:
+        """Updates all metrics and returns their results."""
+        x, y, sample_weight = batch
         self._loss_tracker.update_state(loss, sample_weight=tf.shape(y)[0])
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
     def _two_passes(
-        self, x: Any, batch_loss: Callable[[tf.Tensor], tf.Tensor]
+        self, x: Any, batch: Any
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
         """Loss, log-probs and gradients: see the one of JAX."""
         # TensorFlow's own: of Keras' it makes no zeros.
@@ -207,7 +253,8 @@ class Trainer(keras.Model):
         sums = tf.reduce_sum(sums, axis=0)
         with tf.GradientTape() as tape:
             tape.watch([y_pred, sums])
-            loss = batch_loss(y_pred) + router_loss(sums, tf.size(starts))
+            loss = self._whole_loss(batch, y_pred)
+            loss = loss + router_loss(sums, tf.size(starts))
             scaled = self.optimizer.scale_loss(loss)
         d_pred, d_sums, *gradients = tape.gradient(
             scaled, [y_pred, sums, *variables], unconnected_gradients="zero"
@@ -241,6 +288,11 @@ class Trainer(keras.Model):
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
         """The log-probs and the (scaled) gradients of the whole batch."""
         share = shares(sample_weight, y)
+        replica = tf.distribute.get_replica_context()
+        if self._num_replicas > 1:
+            num_rows = tf.shape(y)[0] // self._num_replicas
+            first = replica.replica_id_in_sync_group * num_rows
+            y, share = (a[first : first + num_rows] for a in (y, share))
         sums: list[tf.Tensor] = []
         columns: dict[int, tf.Tensor] = {}
         for stream in self.loss.streams():
@@ -256,7 +308,7 @@ class Trainer(keras.Model):
             columns |= dict(
                 zip(stream.columns, tf.unstack(y_pred, axis=1), strict=True)
             )
-        return tf.stack([columns[0], columns[1]], axis=1), sums
+        return _gather(tf.stack([columns[0], columns[1]], axis=1)), sums
 
     def _accumulate(
         self, stream: Stream, x: Any, y: tf.Tensor, share: tf.Tensor
@@ -267,7 +319,9 @@ class Trainer(keras.Model):
         with copies of the last row, as XLA needs one shape.
         """
         variables = [variable.value for variable in self.trainable_weights]
-        size = stream.part_size(self.micro_batch_size, y.shape[0])
+        count = self._num_replicas
+        size = self.micro_batch_size or y.shape[0] * count
+        size = stream.part_size(size // count, y.shape[0])
         num_rows, num_columns = tf.shape(y)[0], len(stream.columns)
 
         def body(
@@ -303,7 +357,7 @@ class Trainer(keras.Model):
                 new_shift,
             )
 
-        _, log_probs, gradients, total, _ = tf.while_loop(
+        _, log_probs, gradients, total, shift = tf.while_loop(
             lambda start, *_: start < num_rows,
             body,
             (
@@ -315,9 +369,31 @@ class Trainer(keras.Model):
             ),
             parallel_iterations=1,
         )
+        if count > 1:
+            # The sums of other replicas count from other exponents.
+            shrink = tf.exp(shift - tf.reduce_max(_gather(shift[None])))
+            total, *gradients = tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM,
+                [total * shrink, *(g * shrink for g in gradients)],
+            )
         return log_probs, [
             tf.math.divide_no_nan(g, tf.cast(total, g.dtype)) for g in gradients
         ]
+
+
+def _gather(tensor: tf.Tensor) -> tf.Tensor:
+    """The rows of all replicas, in their order."""
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return tensor
+    return replica.all_gather(tensor, axis=0)
+
+
+def _gathered(x: Any, y: tf.Tensor, sample_weight: tf.Tensor | None) -> Any:
+    """What loss and metrics see of a batch, of all replicas."""
+    mask = _gather(tf.cast(x["response_mask"], tf.float32))
+    weight = None if sample_weight is None else _gather(sample_weight)
+    return {**x, "response_mask": mask}, _gather(y), weight
 
 
 def _add(

@@ -16,6 +16,13 @@ from keras_iris.backend.routers import (
     router_sums,
     split_sums,
 )
+from keras_iris.backend.torch_processes import (
+    add_up,
+    gather,
+    local_rows,
+    process_count,
+    process_index,
+)
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -23,9 +30,9 @@ from keras_iris.losses.stream import Stream, shares
 Gradients: TypeAlias = list[torch.Tensor | None]
 
 
-def dataset(batches: PairDataset) -> PairDataset:
-    """What `fit` takes for batches of several lengths: they themselves."""
-    return batches
+def dataset(batches: PairDataset, *, is_training: bool = False) -> Any:
+    """What Keras takes for batches: this process's share of each in `fit`."""
+    return local_rows(batches) if is_training else batches
 
 
 def is_on_cpu(tensor: torch.Tensor) -> bool:
@@ -80,34 +87,33 @@ class Trainer(keras.Model):
     """
 
     def check_devices(self) -> None:
-        """Refuses distributions, which train on one device."""
+        """Refuses what can't be trained in several processes."""
         refuse_distribution()
+        size, count = self.micro_batch_size or 0, process_count()
+        if size % count or (count > 1 and has_routers(self)):
+            raise ValueError(
+                f"In {count} processes `micro_batch_size` has to be a multiple "
+                "of their number, and the model without routers of experts. "
+                f"Received: micro_batch_size={size}. Train in one process, or "
+                "on JAX."
+            )
 
     def train_step(self, data: Any) -> dict[str, Any]:
-        """One optimizer step, with the exact gradient of the whole batch."""
+        """One optimizer step, with the exact gradient of the whole batch.
+
+        In several processes each has some of its rows.
+        """
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
-        if (self.micro_batch_size or num_rows) >= num_rows:
+        is_whole = (self.micro_batch_size or num_rows) >= num_rows
+        if is_whole and process_count() == 1:
             return super().train_step(data)
-        y = keras.ops.convert_to_tensor(y)
-
-        def batch_loss(y_pred: torch.Tensor) -> torch.Tensor:
-            # `_compute_loss` is the hook of Keras' own step (3.15).
-            return self._compute_loss(
-                x=x,
-                y=y,
-                y_pred=y_pred,
-                sample_weight=sample_weight,
-                training=True,
-            )
-
+        whole = self._gathered(x, y, sample_weight)
         if has_routers(self):
-            loss, y_pred, gradients = self._two_passes(x, batch_loss)
+            loss, y_pred, gradients = self._two_passes(x, whole)
         else:
-            y_pred, gradients = self._micro_batched_gradients(
-                x, y, sample_weight
-            )
-            loss = batch_loss(y_pred)
+            y_pred, gradients = self._micro_batched_gradients(x, *whole[1:])
+            loss = self._batch_loss(whole, y_pred)
         variables = self.trainable_weights[:]
         # What the loss depends on beside the log-probs: weight regularisers.
         if loss.requires_grad:
@@ -117,13 +123,38 @@ class Trainer(keras.Model):
                 allow_unused=True,
             )
             gradients = _add(gradients, direct)
-        self._loss_tracker.update_state(loss.detach(), sample_weight=num_rows)
+        x, y, sample_weight = whole
+        self._loss_tracker.update_state(loss.detach(), sample_weight=y.shape[0])
         with torch.no_grad():
             self.optimizer.apply(gradients, variables)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
+    def _gathered(self, x: Any, y: Any, sample_weight: Any) -> Any:
+        """What loss and metrics see of a batch, of all processes."""
+        tensors = keras.tree.map_structure(
+            keras.ops.convert_to_tensor, (x, y, sample_weight)
+        )
+        if process_count() == 1:
+            return tensors
+        x, y, sample_weight = tensors
+        x = {"response_mask": gather(x["response_mask"])}
+        weight = None if sample_weight is None else gather(sample_weight)
+        return x, gather(y), weight
+
+    def _batch_loss(self, batch: Any, y_pred: torch.Tensor) -> torch.Tensor:
+        """The loss of a whole batch, and of what else there is."""
+        x, y, sample_weight = batch
+        # The hook of Keras' own step (3.15).
+        return self._compute_loss(
+            x=x,
+            y=y,
+            y_pred=y_pred,
+            sample_weight=sample_weight,
+            training=True,
+        )
+
     def _two_passes(
-        self, x: Any, batch_loss: Callable[[torch.Tensor], torch.Tensor]
+        self, x: Any, batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
         """Loss, log-probs and gradients: see the one of JAX."""
         size = self.micro_batch_size
@@ -147,7 +178,8 @@ class Trainer(keras.Model):
             outputs = [call(start) for start in starts]
         y_pred = torch.cat([row[0] for row in outputs]).requires_grad_()
         sums = torch.stack([row[1] for row in outputs]).sum(0).requires_grad_()
-        loss = batch_loss(y_pred) + router_loss(sums, len(starts))
+        loss = self._batch_loss(batch, y_pred)
+        loss = loss + router_loss(sums, len(starts))
         values = [variable.value for variable in self.trainable_weights]
         d_pred, d_sums, *direct = torch.autograd.grad(
             self.optimizer.scale_loss(loss),
@@ -167,29 +199,41 @@ class Trainer(keras.Model):
     def _micro_batched_gradients(
         self, x: Any, y: torch.Tensor, sample_weight: torch.Tensor | None
     ) -> tuple[torch.Tensor, Gradients]:
-        """The log-probs and the (scaled) gradients of the whole batch."""
+        """The log-probs and the (scaled) gradients of the whole batch.
+
+        Args:
+            x: The rows of this process.
+            y: Of the whole batch.
+            sample_weight: Likewise.
+        """
         share = shares(sample_weight, y)
+        num_rows = len(y) // process_count()
+        first = process_index() * num_rows
+        y, share = (a[first : first + num_rows] for a in (y, share))
         gradients: Gradients = [None] * len(self.trainable_weights)
         columns: dict[int, torch.Tensor] = {}
         for stream in self.loss.streams():
             y_pred, term = self._accumulate(stream, x, y, share)
             gradients = _add(term, gradients)
             columns |= dict(zip(stream.columns, y_pred.T, strict=True))
-        return torch.stack([columns[0], columns[1]], dim=1), gradients
+        y_pred = torch.stack([columns[0], columns[1]], dim=1)
+        return gather(y_pred), gradients
 
     def _accumulate(
         self, stream: Stream, x: Any, y: torch.Tensor, share: torch.Tensor
     ) -> tuple[torch.Tensor, Gradients]:
         """The log-probs of a term's responses, and its gradients."""
         values = [variable.value for variable in self.trainable_weights]
-        size = stream.part_size(self.micro_batch_size, y.shape[0])
+        num_rows, count = y.shape[0], process_count()
+        size = (self.micro_batch_size or num_rows * count) // count
+        size = stream.part_size(size, num_rows)
         read = list(stream.columns)
         shift = torch.full((), stream.first_shift, device=y.device)
         total = torch.zeros((), device=y.device)
         gradients: Gradients = [None] * len(values)
         predictions = []
         self.zero_grad()
-        for start in range(0, y.shape[0], size):
+        for start in range(0, num_rows, size):
             rows = slice(start, start + size)
             x_rows = keras.tree.map_structure(lambda a, r=rows: a[r, read], x)
             y_pred = self(x_rows, training=True)
@@ -201,17 +245,28 @@ class Trainer(keras.Model):
             shrink = torch.exp(shift - new_shift)
             total = shrink * total + part
             shift = new_shift
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient *= shrink
+            _multiply(gradients, shrink)
             self.optimizer.scale_loss(objective).backward()
             _take_gradients(values, gradients)
+        if count > 1:
+            # The sums of other processes count from other exponents.
+            shrink = torch.exp(shift - gather(shift[None]).max())
+            total *= shrink
+            _multiply(gradients, shrink)
+            add_up([total, *gradients])
         total = torch.where(total == 0, 1, total)
         for gradient in gradients:
             if gradient is not None:
                 gradient /= total
         self.zero_grad()
         return torch.cat(predictions), gradients
+
+
+def _multiply(gradients: Gradients, factor: torch.Tensor) -> None:
+    """Multiplies gradients, in place."""
+    for gradient in gradients:
+        if gradient is not None:
+            gradient *= factor
 
 
 def _take_gradients(

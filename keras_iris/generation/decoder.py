@@ -5,6 +5,7 @@ from typing import Any
 import keras_hub
 from keras import ops
 
+from keras_iris import backend
 from keras_iris.generation.cached_forward import cached_forward
 from keras_iris.models.checks import check_length
 
@@ -80,10 +81,12 @@ class Decoder:
             self.generate_function = None
             self._variable_ids = variable_ids
         generate = keras_hub.models.CausalLM.make_generate_function(self)
-        token_ids, log_probs = generate(
-            inputs, stop_token_ids=self.end_token_ids
+        outputs = generate(
+            {name: backend.cut(array) for name, array in inputs.items()},
+            stop_token_ids=self.end_token_ids,
         )
-        return ops.convert_to_numpy(token_ids), ops.convert_to_numpy(log_probs)
+        token_ids, log_probs = map(backend.read, outputs)
+        return token_ids, log_probs
 
     def generate_step(
         self, inputs: dict[str, Any], stop_token_ids: tuple[int, ...]

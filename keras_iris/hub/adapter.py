@@ -8,9 +8,9 @@ from typing import Any
 import keras
 import numpy as np
 import safetensors
-from keras import ops
 from safetensors.numpy import save_file
 
+from keras_iris import backend
 from keras_iris.data.text_files import read_json
 from keras_iris.files import check_replaceable, written_beside
 from keras_iris.hub.architectures import read_config
@@ -253,4 +253,4 @@ def _refusal(folder: Path, received: str) -> ValueError:
 
 
 def _transposed(variable: keras.Variable) -> np.ndarray:
-    return np.ascontiguousarray(ops.convert_to_numpy(variable).T)
+    return np.ascontiguousarray(backend.read(variable).T)

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_iris import backend
 from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.decoder_config import DecoderConfig, Entry
 from keras_iris.models.decoder_parts import part
@@ -227,6 +228,4 @@ def _read_by_calling(
 
 
 def _to_numpy(tensor: keras.Variable) -> np.ndarray:
-    return np.asarray(
-        ops.convert_to_numpy(ops.cast(tensor, "float32")), np.float32
-    )
+    return np.asarray(backend.read(ops.cast(tensor, "float32")), np.float32)

@@ -29,12 +29,28 @@ class RecentLogProbs(keras.metrics.Metric):
         super().__init__(name=name, dtype="float32")
         self.num_rows = num_rows
         # opponent (2), policy (2), tokens (2), weight, rows of the batch
-        self.rows = self.add_variable((num_rows, 8), "zeros", name="rows")
-        self.count = self.add_variable((), "zeros", dtype="int", name="count")
+        self.rows = self._keep((num_rows, 8), "zeros", "rows")
+        self.count = self._keep((), "zeros", "count", "int")
         # Alpha and gap of the model: on JAX, metrics see no variables but
         # their own.
-        self.alpha = self.add_variable((), "ones", name="alpha")
-        self.gap = self.add_variable((), "zeros", name="gap")
+        self.alpha = self._keep((), "ones", "alpha")
+        self.gap = self._keep((), "zeros", "gap")
+
+    def _keep(
+        self,
+        shape: tuple[int, ...],
+        initializer: str,
+        name: str,
+        dtype: str | None = None,
+    ) -> keras.Variable:
+        # Replicas of TensorFlow all see the whole batch.
+        return self.add_variable(
+            shape,
+            initializer,
+            dtype=dtype,
+            aggregation="only_first_replica",
+            name=name,
+        )
 
     def update_state(self, batch: PairBatch) -> None:
         """Adds a batch in float32 tensors."""

@@ -18,7 +18,7 @@ from keras import ops
 Targets = Sequence[str] | Literal["all"]
 
 # What the layers of KerasHub's decoder blocks are for, by their names.
-_ROLES = {
+LAYER_ROLES = {
     "query": "query",
     "key": "key",
     "value": "value",
@@ -39,7 +39,7 @@ _ROLES = {
     "up_proj": "up",
     "down_proj": "down",
 }
-ROLES = tuple(dict.fromkeys(_ROLES.values()))
+ROLES = tuple(dict.fromkeys(LAYER_ROLES.values()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +221,7 @@ def lora_layers(backbone: keras.Model) -> list[LoraLayer]:
 
 def role_of(layer: keras.layers.Layer) -> str | None:
     """What a layer of a decoder block is for, `None` if it isn't known."""
-    return _ROLES.get(layer.name)
+    return LAYER_ROLES.get(layer.name)
 
 
 def _find_targets(

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_iris import backend
 from keras_iris.data import Example, PairDataset, pad_pairs
 from keras_iris.models.self_play_model import SelfPlayModel
 
@@ -30,14 +31,18 @@ def score_pairs(
     Returns:
         Float32 array of shape `(examples, 2)`, in nats.
     """
+    # As many devices as cut a batch have to divide it.
+    count = backend.num_batch_shares() if backend.IS_ONE_PROGRAM else 1
+    size = -(-min(batch_size, len(examples)) // count) * count
+    missing = max(0, size - len(examples))
     dataset = PairDataset(
-        examples,
-        synthetic,
-        batch_size=min(batch_size, len(examples)),
+        [*examples, *examples[-1:] * missing],
+        [*synthetic, *[synthetic[-1]] * missing],
+        batch_size=size,
         bucket_lengths=bucket_lengths,
         shuffle=False,
     )
-    return np.asarray(model.predict(dataset, verbose=0))
+    return np.asarray(model.predict(dataset, verbose=0))[: len(examples)]
 
 
 class HeldOutNLL:

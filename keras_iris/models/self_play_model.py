@@ -210,7 +210,7 @@ class SelfPlayModel(backend.Trainer):
         if isinstance(x, PairDataset):
             callbacks = keras.tree.flatten(options.get("callbacks") or [])
             options |= {
-                "x": backend.dataset(x),
+                "x": backend.dataset(x, is_training=True),
                 "shuffle": False,
                 "callbacks": [_Epochs(x), *callbacks],
             }

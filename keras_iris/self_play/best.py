@@ -16,6 +16,7 @@ import numpy as np
 from keras_iris.evaluation import score_mode
 from keras_iris.self_play.arrays import read_arrays, read_metadata
 from keras_iris.self_play.checkpoints import read_variables, write_variables
+from keras_iris.self_play.processes import from_first
 
 
 class Best:
@@ -78,7 +79,7 @@ class Best:
             "iteration": iteration,
             "value": scores[self.score],
         }
-        if self._is_best(new):
+        if from_first(lambda: self._is_best(new)):
             metadata = {"best": json.dumps(new), "weights": get_hash()}
             write_variables(self.file, variables, metadata)
 

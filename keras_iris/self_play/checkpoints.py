@@ -1,24 +1,28 @@
 """The checkpoints of a run."""
 
 import json
+import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 
+from keras_iris import backend
 from keras_iris.self_play.arrays import (
     Source,
     read_arrays,
     read_metadata,
     write_arrays,
 )
-from keras_iris.self_play.settings import finite
+from keras_iris.self_play.processes import first_error, from_first, is_first
+from keras_iris.self_play.settings import check_finite, finite
 
 Position = dict[str, Any]
 
 _NUM_STARTS = 2
+_FILE = ".safetensors"  # the other ones are folders of Orbax
 
 
 class Checkpoints:
@@ -26,6 +30,11 @@ class Checkpoints:
 
         checkpoint.safetensors            within an iteration
         starts/iteration_002.safetensors  as an iteration began; the last two
+
+    Under a `keras.distribution` over several devices they are folders of
+    Orbax, `checkpoint-002-0-00017` and `starts/iteration_002`, to which each
+    process writes what its devices hold. A run may go on under another
+    distribution, or without one.
 
     A position is `{"iteration", "epoch", "batch"}`, where to go on.
 
@@ -35,24 +44,24 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.within = folder / "checkpoint.safetensors"
+        self._writer: Any = None
+        self._latest: Path | None = None
 
     def start(self, iteration: int) -> Path:
         """The file of an iteration's start."""
-        return self.folder / "starts" / f"iteration_{iteration:03d}.safetensors"
+        return self.folder / "starts" / f"iteration_{iteration:03d}{_FILE}"
 
     def starts(self) -> list[Path]:
-        """Files of the iterations' starts that are there, the latest first."""
+        """Those of the iterations' starts that are there, the latest first."""
         return sorted(
-            self.folder.glob("starts/iteration_*.safetensors"),
+            _whole(self.folder.glob("starts/iteration_*")),
             key=lambda file: int(file.stem.removeprefix("iteration_")),
             reverse=True,
         )
 
     def files(self) -> list[Path]:
         """All that are there; those of an iteration before its start."""
-        within = [self.within] if self.within.exists() else []
-        return within + self.starts()
+        return _whole(self.folder.glob("checkpoint[.-]*")) + self.starts()
 
     def save(
         self,
@@ -62,17 +71,39 @@ class Checkpoints:
     ) -> None:
         """Writes a checkpoint, and removes those that it makes useless.
 
-        Where a value isn't finite, it raises and nothing is changed.
+        Where a value isn't finite, it raises and nothing is changed. Orbax
+        goes on writing after this returns: `wait`.
         """
+        self.wait()
         is_start = position["epoch"] == position["batch"] == 0
-        file = self.start(position["iteration"]) if is_start else self.within
-        write_variables(
-            file, variables, {"position": json.dumps(position), **metadata}
-        )
+        file = self.folder / f"checkpoint{_FILE}"
         if is_start:
-            self.within.unlink(missing_ok=True)
-            for old in self.starts()[_NUM_STARTS:]:
-                old.unlink()
+            file = self.start(position["iteration"])
+        metadata = {"position": json.dumps(position), **metadata}
+        if backend.is_cut():
+            for variable in variables:
+                check_finite(variable)
+            name = "checkpoint-{iteration:03d}-{epoch}-{batch:05d}"
+            name = file.stem if is_start else name.format(**position)
+            self._latest = file.with_name(name)
+            self._orbax().save(self._latest, variables, metadata)
+        else:
+            write_variables(file, variables, metadata)
+            self._latest = file
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the latest is on disk, and removes useless ones."""
+        if self._latest is None:
+            return
+        if self._writer is not None:
+            self._writer.wait()
+        if is_first():
+            useless = [*self.starts()[_NUM_STARTS:], *self._within()]
+            for old in set(useless) - {self._latest}:
+                _remove(old)
+        self._latest = None
+        backend.exchange("")
 
     def load(
         self, variables: Sequence[keras.Variable], *, is_back: bool = False
@@ -83,20 +114,29 @@ class Checkpoints:
         another model, it raises. With `is_back` it is that of an iteration's
         start, and a checkpoint within the iteration is removed.
         """
-        files = self.starts() if is_back else self.files()
-        errors = []
-        for file in sorted(files, key=_progress, reverse=True):
+        self.wait()
+
+        def find() -> list[str]:
+            files = self.starts() if is_back else self.files()
+            return [str(f) for f in sorted(files, key=_progress, reverse=True)]
+
+        errors: list[str] = []
+        for file in map(Path, from_first(find)):
+            error, metadata = "", {}
             try:
-                metadata = read_variables(file, variables)
-            except ValueError as error:
-                errors.append(str(error))
+                metadata = self._read(file, variables)
+            except ValueError as damage:
+                error = str(damage)
+            if error := first_error(error):
+                errors.append(error)
                 continue
-            if is_back:
-                self.within.unlink(missing_ok=True)
+            if is_back and is_first():
+                for useless in self._within():
+                    _remove(useless)
             position: Position = json.loads(metadata["position"])
-            for damage in errors:
+            for damage_text in errors:
                 warnings.warn(
-                    f"{damage}. The run goes back to iteration "
+                    f"{damage_text}. The run goes back to iteration "
                     f"{position['iteration']}, epoch {position['epoch'] + 1}.",
                     stacklevel=2,
                 )
@@ -113,24 +153,46 @@ class Checkpoints:
         hashes = set()
         for file in [*self.files(), self.folder / "best.safetensors"]:
             try:
-                hashes.add(read_metadata(file).get("weights", ""))
+                hashes.add(_metadata(file).get("weights", ""))
             except ValueError:
                 continue
         return hashes - {""}
+
+    def _within(self) -> list[Path]:
+        """Checkpoints within an iteration, unfinished ones as well."""
+        return list(self.folder.glob("checkpoint[.-]*"))
+
+    def _read(
+        self, file: Path, variables: Sequence[keras.Variable]
+    ) -> dict[str, str]:
+        if file.suffix == _FILE:
+            return read_variables(file, variables)
+        metadata = _metadata(file)
+        self._orbax().load(file, variables)
+        return metadata
+
+    def _orbax(self) -> Any:
+        if self._writer is None:
+            self._writer = backend.ShardedCheckpoints()
+        return self._writer
 
 
 def write_variables(
     file: Path, variables: Sequence[keras.Variable], metadata: dict[str, str]
 ) -> None:
-    """Writes variables to a file, whole or not at all."""
+    """Writes variables to a file, whole or not at all; process 0 does."""
 
     def source(variable: keras.Variable) -> Source:
         return Source(
             tuple(variable.shape), variable.dtype, lambda: finite(variable)
         )
 
-    arrays = {f"{i:05d}": source(v) for i, v in enumerate(variables)}
-    write_arrays(file, arrays, metadata)
+    if is_first():
+        arrays = {f"{i:05d}": source(v) for i, v in enumerate(variables)}
+        write_arrays(file, arrays, metadata)
+    elif backend.IS_ONE_PROGRAM:
+        for variable in variables:
+            finite(variable)  # which process 0 reads of all devices
 
 
 def read_variables(
@@ -149,10 +211,31 @@ def read_variables(
     return metadata
 
 
+def _metadata(file: Path) -> dict[str, str]:
+    if file.suffix == _FILE:
+        return read_metadata(file)
+    try:
+        content: dict[str, str] = json.loads(
+            (file / "metadata" / "metadata").read_text()
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read: {error}") from error
+    return content
+
+
+def _whole(paths: Iterable[Path]) -> list[Path]:
+    """Those that are whole: Orbax renames what it has finished."""
+    return [path for path in paths if "tmp" not in path.name]
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _progress(file: Path) -> tuple[int, int, int]:
     """How far a run had come; a damaged file may be the latest."""
     try:
-        position = json.loads(read_metadata(file)["position"])
+        position = json.loads(_metadata(file)["position"])
     except (ValueError, KeyError):
         return (2**31, 0, 0)
     return position["iteration"], position["epoch"], position["batch"]

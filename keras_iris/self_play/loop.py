@@ -25,6 +25,7 @@ from keras_iris.self_play.engine_checks import check_engine
 from keras_iris.self_play.examples import prepare_examples
 from keras_iris.self_play.opponent import Opponent
 from keras_iris.self_play.options import Options
+from keras_iris.self_play.processes import from_first
 from keras_iris.self_play.run_dir import LostShard, Manifest, RunDir
 from keras_iris.self_play.seeds import combine_seeds
 from keras_iris.self_play.settings import (
@@ -125,7 +126,7 @@ class SelfPlay(Options):
         self.folder = RunDir(run_dir)
         self._best = Best(self.folder.path, self.keep_best, self.score_modes)
         # Early, so that nobody waits in vain; `run` asks again.
-        if not self.folder.is_new():
+        if not from_first(self.folder.is_new):
             self._hash = WeightsHash(causal_lm)
             self.folder.join(self._describe())
         self.opponent = Opponent(self, engine, self.folder)
@@ -156,6 +157,7 @@ class SelfPlay(Options):
         with self.folder.open(self._describe):
             try:
                 self._run()
+                self.folder.checkpoints.wait()
             finally:
                 self._notify("on_run_end", {})
         return self.folder.path
@@ -206,7 +208,7 @@ class SelfPlay(Options):
         self.model.add_metrics(self_play_metrics())
         for callback in self.callbacks:
             callback.set_model(self.model)
-        self._best.check()
+        from_first(self._best.check)
         position = self._begin()
         while position["iteration"] <= self.iterations:
             try:

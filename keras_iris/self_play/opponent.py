@@ -1,13 +1,10 @@
 """What an iteration learns from: the opponent's responses and log-probs."""
 
-import itertools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
-from functools import partial
+from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
-import keras
 import numpy as np
 
 from keras_iris.data import Example
@@ -39,44 +36,6 @@ class Answers(NamedTuple):
     examples: list[Example]
     responses: list[np.ndarray]
     engine_log_probs: np.ndarray
-
-
-class _Queue:
-    """The answers of an engine, which is asked ahead of what is taken.
-
-    Args:
-        num_shards: Number of shards.
-        ask: Maps numbers of shards to the answers of the first and those
-            behind it that are missing.
-        before: Called once, before the engine is asked.
-    """
-
-    def __init__(
-        self,
-        num_shards: int,
-        ask: Callable[[Sequence[int]], Iterator[Any]],
-        before: Callable[[], None],
-    ) -> None:
-        self._numbers = range(num_shards)
-        self._ask = ask
-        self._before = before
-        self._next: int | None = None
-        self._answers: Any = None
-
-    def take(self, number: int) -> Any:
-        """The completions of a shard, None where the engine gives none."""
-        if self._next is None:
-            self._before()
-        if number != self._next:  # the others were there
-            self.close()
-            self._answers = self._ask(self._numbers[number:])
-        self._next = number + 1
-        return next(self._answers, None)
-
-    def close(self) -> None:
-        """Lets the engine drop what wasn't taken."""
-        if hasattr(self._answers, "close"):
-            self._answers.close()
 
 
 class Opponent:
@@ -125,34 +84,34 @@ class Opponent:
             for number, part in enumerate(parts)
         ]
 
-        def ask(numbers: Sequence[int]) -> Iterator[Any]:
-            missing = itertools.takewhile(
-                lambda number: not self.folder.has_shard(name, number),
-                numbers[1:],
+        def make(numbers: list[int]) -> Generator[Arrays, None, None]:
+            self._update_engine()
+            answers: Any = iter(
+                self.engine.generate_shards(requests[n] for n in numbers)
             )
-            return self.engine.generate_shards(
-                requests[number] for number in [numbers[0], *missing]
-            )
+            # Engines may have asked for more than was taken.
+            with (
+                closing(answers) if hasattr(answers, "close") else nullcontext()
+            ):
+                for number in numbers:
+                    completions: Any = next(answers, None)
+                    check_completions(
+                        type(self.engine).__name__,
+                        completions,
+                        self.options,
+                        num_prompts=len(parts[number]),
+                        first=starts[number],
+                    )
+                    if self.engine.reads != "trainer":
+                        self._check_tokens(
+                            iteration, completions, parts[number]
+                        )
+                    yield _arrays(completions)
 
-        queue = _Queue(len(parts), ask, self._update_engine)
-
-        def make(number: int) -> Arrays:
-            completions = queue.take(number)
-            check_completions(
-                type(self.engine).__name__,
-                completions,
-                self.options,
-                num_prompts=len(parts[number]),
-                first=starts[number],
-            )
-            if self.engine.reads != "trainer":
-                self._check_tokens(iteration, completions, parts[number])
-            return _arrays(completions)
-
-        with closing(queue):
-            shards = self._read_or_make(
-                name, [key] * len(parts), None if is_over else make, size
-            )
+        print(name)
+        shards = self.folder.shards(
+            name, [key] * len(parts), size=size, make=None if is_over else make
+        )
         return [
             Answers(first, part, _split(shard), shard["log_probs"])
             for first, part, shard in zip(starts, parts, shards, strict=True)
@@ -171,24 +130,27 @@ class Opponent:
         They are of what `answer` gave, with the same arguments.
         """
 
-        def make(number: int) -> Arrays:
-            shard = answers[number]
-            log_probs = score_pairs(
-                self.model,
-                shard.examples,
-                shard.responses,
-                batch_size=self._rows_at_once,
-                bucket_lengths=self.options.bucket_lengths,
-            )
-            _check_finite(log_probs, shard.first)
-            return {"log_probs": log_probs}
+        def make(numbers: list[int]) -> Generator[Arrays, None, None]:
+            for number in numbers:
+                shard = answers[number]
+                log_probs = score_pairs(
+                    self.model,
+                    shard.examples,
+                    shard.responses,
+                    batch_size=self._rows_at_once,
+                    bucket_lengths=self.options.bucket_lengths,
+                )
+                _check_finite(log_probs, shard.first)
+                yield {"log_probs": log_probs}
 
-        shards = self._read_or_make(
-            f"iteration_{iteration:03d}/opponent",
+        name = f"iteration_{iteration:03d}/opponent"
+        print(name)
+        shards = self.folder.shards(
+            name,
             # Scores are of these responses, and of no others.
             [f"{key}-{_hash(shard.responses)}" for shard in answers],
-            None if is_over else make,
-            len(answers[0].examples),
+            size=len(answers[0].examples),
+            make=None if is_over else make,
         )
         log_probs = np.concatenate([shard["log_probs"] for shard in shards])
         given = np.concatenate([shard.engine_log_probs for shard in answers])
@@ -250,25 +212,6 @@ class Opponent:
         kept, ids, given = zip(*pairs, strict=True)
         scores = self._score_tokens(list(kept), ids)
         self._compare(iteration, np.concatenate(given), np.concatenate(scores))
-
-    def _read_or_make(
-        self,
-        name: str,
-        keys: list[str],
-        make: Callable[[int], Arrays] | None,
-        size: int,
-    ) -> list[Arrays]:
-        """All shards of a folder; content follows from key and number."""
-        print(name)
-        progress = keras.utils.Progbar(len(keys), unit_name="shard")
-        shards = []
-        for number, key in enumerate(keys):
-            part = partial(make, number) if make else None
-            shards.append(
-                self.folder.shard(name, number, key=key, size=size, make=part)
-            )
-            progress.update(number + 1)
-        return shards
 
     def _update_engine(self) -> None:
         """Gives an engine outside of this process the current weights."""

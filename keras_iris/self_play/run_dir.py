@@ -3,11 +3,14 @@
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import keras
+
+from keras_iris import backend
 from keras_iris.files import locked, remove_unfinished, replaced
 from keras_iris.self_play.arrays import (
     Arrays,
@@ -16,6 +19,11 @@ from keras_iris.self_play.arrays import (
     write_arrays,
 )
 from keras_iris.self_play.checkpoints import Checkpoints
+from keras_iris.self_play.processes import (
+    check_same,
+    from_first,
+    is_first,
+)
 
 Manifest = dict[str, Any]
 
@@ -105,26 +113,47 @@ class RunDir:
 
     @contextmanager
     def open(self, describe: Callable[[], Manifest]) -> Iterator[None]:
-        """Holds the folder for this process, and tells of the run in it.
+        """Holds the folder for this run, and tells of the run in it.
 
         Args:
-            describe: What the run is at that moment, as in `join`.
+            describe: What the run is at that moment, as in `join`. Every
+                process calls it.
 
         Raises:
-            ValueError: Another process holds it, or as in `join`.
+            ValueError: Another run holds it, a process has other settings
+                than process 0, or as in `join`.
         """
-        with locked(self.path):
-            manifest = self.join(describe())
-            if self.manifest.exists():
-                self._warn_of_versions(manifest["versions"])
-            shards = self.path.glob("iteration_*/*")
-            for folder in (self.path, self.path / "starts", *shards):
-                remove_unfinished(folder)
-            self._write(manifest)
+        with ExitStack() as stack:
+            from_first(lambda: stack.enter_context(locked(self.path)))
+            new = json.loads(json.dumps(describe()))
+            check_same(new["settings"] | new["versions"])
+            manifest = from_first(lambda: self._begin(new))
             try:
                 yield
-            finally:
-                self._write(manifest | {"left": _left(manifest, describe)})
+            except BaseException:
+                # Other processes may be elsewhere: nothing is done together.
+                if backend.process_count() == 1:
+                    self._end(manifest, describe)
+                raise
+            self._end(manifest, describe)
+
+    def _begin(self, new: Manifest) -> Manifest:
+        """Writes the manifest of a run that goes on, or begins."""
+        manifest = self.join(new)
+        if self.manifest.exists():
+            self._warn_of_versions(manifest["versions"])
+        shards = self.path.glob("iteration_*/*")
+        for folder in (self.path, self.path / "starts", *shards):
+            remove_unfinished(folder)
+        self._write(manifest)
+        return manifest
+
+    def _end(
+        self, manifest: Manifest, describe: Callable[[], Manifest]
+    ) -> None:
+        left = _left(manifest, describe)
+        if is_first():
+            self._write(manifest | {"left": left})
 
     def _warn_of_versions(self, here: dict[str, Any]) -> None:
         there = _read_manifest(self.manifest)["versions"]
@@ -141,6 +170,8 @@ class RunDir:
 
     def log(self, kind: str, **values: Any) -> None:
         """Appends a line to `metrics.jsonl`."""
+        if not is_first():
+            return
         line = json.dumps({"kind": kind, **values})
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(line + "\n")
@@ -168,58 +199,94 @@ class RunDir:
                 return int(metadata["shard_size"])
         return None
 
-    def has_shard(self, name: str, number: int) -> bool:
-        """Whether there is a file of a shard, which may be another key's."""
-        return self._shard_path(name, number).exists()
-
-    def shard(
+    def shards(
         self,
         name: str,
-        number: int,
+        keys: Sequence[str],
         *,
-        key: str,
         size: int,
-        make: Callable[[], Arrays] | None,
-    ) -> Arrays:
-        """Reads a shard, or makes and writes it.
+        make: Callable[[list[int]], Generator[Arrays, None, None]] | None,
+    ) -> list[Arrays]:
+        """Reads the shards of a folder; makes and writes those that it lacks.
 
         A shard that can't be read, or was made from something else, is made
-        again, with a warning.
+        again, with a warning. Every process writes its share of them.
 
         Args:
             name: Folder of the shards, such as `"iteration_001/synthetic"`.
-            number: The shard's number.
-            key: Names all that the shard depends on.
+            keys: Of each shard, what names all that it depends on.
             size: Responses of a shard.
-            make: Makes the arrays; None where nothing can any more.
+            make: Makes the arrays of shards, by their numbers, one after
+                another; None where nothing can any more.
 
         Raises:
-            LostShard: The shard isn't there, and can't be made again.
+            LostShard: A shard isn't there, and can't be made again.
         """
-        path = self._shard_path(name, number)
-        reason = f"{path} isn't there"
-        if path.exists():
-            try:
-                arrays, metadata = read_arrays(path)
-                if metadata.get("key") == key:
-                    return arrays
-                reason = f"{path} was made from other weights, settings or data"
-            except ValueError as error:
-                reason = str(error)
-            if make is not None:
-                warnings.warn(f"{reason}. It is made again.", stacklevel=2)
-        if make is None:
+        found = [self._read(name, i, key) for i, key in enumerate(keys)]
+        reasons = [part if isinstance(part, str) else "" for part in found]
+        # Where one process lacks a shard, all make it.
+        for texts in backend.exchange(json.dumps(reasons)):
+            theirs = json.loads(texts)
+            reasons = [a or b for a, b in zip(reasons, theirs, strict=True)]
+        missing = [number for number, reason in enumerate(reasons) if reason]
+        if missing and make is None:
             raise LostShard(
-                f"{reason}, and the weights that made it have been trained "
-                "since. Put the file back, or start again with another "
-                "`run_dir`."
+                f"{reasons[missing[0]]}, and the weights that made it have "
+                "been trained since. Put the file back, or start again with "
+                "another `run_dir`."
             )
-        arrays = make()
-        write_arrays(path, arrays, {"key": key, "shard_size": str(size)})
+        for number in missing:
+            if self._shard_path(name, number).exists():
+                warnings.warn(
+                    f"{reasons[number]}. It is made again.", stacklevel=2
+                )
+        count, index = backend.process_count(), backend.process_index()
+        own = missing[index::count]
+        made = missing if backend.IS_ONE_PROGRAM else own
+        progress = keras.utils.Progbar(len(keys), unit_name="shard")
+        progress.update(len(keys) - len(missing))
+        with closing(make(made) if make and made else _nothing()) as parts:
+            for number, part in zip(made, parts, strict=True):
+                found[number] = part
+                if number in own:
+                    metadata = {"key": keys[number], "shard_size": str(size)}
+                    write_arrays(self._shard_path(name, number), part, metadata)
+                progress.add(1)
+        backend.exchange("")  # all are written
+        return [
+            part if isinstance(part, dict) else self._others(name, i, keys[i])
+            for i, part in enumerate(found)
+        ]
+
+    def _others(self, name: str, number: int, key: str) -> Arrays:
+        """A shard that another process has made."""
+        part = self._read(name, number, key)
+        if isinstance(part, str):
+            raise ValueError(
+                f"{part}: another process has written it. The run folder has "
+                "to be one that all processes see."
+            )
+        return part
+
+    def _read(self, name: str, number: int, key: str) -> Arrays | str:
+        """A shard, or why it can't be taken."""
+        path = self._shard_path(name, number)
+        if not path.exists():
+            return f"{path} isn't there"
+        try:
+            arrays, metadata = read_arrays(path)
+        except ValueError as error:
+            return str(error)
+        if metadata.get("key") != key:
+            return f"{path} was made from other weights, settings or data"
         return arrays
 
     def _shard_path(self, name: str, number: int) -> Path:
         return self.path / name / f"{number:05d}.safetensors"
+
+
+def _nothing() -> Generator[Arrays, None, None]:
+    yield from ()
 
 
 def _read_manifest(file: Path) -> Manifest:

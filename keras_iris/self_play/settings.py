@@ -143,14 +143,25 @@ def hash_variables(variables: Iterable[keras.Variable]) -> str:
 
 def finite(variable: keras.Variable) -> np.ndarray:
     """The values of a variable; an error if training has broken them."""
-    value = keras.ops.convert_to_numpy(variable.value)
+    value = backend.read(variable)
     if not np.isfinite(value).all():
-        raise FloatingPointError(
-            f"{variable.path} is not finite. What is on disk is of before. "
-            "Load the model again if it is new; else lower the learning rate, "
-            "clip gradients, or use a wider dtype."
-        )
+        raise _not_finite(variable)
     return value
+
+
+def check_finite(variable: keras.Variable) -> None:
+    """As `finite`, on the devices."""
+    value = variable.value
+    if not backend.read(keras.ops.all(keras.ops.isfinite(value))):
+        raise _not_finite(variable)
+
+
+def _not_finite(variable: keras.Variable) -> FloatingPointError:
+    return FloatingPointError(
+        f"{variable.path} is not finite. What is on disk is of before. Load "
+        "the model again if it is new; else lower the learning rate, clip "
+        "gradients, or use a wider dtype."
+    )
 
 
 class WeightsHash:

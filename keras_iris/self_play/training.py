@@ -79,7 +79,7 @@ class Training:
         here.epoch = here.dataset.epoch = epoch
         first = here.first_epoch + epoch
         self.model.fit(
-            backend.dataset(batches),
+            backend.dataset(batches, is_training=True),
             shuffle=False,
             initial_epoch=first,
             epochs=first + num_epochs,
@@ -95,6 +95,7 @@ class _Rest(keras.utils.PyDataset):
         self.dataset = dataset
         self.first_batch = first_batch
         self.bucket_lengths = dataset.bucket_lengths
+        self.batch_size = dataset.batch_size
 
     def __len__(self) -> int:
         return len(self.dataset) - self.first_batch

@@ -1,0 +1,55 @@
+"""TensorFlow runs in one process, with replicas of the model in it."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+IS_ONE_PROGRAM = True
+
+
+def start_processes(
+    address: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    """Refuses: several processes need JAX or PyTorch."""
+    raise ValueError(
+        "On TensorFlow the devices are those of one process: make the model "
+        "under tf.distribute.MirroredStrategy. Received: "
+        f"{num_processes} processes. Set KERAS_BACKEND to jax or torch."
+    )
+
+
+def process_count() -> int:
+    """One."""
+    return 1
+
+
+def process_index() -> int:
+    """Zero."""
+    return 0
+
+
+def exchange(text: str) -> list[str]:
+    """The text of the one process."""
+    return [text]
+
+
+def read(array: Any) -> np.ndarray:
+    """A tensor's or variable's values."""
+    return keras.ops.convert_to_numpy(getattr(array, "value", array))
+
+
+def cut(array: np.ndarray) -> np.ndarray:
+    """The array."""
+    return array
+
+
+def is_cut() -> bool:
+    """No: every device has all variables."""
+    return False
+
+
+def num_batch_shares() -> int:
+    """Parts that a batch is cut in."""
+    return tf.distribute.get_strategy().num_replicas_in_sync

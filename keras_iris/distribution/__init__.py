@@ -1,0 +1,21 @@
+"""Training on several devices and in several processes.
+
+On JAX a `keras.distribution.Distribution` cuts batches and weights over the
+devices of all processes. On PyTorch every process of `torchrun` has the whole
+model and a share of each batch. On TensorFlow the model is made under a
+`tf.distribute.MirroredStrategy`. In each case the loss is that of the whole
+batch.
+"""
+
+from keras_iris.distribution.launch import initialize
+from keras_iris.distribution.make import make_distribution
+from keras_iris.distribution.report import ShardingReport, sharding_report
+from keras_iris.distribution.sharded_parallel import ShardedParallel
+
+__all__ = [
+    "ShardedParallel",
+    "ShardingReport",
+    "initialize",
+    "make_distribution",
+    "sharding_report",
+]

@@ -1,0 +1,96 @@
+"""From the sizes of a mesh to Keras' distribution."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import keras
+
+from keras_iris.distribution.sharded_parallel import (
+    DATA,
+    MODEL,
+    ShardedParallel,
+)
+
+Strategy = Literal["fsdp", "2d", "data"]
+
+
+def make_distribution(
+    mesh: Mapping[str, int] | Literal["auto"] = "auto",
+    strategy: Strategy = "fsdp",
+) -> Any:
+    """Makes a distribution over the devices of all processes, on JAX.
+
+    Make it current with `keras.distribution.set_distribution` before the
+    model is loaded.
+
+    Args:
+        mesh: Devices of the axes `"data"`, over which batches are cut, and
+            `"model"`, over which the matrices of `"2d"` are. `"auto"` takes
+            all devices; of `"2d"`, as many for `"model"` as divide them and
+            are at most their root.
+        strategy: `"fsdp"`: weights, gradients and the optimizer's state are
+            cut over the axis of the data, and gathered layer by layer.
+            `"2d"`: the same, and matrices are cut over the axis of the model
+            as well, heads and feed-forward units by columns and rows.
+            `"data"`: every device has the whole model.
+
+    Returns:
+        A `keras.distribution.Distribution`.
+
+    Raises:
+        ValueError: Keras doesn't run on JAX, or there are no such devices.
+
+    Example:
+    ```python
+    distribution = keras_iris.distribution.make_distribution({"data": 8})
+    keras.distribution.set_distribution(distribution)
+    causal_lm = keras_iris.load(preset)
+    print(keras_iris.distribution.sharding_report(causal_lm))
+    ```
+    """
+    name = keras.backend.backend()
+    if name != "jax":
+        raise ValueError(
+            f"keras.distribution needs JAX, Keras runs on {name!r}. Set "
+            "KERAS_BACKEND=jax; on PyTorch start the program with torchrun, on "
+            "TensorFlow make the model under tf.distribute.MirroredStrategy."
+        )
+    if strategy not in ("fsdp", "2d", "data"):
+        raise ValueError(
+            "`strategy` has to be 'fsdp', '2d' or 'data'. Received: "
+            f"{strategy!r}"
+        )
+    devices = keras.distribution.list_devices()
+    sizes = _sizes(mesh, strategy, len(devices))
+    device_mesh = keras.distribution.DeviceMesh(
+        tuple(sizes.values()), list(sizes), devices[: math.prod(sizes.values())]
+    )
+    if strategy == "data":
+        return keras.distribution.DataParallel(
+            device_mesh=device_mesh, auto_shard_dataset=False
+        )
+    return ShardedParallel(device_mesh)
+
+
+def _sizes(mesh: Any, strategy: str, num_devices: int) -> dict[str, int]:
+    """The number of devices of each axis, checked."""
+    names = [DATA, MODEL] if strategy == "2d" else [DATA]
+    if mesh == "auto":
+        divisors = range(1, math.isqrt(num_devices) + 1)
+        model = max(i for i in divisors if num_devices % i == 0)
+        sizes = {DATA: num_devices, MODEL: 1}
+        if strategy == "2d":
+            sizes = {DATA: num_devices // model, MODEL: model}
+        return {name: sizes[name] for name in names}
+    sizes = dict(mesh)
+    is_right = set(sizes) == set(names) and all(
+        isinstance(size, int) and size >= 1 for size in sizes.values()
+    )
+    if not is_right or math.prod(sizes.values()) > num_devices:
+        raise ValueError(
+            f"`mesh` has to be 'auto' or the devices of {' and '.join(names)} "
+            f"for strategy={strategy!r}, {num_devices} in all at most. "
+            f"Received: {mesh!r}"
+        )
+    return {name: sizes[name] for name in names}
