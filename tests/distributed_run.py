@@ -89,10 +89,11 @@ def main(options):
         names = [f"CPU:{i}" for i in range(number)]
         scope = tf.distribute.MirroredStrategy(names).scope()
     with scope:
-        run(options)
+        model = make_model(options)
+    run(model, options)
 
 
-def run(options):
+def make_model(options):
     causal_lm = make_causal_lm(vocabulary_size=VOCABULARY_SIZE, num_layers=1)
     if rank := options.get("lora_rank"):
         add_lora(causal_lm.backbone, Lora(rank, targets="all"))
@@ -102,6 +103,10 @@ def run(options):
         loss=keras_iris.losses.IRIS(),
         micro_batch_size=options.get("micro_batch_size", 8),
     )
+    return model
+
+
+def run(model, options):
     kill = options.get("kill")
     if kill == "save":
         kill_in_save(model)
@@ -121,7 +126,7 @@ def run(options):
         keep_best="nll_per_token",
     )
     self_play.run()
-    weights = [backend.read(v) for v in causal_lm.backbone.variables]
+    weights = [backend.read(v) for v in model.causal_lm.backbone.variables]
     seen = {"process": backend.process_index()}
     if backend.is_cut():
         report = keras_iris.distribution.sharding_report(model)

@@ -2,15 +2,19 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 
-from keras_iris.distribution import ShardedParallel
+import keras_iris
+from keras_iris.distribution.launch import Launch, read_environment
 
 TOLERANCE = 1e-5  # float32, relative: sums in another order
 LARGEST_SHARE = 1.15  # of an equal one; norms and biases are whole
@@ -19,7 +23,7 @@ PROGRAM = """
 import json, sys
 import keras, numpy as np
 import keras_iris
-from keras_iris.distribution import ShardedParallel
+from keras_iris.distribution import make_distribution
 from tiny_models import make_pairs
 
 def run(folder, options):
@@ -54,7 +58,7 @@ def run(folder, options):
 
 folder, target, options = sys.argv[1:]
 one = run(folder, json.loads(options))
-keras.distribution.set_distribution(ShardedParallel(4))
+keras.distribution.set_distribution(make_distribution())
 four = run(folder, json.loads(options))
 with open(target, "w") as file:
     json.dump([one, four], file)
@@ -154,8 +158,204 @@ def test_data_parallel_cuts_the_head_along_the_batch(tmp_path):
     assert flops_of_a_device < 0.3 * flops
 
 
-def test_sharding_that_cannot_be():
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({"data": 1000},), "in all at most"),
+        (({"model": 1},), "devices of data"),
+        (("auto", "3d"), "'fsdp', '2d' or 'data'"),
+    ],
+)
+def test_sharding_that_cannot_be(arguments, message):
     is_jax = keras.backend.backend() == "jax"
-    message = "from 1 to" if is_jax else "KERAS_BACKEND=jax"
-    with pytest.raises(ValueError, match=message):
-        ShardedParallel(1000)
+    with pytest.raises(ValueError, match=message if is_jax else "torchrun"):
+        keras_iris.distribution.make_distribution(*arguments)
+
+
+TORCHRUN = {
+    "MASTER_ADDR": "host",
+    "MASTER_PORT": "12",
+    "WORLD_SIZE": "4",
+    "RANK": "3",
+}
+SLURM = {
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_JOB_ID": "70003",
+    "SLURM_STEP_NODELIST": "n1,n2",
+    "SLURM_PROCID": "1",
+}
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, None),
+        (TORCHRUN, Launch("host:12", 4, 3)),
+        (SLURM, Launch("n1:12003", 2, 1)),
+        ({"SLURM_STEP_NUM_TASKS": "1"}, None),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, Launch(None, None, None)),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, None),
+        (
+            {
+                "KERAS_DISTRIBUTION_JOB_ADDRESSES": "a:1,b:1",
+                "KERAS_DISTRIBUTION_NUM_PROCESSES": "2",
+                "KERAS_DISTRIBUTION_PROCESS_ID": "0",
+            },
+            Launch("a:1", 2, 0),
+        ),
+    ],
+)
+def test_launch(variables, expected):
+    assert read_environment(variables) == expected
+
+
+def test_launch_that_cannot_be():
+    with pytest.raises(ValueError, match="RANK has to be a number"):
+        read_environment(TORCHRUN | {"RANK": "one"})
+    with pytest.raises(ValueError, match="an address, their number"):
+        keras_iris.distribution.initialize("host:1", 2)
+    assert keras_iris.distribution.initialize() == 1
+
+
+LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
+
+
+def start_run(num_devices=1, rank=0, num_processes=1, port=0, **options):
+    """A process of tests/distributed_run.py."""
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
+    }
+    if num_processes > 1:
+        environment |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(num_processes),
+            "RANK": str(rank),
+        }
+    return subprocess.Popen(
+        [
+            sys.executable,
+            str(tests / "distributed_run.py"),
+            json.dumps(options, default=str),
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes, seconds=600):
+    """Their exit statuses and what they printed."""
+    outputs = [p.communicate(timeout=seconds)[0] for p in processes]
+    return [p.returncode for p in processes], outputs
+
+
+def run_two(num_devices, *, others=None, **options):
+    """Runs two processes; `others` are options of the second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return finish(
+        *(
+            start_run(num_devices, rank, 2, port, **options | more)
+            for rank, more in enumerate([{}, others or {}])
+        )
+    )
+
+
+def run_one(num_devices=1, **options):
+    status, outputs = finish(start_run(num_devices, **options))
+    assert status == [0], outputs[0][-3000:]
+
+
+def read_losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    steps = [line for line in map(json.loads, lines) if line["kind"] == "step"]
+    return np.array([step["loss"] for step in steps])
+
+
+def assert_same(folder, expected):
+    np.testing.assert_allclose(
+        read_losses(folder), read_losses(expected), atol=LOSS_TOLERANCE
+    )
+    weights, there = (np.load(f / "weights.npz") for f in (folder, expected))
+    for name in there.files:
+        np.testing.assert_allclose(
+            weights[name], there[name], atol=WEIGHT_TOLERANCE
+        )
+
+
+FSDP = {"mesh": {"data": 8}, "strategy": "fsdp"}
+TWO_D = {"mesh": {"data": 2, "model": 4}, "strategy": "2d"}
+
+
+@pytest.mark.multi_device
+def test_several_devices_train_as_one(tmp_path):
+    """A run ends in one device's weights, and goes on on other devices."""
+    name = keras.backend.backend()
+    one, many = tmp_path / "one", tmp_path / "many"
+    run_one(run_dir=one)
+    if name == "tensorflow":
+        run_one(run_dir=many, mirrored=2)
+    elif name == "torch":
+        status, outputs = run_two(1, run_dir=many)
+        assert status == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    else:
+        status, outputs = run_two(4, run_dir=many, iterations=1, **FSDP)
+        assert status == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+        run_one(8, run_dir=many, **TWO_D)
+    assert_same(many, one)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize(
+    "layout", [FSDP, TWO_D, {"mesh": {"data": 8}, "strategy": "data"}]
+)
+def test_every_strategy(layout, lora_rank, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    run_one(run_dir=one, lora_rank=lora_rank)
+    run_one(8, run_dir=many, lora_rank=lora_rank, **layout)
+    assert_same(many, one)
+
+
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() == "tensorflow", reason="one only")
+def test_a_process_with_other_data_is_refused(tmp_path):
+    options = FSDP if keras.backend.backend() == "jax" else {}
+    status, outputs = run_two(
+        4, run_dir=tmp_path, others={"seed": 1}, **options
+    )
+    assert 0 not in status
+    for output in outputs:
+        assert "have to have the same code, data and settings" in output
+        assert "data: " in output
+
+
+@pytest.mark.slow
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+@pytest.mark.parametrize("moment", ["step", "generation", "save"])
+def test_a_killed_process_ends_the_others_and_loses_nothing(moment, tmp_path):
+    one, many = tmp_path / "one", tmp_path / "many"
+    run_one(run_dir=one)
+    start = time.monotonic()
+    status, outputs = run_two(4, run_dir=many, others={"kill": moment}, **FSDP)
+    assert status[1] == -signal.SIGKILL
+    assert status[0] not in (0, None)
+    print(time.monotonic() - start, outputs[0][-500:])
+    status, outputs = run_two(4, run_dir=many, **FSDP)
+    assert status == [0, 0], outputs[0][-3000:]
+    kept = {}
+    for line in map(json.loads, open(many / "metrics.jsonl")):
+        if line["kind"] == "step":
+            kept[line["step"]] = line["loss"]
+    np.testing.assert_allclose(
+        [kept[i] for i in sorted(kept)], read_losses(one), atol=LOSS_TOLERANCE
+    )

@@ -1,5 +1,6 @@
 """The train step of `SelfPlayModel` on JAX."""
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -93,6 +94,10 @@ class Trainer(SafeModel):
     package is once. Where there is more than one term, a second set of
     gradients is kept.
     """
+
+    def device_scope(self) -> contextlib.AbstractContextManager[None]:
+        """Where the optimizer makes its variables: anywhere."""
+        return contextlib.nullcontext()
 
     def check_devices(self) -> None:
         """Refuses micro-batches that the devices don't divide."""

@@ -121,6 +121,10 @@ class Trainer(keras.Model):
     See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
 
+    def device_scope(self) -> Any:
+        """Where the optimizer makes its variables: that of the strategy."""
+        return self.distribute_strategy.scope()
+
     def check_devices(self) -> None:
         """Refuses what replicas of a `tf.distribute` strategy can't train."""
         refuse_distribution()
@@ -149,6 +153,14 @@ class Trainer(keras.Model):
             # The step has added them up already, before they are clipped.
             optimizer._all_reduce_sum_gradients = list
             optimizer = getattr(optimizer, "inner_optimizer", None)
+
+    def _maybe_symbolic_build(
+        self, iterator: Any = None, data_batch: Any = None
+    ) -> None:
+        # Keras (3.15) would take the mean of the replicas' masks.
+        if self._num_replicas > 1:
+            with self.device_scope():
+                self._symbolic_build()
 
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch.

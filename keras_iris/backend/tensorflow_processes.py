@@ -37,7 +37,9 @@ def exchange(text: str) -> list[str]:
 
 def read(array: Any) -> np.ndarray:
     """A tensor's or variable's values."""
-    return keras.ops.convert_to_numpy(getattr(array, "value", array))
+    # A variable of replicas has no array of its own.
+    tensor = tf.convert_to_tensor(getattr(array, "value", array))
+    return keras.ops.convert_to_numpy(tensor)
 
 
 def cut(array: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The train step of `SelfPlayModel` on PyTorch."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -85,6 +86,10 @@ class Trainer(keras.Model):
 
     See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
+
+    def device_scope(self) -> contextlib.AbstractContextManager[None]:
+        """Where the optimizer makes its variables: anywhere."""
+        return contextlib.nullcontext()
 
     def check_devices(self) -> None:
         """Refuses what can't be trained in several processes."""

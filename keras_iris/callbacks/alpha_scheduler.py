@@ -129,7 +129,7 @@ class AlphaScheduler(SelfPlayCallback):
         if self._gap_is == "unknown":
             if epoch == 0:
                 self.model.reset_order()
-            sums = keras.ops.convert_to_numpy(self.model.gap_sums.value)
+            sums = keras.ops.convert_to_numpy(self.model.gap_sums)
             self._gap_is = "final" if sums[:, 0].any() else "streamed"
         elif self._gap_is == "streamed":
             self._gap_is = "final"
@@ -150,7 +150,7 @@ class AlphaScheduler(SelfPlayCallback):
 
     def _stream(self, pairs: PairBatch) -> None:
         """Adds a batch to what is known of the gap."""
-        sums = keras.ops.convert_to_numpy(self.model.gap_sums.value)
+        sums = keras.ops.convert_to_numpy(self.model.gap_sums)
         if isinstance(self.gap, RenyiGap):
             sums = add_moments(sums, pair_moments(pairs))
             gap = gap_of_moments(sums)
@@ -173,7 +173,7 @@ class AlphaScheduler(SelfPlayCallback):
 
     def _order(self) -> float:
         """What the rule says, before the guard."""
-        gap = float(keras.ops.convert_to_numpy(self.model.gap.value))
+        gap = float(keras.ops.convert_to_numpy(self.model.gap))
         order = 1 + self.coefficient * gap
         return float(np.clip(order, self.min_alpha, self.max_alpha))
 

@@ -72,7 +72,7 @@ class RecentLogProbs(keras.metrics.Metric):
     @property
     def num_batches(self) -> int:
         """How many batches there have been."""
-        return int(ops.convert_to_numpy(self.count.value))
+        return int(ops.convert_to_numpy(self.count))
 
     def latest(self) -> PairBatch:
         """The latest batch, in float64 NumPy; rows of weight 0 are left out."""
@@ -90,7 +90,7 @@ class RecentLogProbs(keras.metrics.Metric):
         Raises:
             ValueError: Not all their rows are kept.
         """
-        rows = ops.convert_to_numpy(self.rows.value).astype("float64")
+        rows = ops.convert_to_numpy(self.rows).astype("float64")
         batches: list[PairBatch] = []
         for _ in range(self.num_batches - num_seen):
             size = int(rows[-1, 7]) if len(rows) else 0
@@ -107,7 +107,7 @@ class RecentLogProbs(keras.metrics.Metric):
     def _batch(self, rows: np.ndarray) -> PairBatch:
         rows = rows[rows[:, 6] > 0]
         alpha, gap = (
-            float(ops.convert_to_numpy(v.value)) for v in (self.alpha, self.gap)
+            float(ops.convert_to_numpy(v)) for v in (self.alpha, self.gap)
         )
         columns = rows[:, 0:2], rows[:, 2:4], rows[:, 4:6], rows[:, 6]
         return PairBatch(*columns, alpha, gap)

@@ -457,7 +457,8 @@ class SelfPlayModel(backend.Trainer):
     def compile_from_config(self, config: dict[str, Any]) -> None:
         """Compiles the model again."""
         self.compile(**keras.saving.deserialize_keras_object(config))
-        self.optimizer.build(self.trainable_variables)
+        with self.device_scope():
+            self.optimizer.build(self.trainable_variables)
 
     def get_config(self) -> dict[str, Any]:
         """The model's configuration, without weights."""

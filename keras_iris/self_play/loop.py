@@ -226,13 +226,15 @@ class SelfPlay(Options):
         variables = self.model.trainable_variables
         optimizer = self.model.optimizer
         is_used = optimizer.built
-        optimizer.build(variables)
+        with self.model.device_scope():
+            optimizer.build(variables)
         position = self.folder.checkpoints.load(self._variables())
         if position is None:
             # Nothing of another run of this model is left.
             self.model.reset_order()
             if is_used:
-                _reset(optimizer, variables)
+                with self.model.device_scope():
+                    _reset(optimizer, variables)
             scores = self._evaluate(0)
             if scores:
                 print(_line(0, scores))
