@@ -136,15 +136,13 @@ class Trainer(keras.Model):
 
     def _gathered(self, x: Any, y: Any, sample_weight: Any) -> Any:
         """What loss and metrics see of a batch, of all processes."""
-        tensors = keras.tree.map_structure(
-            keras.ops.convert_to_tensor, (x, y, sample_weight)
-        )
+        y = keras.ops.convert_to_tensor(y)
         if process_count() == 1:
-            return tensors
-        x, y, sample_weight = tensors
-        x = {"response_mask": gather(x["response_mask"])}
-        weight = None if sample_weight is None else gather(sample_weight)
-        return x, gather(y), weight
+            return x, y, sample_weight
+        if sample_weight is not None:
+            sample_weight = gather(keras.ops.convert_to_tensor(sample_weight))
+        mask = keras.ops.convert_to_tensor(x["response_mask"])
+        return {"response_mask": gather(mask)}, gather(y), sample_weight
 
     def _batch_loss(self, batch: Any, y_pred: torch.Tensor) -> torch.Tensor:
         """The loss of a whole batch, and of what else there is."""
