@@ -4,7 +4,8 @@ Each backend offers the same names: `Trainer`, the base of `SelfPlayModel` with
 its train step, `map_parts`, a function of a batch's parts, `head_log_probs`,
 log-probs from hidden states, `write`, which puts keys and values into a cache,
 `dataset`, what `fit` takes for batches, `seed_step`, which seeds a step's
-random numbers where no variable of the model does, `is_on_cpu`, which tells
+random numbers where no variable of the model does, `cache_compilations`, which
+keeps compiled programs on disk, `is_on_cpu`, which tells
 where tensors are, and `prepare_remat`, what has to be done before layers are
 rematerialised. Of several processes: `start_processes`, `process_count` and
 `process_index`, `exchange` of texts, `read` and `cut`, arrays from and to the
@@ -26,6 +27,7 @@ match keras.backend.backend():
     case "jax":
         from keras_iris.backend.jax import (
             Trainer,
+            cache_compilations,
             dataset,
             device_names,
             is_on_cpu,
@@ -53,6 +55,7 @@ match keras.backend.backend():
         )
         from keras_iris.backend.tensorflow import (
             Trainer,
+            cache_compilations,
             dataset,
             device_names,
             is_on_cpu,
@@ -79,6 +82,7 @@ match keras.backend.backend():
         )
         from keras_iris.backend.torch import (
             Trainer,
+            cache_compilations,
             dataset,
             device_names,
             is_on_cpu,
@@ -111,6 +115,7 @@ __all__ = [
     "HeadOptions",
     "ShardedCheckpoints",
     "Trainer",
+    "cache_compilations",
     "count_layer_losses",
     "cut",
     "dataset",

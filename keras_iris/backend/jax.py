@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,6 +44,12 @@ def is_on_cpu(tensor: jax.Array) -> bool:
 def device_names() -> list[str]:
     """Names of the devices, for people to read."""
     return [device.device_kind for device in jax.devices()]
+
+
+def cache_compilations(folder: Path) -> None:
+    """Keeps compiled programs on disk, unless JAX was told where already."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def seed_step(seed: int) -> None:

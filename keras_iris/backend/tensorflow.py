@@ -1,6 +1,7 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -83,6 +84,10 @@ def is_on_cpu(tensor: tf.Tensor) -> bool:
 def device_names() -> list[str]:
     """Names of the devices, for people to read."""
     return [device.name for device in tf.config.list_logical_devices()]
+
+
+def cache_compilations(folder: Path) -> None:
+    """Does nothing: there is nothing compiled that a file could hold."""
 
 
 def seed_step(seed: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import keras
@@ -45,6 +46,10 @@ def device_names() -> list[str]:
     """Names of the devices, for people to read."""
     numbers = range(torch.cuda.device_count())
     return [torch.cuda.get_device_name(n) for n in numbers] or ["cpu"]
+
+
+def cache_compilations(folder: Path) -> None:
+    """Does nothing: there is nothing compiled that a file could hold."""
 
 
 def seed_step(seed: int) -> None:

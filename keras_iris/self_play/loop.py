@@ -14,6 +14,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_iris import backend
 from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import PairDataset
 from keras_iris.data.buckets import choose_bucket_lengths
@@ -95,6 +96,9 @@ class SelfPlay(Options):
         checkpoint_every_minutes: Longest time between checkpoints within an
             epoch; there is one after each epoch in any case.
         checkpoint_every_steps: Most steps between them, None for any number.
+        compilation_cache: Folder where JAX keeps compiled programs, so that
+            a run that is taken up again doesn't wait for them; None for no
+            such folder. A folder that JAX was given otherwise stays.
         seed: Seed of order and sampling.
         title: A line for the report.
 
@@ -153,6 +157,9 @@ class SelfPlay(Options):
                 is damaged and can't be made again.
         """
         self.check_model()
+        if self.compilation_cache is not None:
+            folder = Path(self.compilation_cache).expanduser()
+            backend.cache_compilations(folder)
         self._hash = WeightsHash(self.model.causal_lm)
         with self.folder.open(self._describe):
             try:

@@ -43,6 +43,7 @@ class Options:
     shard_size: int = 512
     checkpoint_every_minutes: float = 10.0
     checkpoint_every_steps: int | None = None
+    compilation_cache: str | Path | None = "~/.cache/keras_iris/xla"
     seed: int = 0
     title: str = "Self-play"
     examples: list[Example] = field(init=False)
