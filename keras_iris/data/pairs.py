@@ -213,12 +213,7 @@ class PairDataset(keras.utils.PyDataset):
 
 
 def check_batch_size(batch_size: int, num_samples: int) -> None:
-    """Refuses batches that can't hold all pairs of each of their examples.
-
-    Args:
-        batch_size: Pairs of a batch.
-        num_samples: Pairs of an example.
-    """
+    """Refuses batches of pairs that would part those of an example."""
     check_count("batch_size", batch_size)
     check_count("num_samples", num_samples)
     if batch_size % num_samples:
@@ -230,12 +225,7 @@ def check_batch_size(batch_size: int, num_samples: int) -> None:
 
 
 def check_one_batch(num_pairs: int, batch_size: int) -> None:
-    """Refuses data without a full batch, over which the loss is defined.
-
-    Args:
-        num_pairs: Pairs of the data.
-        batch_size: Pairs of a batch.
-    """
+    """Refuses data without a full batch, over which the loss is defined."""
     if num_pairs < batch_size:
         raise ValueError(
             f"The data make {num_pairs} pairs, fewer than batch_size="

@@ -79,23 +79,15 @@ class ServerClient:
     ) -> Generator[Answer, None, None]:
         """Yields the answers in the order of the items.
 
-        When it's closed or fails, requests on the way are broken off.
+        When it's closed or fails, requests on the way are broken off. Errors
+        are those of `ServerEngine.generate`.
 
         Args:
             path: Such as `"/completions"`.
             items: What to ask for.
             write: An item's request.
-            read: What is kept of an answer's text.
+            read: What is kept, and yielded, of an answer's text.
             concurrency: Requests at a time.
-
-        Yields:
-            What `read` gave, in the order of the items.
-
-        Raises:
-            ValueError: If the server refuses a request.
-            ConnectionError: If the server can't be reached, breaks off, or is
-                failing or busy.
-            TimeoutError: If it takes longer than `timeout_seconds`.
         """
         pool = self._openai.DefaultAsyncHttpxClient(trust_env=self._uses_proxy)
         client = self._openai.AsyncOpenAI(http_client=pool, **self._options)
