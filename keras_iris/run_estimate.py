@@ -108,6 +108,7 @@ class RunEstimate:
         prompt_length: Mean tokens of a prompt.
         response_length: Mean tokens of an annotated response.
         new_tokens: Tokens of a synthetic response.
+        num_samples: Synthetic responses to a prompt in an iteration.
         max_length: Most tokens of prompt and response.
         iterations: Number of iterations.
         epochs: Epochs of an iteration.
@@ -133,6 +134,7 @@ class RunEstimate:
     prompt_length: float = 256.0
     response_length: float = 256.0
     new_tokens: int = 256
+    num_samples: int = 1
     max_length: int = 2048
     iterations: int = 5
     epochs: int = 2
@@ -210,7 +212,7 @@ class RunEstimate:
         trained = _MASTER_BYTES * self.num_trained
         export = _COMPUTE_BYTES * self.num_weights
         length = self.prompt_length + self.response_length
-        synthetic = self.iterations * self.new_tokens
+        synthetic = self.iterations * self.num_samples * self.new_tokens
         return {
             # The latest, those of two iterations' starts, and a new one while
             # it replaces another.
@@ -236,14 +238,15 @@ class RunEstimate:
         reading = self._weights_bytes() / (
             self.bytes_per_second * self.num_devices
         )
-        answers = self.num_prompts * self.new_tokens
-        pairs = self.num_prompts * (
+        num_pairs = self.num_prompts * self.num_samples
+        pairs = num_pairs * (
             2 * self.prompt_length + self.response_length + self.new_tokens
         )
+        step = max(forward, reading / self.generation_batch_size)
         passes = 1 + 1 + (2 if self.lora_rank is None else 1)
         once = {
-            "generation": forward * self.num_prompts * self.prompt_length
-            + max(forward, reading / self.generation_batch_size) * answers,
+            "generation": num_pairs * forward * self.prompt_length
+            + num_pairs * step * self.new_tokens,
             "scoring": forward * pairs,
             "training": forward * pairs * passes * self.epochs,
         }

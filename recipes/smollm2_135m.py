@@ -54,6 +54,9 @@ def read_options(arguments):
     )
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument(
+        "--num-samples", type=int, default=1, help="answers to a prompt"
+    )
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument(
         "--small",
@@ -124,7 +127,8 @@ def main(arguments=None):
     before = answer()
 
     model = keras_iris.SelfPlayModel(causal_lm)
-    steps = options.iterations * EPOCHS * -(-len(examples) // BATCH_SIZE)
+    num_pairs = len(examples) * options.num_samples
+    steps = options.iterations * EPOCHS * -(-num_pairs // BATCH_SIZE)
     model.compile(
         optimizer=keras.optimizers.AdamW(
             keras.optimizers.schedules.CosineDecay(options.learning_rate, steps)
@@ -138,6 +142,7 @@ def main(arguments=None):
         iterations=options.iterations,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
+        num_samples=options.num_samples,
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_response_length=MAX_RESPONSE_LENGTH,
         callbacks=[keras_iris.callbacks.AlphaScheduler()],

@@ -65,6 +65,7 @@ def read_options(arguments=None):
     add("--micro-batch-size", 8, "pairs at a time")
     add("--max-length", 2048, "tokens, half of them the prompt's")
     add("--max-new-tokens", 256)
+    add("--num-samples", 1, "answers to a prompt, each in a pair of a batch")
     rates = f"(default: {FULL_RATE}, with LoRA {LORA_RATE})"
     add("--learning-rate", None, rates, type=float)
     add("--lora-rank", None, "(default: all weights are trained)", type=int)
@@ -111,6 +112,7 @@ def main(arguments=None):
             default_template=template,
             num_prompts=options.max_prompts,
             new_tokens=options.max_new_tokens,
+            num_samples=options.num_samples,
             iterations=options.iterations,
             epochs=options.epochs,
             micro_batch_size=options.micro_batch_size,
@@ -147,12 +149,14 @@ def main(arguments=None):
         examples[: options.held_out],
         examples[options.held_out :],
     )
-    num_batches = len(examples) // options.batch_size
+    num_pairs = len(examples) * options.num_samples
+    num_batches = num_pairs // options.batch_size
     num_steps = num_batches * options.epochs * options.iterations
     if num_steps == 0 or not held_out:
         raise SystemExit(
             f"The data have {len(held_out)} held-out and {len(examples)} other "
-            f"examples. Expected at least 1 and {options.batch_size}. Lower "
+            "examples. Expected at least 1 and "
+            f"{options.batch_size // options.num_samples}. Lower "
             "--held-out or --batch-size, or add rows."
         )
 
@@ -182,11 +186,12 @@ def main(arguments=None):
         )
     self_play = keras_iris.SelfPlay(
         model,
-        examples[: num_batches * options.batch_size],
+        examples[: num_batches * options.batch_size // options.num_samples],
         run_dir,
         iterations=options.iterations,
         epochs=options.epochs,
         batch_size=options.batch_size,
+        num_samples=options.num_samples,
         max_response_length=options.max_new_tokens,
         tokenizer=tokenizer,
         engine=engine,

@@ -68,7 +68,7 @@ def _arguments(preset, data, run_dir, *more, **changes):
 @pytest.mark.parametrize(
     ("name", "architecture", "more"),
     [
-        ("zephyr_7b", "mistral", ()),
+        ("zephyr_7b", "mistral", ("--num-samples", "2")),
         ("qwen2_5_3b", "qwen2", ("--lora-rank", "2")),
     ],
 )
@@ -92,6 +92,7 @@ def test_paper_recipe(  # noqa: PLR0913
     assert np.isfinite(nll).all()
     settings = json.loads((run_dir / "manifest.json").read_text())["settings"]
     assert settings["num_examples"] == 4  # and two held out
+    assert settings["num_samples"] == (2 if name == "zephyr_7b" else 1)
     # What was trained is in the exported folder.
     old, new = (
         keras_iris.load(path).get_weights()

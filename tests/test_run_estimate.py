@@ -275,6 +275,8 @@ def test_disk():
     assert disk["engine's model"] == 2 * disk["trained model"]
     assert disk["trained model"] == 2 * num_weights
     assert disk["tokens"] == 4 * 1000 * (160 + 3 * 40)
+    disk = _estimate(ZEPHYR, num_samples=2).disk()
+    assert disk["tokens"] == 4 * 1000 * (160 + 3 * 2 * 40)
     assert _estimate(ZEPHYR).disk()["engine's model"] == 0
 
 
@@ -297,6 +299,8 @@ def test_seconds():
     assert plain["generation"] == pytest.approx(
         3 * 1000 * (100 * forward + 40 * step / 16)
     )
+    for name, time in seconds(num_samples=3).items():
+        assert time == pytest.approx(3 * plain[name])
     assert seconds(lora_rank=16)["training"] == pytest.approx(
         plain["training"] * 3 / 4
     )

@@ -31,7 +31,9 @@ class RenyiGap:
 
     Here `s` is the opponent's log-prob of a response divided by its number of
     tokens. The sampling noise of both means is taken off `d2`, so that its
-    expectation is 0 where data and opponent are the same.
+    expectation is 0 where data and opponent are the same. It is the noise of
+    independent responses, rather too much: what the responses to a prompt
+    have in common cancels.
 
     Reference:
         Chapman and Robbins, "Minimum variance estimation without regularity
@@ -57,17 +59,20 @@ def pair_moments(pairs: PairBatch) -> np.ndarray:
 
     Returns:
         Float64 array of shape `(2, 3)`. For annotated and synthetic responses:
-        the number of pairs, the mean of the log-probs per token, and the sum of
-        their squared deviations from it.
+        their number, where an annotated one that is in several pairs counts
+        once, the mean of their log-probs per token, and the sum of their
+        squared deviations from it.
     """
     weight = pairs.sample_weight[:, None]
     # As many as there are pairs: their scale says nothing.
     weight = weight * len(weight) / max(weight.sum(), 1e-30)
     values = pairs.opponent / np.maximum(pairs.num_tokens, 1)
-    total = np.broadcast_to(weight.sum(axis=0), (2,))
+    total = weight.sum(axis=0)
     mean = (weight * values).sum(axis=0) / np.maximum(total, 1e-30)
     squares = (weight * (values - mean) ** 2).sum(axis=0)
-    return np.stack([total, mean, squares], axis=1).astype("float64")
+    copies = np.array([pairs.num_samples, 1])
+    moments = [total / copies, mean, squares / copies]
+    return np.stack(moments, axis=1).astype("float64")
 
 
 def add_moments(left: np.ndarray, right: np.ndarray) -> np.ndarray:

@@ -49,7 +49,8 @@ class SelfPlayCallback(keras.callbacks.Callback):
 
         Args:
             iteration: Number of the iteration.
-            responses: Token ids of the answer to each prompt.
+            responses: Token ids of the answers to the first prompt,
+                `num_samples` of them, then of those to the next.
             logs: `generate_seconds` and `generated_tokens`.
         """
 

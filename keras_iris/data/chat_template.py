@@ -222,8 +222,7 @@ class ChatTemplate:
         if tokenizer is not None:
             self = self.bind(tokenizer)
         for messages in _CHECK_MESSAGES:
-            full = self.render(messages, _CHECK_RESPONSE)
-            prompt = self.render_prompt(messages)
+            prompt, full = self.render_pair(messages, _CHECK_RESPONSE)
             header, found, end = full[len(prompt) :].partition(_CHECK_RESPONSE)
             if _CHECK_USER not in prompt or not found:
                 raise ValueError(

@@ -35,14 +35,11 @@ def check_vocabulary(examples: Iterable[Example], vocabulary_size: int) -> None:
     """
     for index, example in enumerate(examples):
         token_ids = np.concatenate([example.prompt_ids, example.response_ids])
-        if not token_ids.size:
-            continue
-        smallest, largest = int(token_ids.min()), int(token_ids.max())
-        if smallest < 0 or largest >= vocabulary_size:
-            wrong = smallest if smallest < 0 else largest
+        wrong = token_ids[(token_ids < 0) | (token_ids >= vocabulary_size)]
+        if wrong.size:
             raise ValueError(
                 f"Vocabulary mismatch: example {index} has the token id "
-                f"{wrong}, expected ids from 0 to {vocabulary_size - 1}, the "
-                "model's vocabulary. Use the tokenizer that the model was "
+                f"{wrong[0]}, expected ids from 0 to {vocabulary_size - 1}, "
+                "the model's vocabulary. Use the tokenizer that the model was "
                 "trained with."
             )

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_iris.arguments import check_count
 from keras_iris.data.buckets import (
     check_bucket_lengths,
     choose_bucket_lengths,
@@ -44,7 +45,7 @@ def pad_pairs(
         ValueError: If a pair is longer than `length`, or the numbers of
             examples and responses differ.
     """
-    _check_same_number(examples, synthetic)
+    _check_number(examples, synthetic)
     shape = (len(examples), 2, length)
     token_ids = np.full(shape, pad_token_id, np.int32)
     padding_mask = np.zeros(shape, bool)
@@ -79,28 +80,37 @@ class PairDataset(keras.utils.PyDataset):
     rows; the incomplete one is filled with copies of its first row, of weight
     0. The order is a function of `seed` and `epoch` alone.
 
+    With `num_samples` = k synthetic responses to a prompt each makes a pair
+    with the annotated one, and the k pairs of an example are always in one
+    batch. That is exact: in a mean over pairs of equal weight, tilted or not,
+    an annotated response that is there k times counts as it does once.
+
     `SelfPlayModel.fit` sets `epoch` to the epoch that Keras counts, so that
     each has its own order, also where training is taken up again. Validation
     data and those of `evaluate` have the batches of epoch 0 every time, and
-    `predict` gives its rows in the order of the examples.
+    `predict` gives its rows in the order of the synthetic responses.
 
     Args:
         examples: Prompts with their annotated responses.
-        synthetic: The synthetic response ids of each example.
+        synthetic: The ids of the synthetic responses, `num_samples` of the
+            first example, then those of the next.
         opponent_log_probs: The opponent's log-probs in nats, of shape
-            `(num_examples, 2)`: annotated, synthetic.
-        batch_size: Number of pairs in a batch.
+            `(len(synthetic), 2)`: annotated, synthetic.
+        batch_size: Number of pairs in a batch, a multiple of `num_samples`:
+            there are `batch_size / num_samples` prompts in it.
+        num_samples: Synthetic responses to each prompt.
         pad_token_id: The id of the padding.
         bucket_lengths: The sequence lengths that batches may have, in tokens.
             Defaults to at most four, from the quartiles of the data.
-        shuffle: Whether to shuffle. If not, rows are sorted by length.
+        shuffle: Whether to shuffle. If not, examples are sorted by length.
         seed: Of the shuffling.
         epoch: The epoch whose order is in force.
 
     Raises:
-        ValueError: If there are fewer examples than `batch_size`, the
-            arguments are of different lengths, a prompt or response is empty,
-            a row is too long or a log-prob isn't finite.
+        ValueError: If there are fewer pairs than `batch_size`, which isn't a
+            multiple of `num_samples`, the arguments are of different lengths,
+            a prompt or response is empty, a row is too long or a log-prob
+            isn't finite.
     """
 
     def __init__(  # noqa: PLR0913
@@ -110,6 +120,7 @@ class PairDataset(keras.utils.PyDataset):
         opponent_log_probs: NDArray[np.floating[Any]] | None = None,
         *,
         batch_size: int,
+        num_samples: int = 1,
         pad_token_id: int = 0,
         bucket_lengths: Sequence[int] | None = None,
         shuffle: bool = True,
@@ -117,20 +128,24 @@ class PairDataset(keras.utils.PyDataset):
         epoch: int = 0,
     ):
         super().__init__()
-        _check_same_number(examples, synthetic)
-        _check_batch_size(batch_size, len(examples))
+        check_batch_size(batch_size, num_samples)
+        _check_number(examples, synthetic, num_samples)
+        check_one_batch(len(synthetic), batch_size)
         self.batch_size = batch_size
+        self.num_samples = num_samples
         self.pad_token_id = pad_token_id
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = epoch
-        self._prompts = _Ragged([e.prompt_ids for e in examples], "prompt")
-        self._real = _Ragged([e.response_ids for e in examples], "response")
-        self._synthetic = _Ragged(synthetic, "synthetic response")
-        self._log_probs = _check_log_probs(opponent_log_probs, len(examples))
-        self._lengths = self._prompts.lengths + np.maximum(
-            self._real.lengths, self._synthetic.lengths
-        )
+        self._examples = examples
+        self._synthetic = synthetic
+        self._log_probs = _check_log_probs(opponent_log_probs, len(synthetic))
+        # Of an example, with the longest of its responses.
+        prompt = _lengths([e.prompt_ids for e in examples], "prompt")
+        real = _lengths([e.response_ids for e in examples], "response")
+        fake = _lengths(synthetic, "synthetic response", num_samples)
+        fake = fake.reshape(-1, num_samples).max(axis=1)
+        self._lengths = prompt + np.maximum(real, fake)
         if bucket_lengths is None:
             self.bucket_lengths = choose_bucket_lengths(self._lengths)
         else:
@@ -142,29 +157,32 @@ class PairDataset(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self._lengths) // self.batch_size)
+        return -(-len(self._synthetic) // self.batch_size)
 
     def __getitem__(self, batch_index: int) -> Batch:
         """The batch `(x, y, sample_weight)`."""
         indices = self.indices(batch_index)
-        rows = np.where(indices < 0, indices[0], indices)
+        pairs = np.where(indices < 0, indices[0], indices)
+        examples = pairs // self.num_samples
+        longest = self._lengths[examples].max()
         x = pad_pairs(
-            [Example(self._prompts[i], self._real[i]) for i in rows],
-            [self._synthetic[i] for i in rows],
-            self._bucket_length(rows),
+            [self._examples[i] for i in examples],
+            [self._synthetic[i] for i in pairs],
+            next(b for b in self.bucket_lengths if b >= longest),
             self.pad_token_id,
         )
-        return x, self._log_probs[rows], (indices >= 0).astype(np.float32)
+        return x, self._log_probs[pairs], (indices >= 0).astype(np.float32)
 
     def indices(self, batch_index: int) -> NDArray[np.int64]:
-        """The example index of each row of a batch.
+        """The number of the pair in each row of a batch.
 
         Args:
             batch_index: From 0 to `len(self) - 1`.
 
         Returns:
-            int64 of shape `(batch_size,)`, -1 for the rows that fill up the
-            incomplete batch.
+            int64 of shape `(batch_size,)`: the pair of `synthetic[i]`, which is
+            of example `i // num_samples`, has number i; -1 for the rows that
+            fill up the incomplete batch.
         """
         return self._batches()[batch_index]
 
@@ -182,71 +200,75 @@ class PairDataset(keras.utils.PyDataset):
         epoch = self.epoch if self.shuffle else 0
         if epoch != self._planned_epoch:
             generator = np.random.default_rng([self.seed, epoch])
-            self._plan = plan_batches(
+            examples = plan_batches(
                 self._lengths,
-                self.batch_size,
+                self.batch_size // self.num_samples,
                 generator if self.shuffle else None,
             )
+            places = np.arange(self.num_samples)
+            pairs = examples[..., None] * self.num_samples + places
+            self._plan = pairs.reshape(len(examples), -1).clip(-1)
             self._planned_epoch = epoch
         return self._plan
 
-    def _bucket_length(self, rows: NDArray[np.int64]) -> int:
-        longest = int(self._lengths[rows].max())
-        return next(b for b in self.bucket_lengths if b >= longest)
+
+def check_batch_size(batch_size: int, num_samples: int) -> None:
+    """Refuses batches of pairs that would part those of an example."""
+    check_count("batch_size", batch_size)
+    check_count("num_samples", num_samples)
+    if batch_size % num_samples:
+        raise ValueError(
+            f"Expected `batch_size` to be a multiple of num_samples="
+            f"{num_samples}, as it counts pairs and those of a prompt stay "
+            f"together. Received: {batch_size}"
+        )
 
 
-class _Ragged:
-    """Rows of token ids in one flat array, which keeps memory small."""
-
-    def __init__(self, rows: Sequence[TokenIds], name: str):
-        self.lengths = np.asarray([len(row) for row in rows], np.int64)
-        empty = np.flatnonzero(self.lengths == 0)
-        if len(empty):
-            raise ValueError(
-                f"The {name} of example {empty[0]} is empty ({len(empty)} "
-                "such examples). Expected at least one token."
-            )
-        self._ids = np.concatenate([np.asarray(r, np.int32) for r in rows])
-        self._ends = np.cumsum(self.lengths)
-
-    def __getitem__(self, index: int) -> TokenIds:
-        end = self._ends[index]
-        return self._ids[end - self.lengths[index] : end]
+def check_one_batch(num_pairs: int, batch_size: int) -> None:
+    """Refuses data without a full batch, over which the loss is defined."""
+    if num_pairs < batch_size:
+        raise ValueError(
+            f"The data make {num_pairs} pairs, fewer than batch_size="
+            f"{batch_size}. Lower `batch_size` or add rows."
+        )
 
 
-def _check_same_number(
-    examples: Sequence[Example], synthetic: Sequence[TokenIds]
+def _lengths(
+    rows: Sequence[TokenIds], name: str, num_samples: int = 1
+) -> NDArray[np.int64]:
+    """Tokens of each row, `num_samples` of which are an example's."""
+    lengths = np.asarray([len(row) for row in rows], np.int64)
+    empty = np.flatnonzero(lengths == 0)
+    if len(empty):
+        raise ValueError(
+            f"The {name} of example {empty[0] // num_samples} is empty "
+            f"({len(empty)} such responses or prompts). Expected at least one "
+            "token."
+        )
+    return lengths
+
+
+def _check_number(
+    examples: Sequence[Example],
+    synthetic: Sequence[TokenIds],
+    num_samples: int = 1,
 ) -> None:
-    if len(examples) != len(synthetic):
+    if len(examples) * num_samples != len(synthetic):
         raise ValueError(
             f"Received {len(examples)} examples and {len(synthetic)} "
-            "synthetic responses, expected one response for each example."
-        )
-
-
-def _check_batch_size(batch_size: int, num_examples: int) -> None:
-    if batch_size < 1:
-        raise ValueError(
-            f"Expected `batch_size` of at least 1, received {batch_size}."
-        )
-    if num_examples < batch_size:
-        raise ValueError(
-            f"The data has {num_examples} rows, fewer than `batch_size` = "
-            f"{batch_size}. Expected at least one full batch, because the "
-            "objective is defined over a batch. Use a smaller `batch_size` "
-            "or more data."
+            f"synthetic responses, expected {num_samples} for each example."
         )
 
 
 def _check_log_probs(
-    log_probs: NDArray[np.floating[Any]] | None, num_examples: int
+    log_probs: NDArray[np.floating[Any]] | None, num_pairs: int
 ) -> NDArray[np.float32]:
     if log_probs is None:
-        return np.zeros((num_examples, 2), np.float32)
+        return np.zeros((num_pairs, 2), np.float32)
     values = np.asarray(log_probs, np.float32)
-    if values.shape != (num_examples, 2):
+    if values.shape != (num_pairs, 2):
         raise ValueError(
-            f"Expected `opponent_log_probs` of shape ({num_examples}, 2), "
+            f"Expected `opponent_log_probs` of shape ({num_pairs}, 2), "
             f"received {values.shape}."
         )
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_iris.arguments import check_count
 from keras_iris.data.conversations import Conversation, read_conversations
 from keras_iris.data.rows import OnBadRow
 
@@ -45,11 +46,8 @@ def load_dataset(  # noqa: PLR0913
             asked for another split or to be streamed, or
             `read_conversations` cannot read a row.
     """
-    if num_prompts is not None and num_prompts < 1:
-        raise ValueError(
-            f"Expected `num_prompts` of at least 1, received {num_prompts}. "
-            "Pass None for all rows."
-        )
+    if num_prompts is not None:
+        check_count("num_prompts", num_prompts)
     if Path(name).suffix.lower() in (".jsonl", ".parquet"):
         _check_file_options(name, split, streaming)
         conversations = read_conversations(name, on_bad_row=on_bad_row)

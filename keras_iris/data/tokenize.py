@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import keras
 import numpy as np
 
+from keras_iris.arguments import check_count
 from keras_iris.data.chat_template import ChatTemplate
 from keras_iris.data.conversations import Conversation, read_conversation
 from keras_iris.data.encoder import Encoder, TokenPair, as_messages
@@ -88,12 +89,8 @@ def tokenize(  # noqa: PLR0913
             f"Expected `on_overflow` to be one of {_OVERFLOWS}, received "
             f"{on_overflow!r}."
         )
-    if max_prompt_length < 1 or max_response_length < 1:
-        raise ValueError(
-            "Expected `max_prompt_length` and `max_response_length` of at "
-            f"least 1, received {max_prompt_length} and "
-            f"{max_response_length}."
-        )
+    check_count("max_prompt_length", max_prompt_length)
+    check_count("max_response_length", max_response_length)
     bad_rows = BadRows(on_bad_row)
     if template is not None:
         template = template.bind(tokenizer)

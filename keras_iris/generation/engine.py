@@ -50,7 +50,8 @@ class Engine(abc.ABC):
         """Draws one completion for each prompt.
 
         Args:
-            prompts: Token ids of each prompt.
+            prompts: Token ids of each prompt. One that is there several times
+                gets a draw of its own each time.
             seed: Non-negative. The same seed, prompts and weights give the
                 same completions.
 

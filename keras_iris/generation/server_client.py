@@ -8,7 +8,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
-from threading import Thread
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -44,11 +43,13 @@ class ServerClient:
         self.where = f"The server at {base_url}"
         try:
             self._openai: Any = importlib.import_module("openai")
+            anyio: Any = importlib.import_module("anyio.from_thread")
         except ImportError as error:
             raise ImportError(
                 "ServerEngine needs the `openai` package, which isn't "
                 "installed. Install it with: pip install keras_iris[server]"
             ) from error
+        self._start_portal = anyio.start_blocking_portal
         self._seconds = timeout_seconds
         is_here = _is_loopback(base_url)
         if api_key is None and (is_here or base_url.startswith("https://")):
@@ -78,23 +79,15 @@ class ServerClient:
     ) -> Generator[Answer, None, None]:
         """Yields the answers in the order of the items.
 
-        When it's closed or fails, requests on the way are broken off.
+        When it's closed or fails, requests on the way are broken off. Errors
+        are those of `ServerEngine.generate`.
 
         Args:
             path: Such as `"/completions"`.
             items: What to ask for.
             write: An item's request.
-            read: What is kept of an answer's text.
+            read: What is kept, and yielded, of an answer's text.
             concurrency: Requests at a time.
-
-        Yields:
-            What `read` gave, in the order of the items.
-
-        Raises:
-            ValueError: If the server refuses a request.
-            ConnectionError: If the server can't be reached, breaks off, or is
-                failing or busy.
-            TimeoutError: If it takes longer than `timeout_seconds`.
         """
         pool = self._openai.DefaultAsyncHttpxClient(trust_env=self._uses_proxy)
         client = self._openai.AsyncOpenAI(http_client=pool, **self._options)
@@ -105,10 +98,10 @@ class ServerClient:
         async def work() -> None:
             while waiting:
                 item, answer = waiting.popleft()
-                body = write(item)
-                send = client.get if body is None else client.post
-                options = {} if body is None else {"body": body}
                 try:
+                    body = write(item)
+                    send = client.get if body is None else client.post
+                    options = {} if body is None else {"body": body}
                     text = await send(path, cast_to=str, **options)
                     answer.set_result(read(text))
                 except Exception as error:
@@ -118,20 +111,15 @@ class ServerClient:
             async with client:
                 await asyncio.gather(*(work() for _ in range(concurrency)))
 
-        # In a thread of its own: a notebook's has a loop already.
-        loop = asyncio.new_event_loop()
-        task = loop.create_task(work_all())
-        thread = Thread(target=_run, args=(loop, task), daemon=True)
-        thread.start()
         try:
-            while answers:
-                yield answers.popleft().result()
+            # In a thread of its own: a notebook's has a loop already. It
+            # breaks off what runs when this is left by an error.
+            with self._start_portal() as portal:
+                portal.start_task_soon(work_all)
+                while answers:
+                    yield answers.popleft().result()
         except self._openai.OpenAIError as error:
             raise self._translate(error) from error
-        finally:
-            loop.call_soon_threadsafe(task.cancel)
-            thread.join()
-            loop.close()
 
     def _translate(self, error: Any) -> Exception:
         """The error of the client as one of ours."""
@@ -160,11 +148,6 @@ class ServerClient:
             f"{status}, Retry-After: {pause}, {error.message}. Expected 200. "
             "Once it answers, run again: self-play continues."
         )
-
-
-def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[None]) -> None:
-    with contextlib.suppress(asyncio.CancelledError):
-        loop.run_until_complete(task)
 
 
 def _is_loopback(url: str) -> bool:

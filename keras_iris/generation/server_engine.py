@@ -273,12 +273,11 @@ class ServerEngine(Engine):
                 f"`command` of one to start. Received: {base_url!r} and "
                 f"{self.command!r}."
             )
-        places = {"{port}"} | (
-            {"{folder}"} if self.reads == "export" else set()
-        )
-        text = " ".join(self.command or places)
-        if places != {p for p in ("{port}", "{folder}") if p in text}:
+        places = ["{folder}", "{port}"]
+        needed = places[1:] if self.reads == "adapter" else places
+        text = " ".join(self.command or needed)
+        if [place for place in places if place in text] != needed:
             raise ValueError(
-                f"Expected `command` to name {' and '.join(sorted(places))} "
+                f"Expected `command` to name {' and '.join(needed)} "
                 f"with adapters={self.reads == 'adapter'}. Received: {text}"
             )

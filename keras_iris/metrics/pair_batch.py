@@ -19,6 +19,7 @@ class PairBatch(NamedTuple):
         sample_weight: Weights, shape `(batch,)`.
         alpha: The order, a scalar.
         gap: The latest estimate of the gap, a scalar, in nats.
+        num_samples: How many pairs each annotated response is in, a scalar.
     """
 
     opponent: Tensor
@@ -27,6 +28,7 @@ class PairBatch(NamedTuple):
     sample_weight: Tensor
     alpha: Tensor = 1.0
     gap: Tensor = 0.0
+    num_samples: Tensor = 1
 
     @property
     def log_ratio(self) -> Tensor:
@@ -35,11 +37,11 @@ class PairBatch(NamedTuple):
 
     def to_tensors(self) -> "PairBatch":
         """The batch in float32 tensors; rows of weight 0 hold zeros."""
-        opponent, policy, num_tokens, weight, alpha, gap = (
+        opponent, policy, num_tokens, weight, *scalars = (
             ops.cast(ops.convert_to_tensor(field), "float32") for field in self
         )
         weight = flat_weights(weight, policy.shape[0])
         is_row = weight[:, None] > 0
         # Whose own values may be anything, NaN included.
         rows = [ops.where(is_row, a, 0.0) for a in (opponent, policy)]
-        return PairBatch(rows[0], rows[1], num_tokens, weight, alpha, gap)
+        return PairBatch(rows[0], rows[1], num_tokens, weight, *scalars)

@@ -35,6 +35,7 @@ class RecentLogProbs(keras.metrics.Metric):
         # their own.
         self.alpha = self._keep((), "ones", "alpha")
         self.gap = self._keep((), "zeros", "gap")
+        self.num_samples = 1  # of `PairBatch`
 
     def _keep(
         self,
@@ -110,7 +111,7 @@ class RecentLogProbs(keras.metrics.Metric):
             float(ops.convert_to_numpy(v)) for v in (self.alpha, self.gap)
         )
         columns = rows[:, 0:2], rows[:, 2:4], rows[:, 4:6], rows[:, 6]
-        return PairBatch(*columns, alpha, gap)
+        return PairBatch(*columns, alpha, gap, self.num_samples)
 
     def get_config(self) -> dict[str, Any]:
         """The metric's configuration."""

@@ -207,7 +207,9 @@ class SelfPlayModel(backend.Trainer):
         options = _options(super().fit, x, *args, **kwargs)
         check_fit(self.loss, options.get("class_weight"))
         self.check_devices()
+        self.recent.num_samples = 1
         if isinstance(x, PairDataset):
+            self.recent.num_samples = x.num_samples
             callbacks = keras.tree.flatten(options.get("callbacks") or [])
             options |= {
                 "x": backend.dataset(x, is_training=True),
@@ -242,7 +244,7 @@ class SelfPlayModel(backend.Trainer):
 
         Args:
             x: As there. The rows of a `keras_iris.data.PairDataset` are given
-                in the order of its examples.
+                in the order of its synthetic responses.
             *args: Other arguments of `keras.Model.predict`.
             **kwargs: The same by name.
 

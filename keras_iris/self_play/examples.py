@@ -11,6 +11,7 @@ from keras_iris.data import (
     check_vocabulary,
     tokenize,
 )
+from keras_iris.data.pairs import check_one_batch
 from keras_iris.hub.convert_tokenizer import convert_keras_hub
 from keras_iris.self_play.options import Options
 
@@ -62,11 +63,7 @@ def prepare_examples(
             cache_dir=cache_dir if isinstance(data, str | Path) else None,
         )
     check_vocabulary(examples, causal_lm.backbone.token_embedding.input_dim)
-    if len(examples) < options.batch_size:
-        raise ValueError(
-            f"The data have {len(examples)} usable rows, fewer than "
-            f"batch_size={options.batch_size}. Lower `batch_size` or add rows."
-        )
+    check_one_batch(len(examples) * options.num_samples, options.batch_size)
     if tokenizer is not None:  # `export` writes what is trained with
         causal_lm.tokenizer = tokenizer
         causal_lm.chat_template = template and template.bind(tokenizer)

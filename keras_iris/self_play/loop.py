@@ -66,7 +66,11 @@ class SelfPlay(Options):
         run_dir: Folder of the run.
         iterations: Number of iterations.
         epochs: Epochs of an iteration.
-        batch_size: Pairs of a batch; the mean of the loss is over all.
+        batch_size: Pairs of a batch; the mean of the loss is over all. A
+            multiple of `num_samples`, as in `keras_iris.data.PairDataset`.
+        num_samples: Synthetic responses to a prompt in an iteration, each a
+            pair with the annotated one. More of them are less noise, and as
+            many times the work.
         max_prompt_length: Tokens of a prompt; longer ones are cut on the
             left. A list of `Example` stays as it is, whatever its lengths.
         max_response_length: Tokens of a response, annotated or synthetic.
@@ -141,7 +145,7 @@ class SelfPlay(Options):
         return self._num_steps(self.iterations)
 
     def _num_steps(self, iterations: int) -> int:
-        steps = -(-len(self.examples) // self.batch_size)
+        steps = -(-self.num_pairs // self.batch_size)
         return steps * self.epochs * iterations
 
     def run(self) -> Path:
@@ -318,6 +322,7 @@ class SelfPlay(Options):
             responses,
             log_probs,
             batch_size=self.batch_size,
+            num_samples=self.num_samples,
             bucket_lengths=self.bucket_lengths,
             seed=combine_seeds(self.seed, iteration),
         )
@@ -326,13 +331,17 @@ class SelfPlay(Options):
         self, log_probs: np.ndarray, num_synthetic_tokens: np.ndarray
     ) -> PairBatch:
         """All pairs of an iteration as it starts."""
-        num_tokens = [len(example.response_ids) for example in self.examples]
+        real = np.repeat(
+            [len(example.response_ids) for example in self.examples],
+            self.num_samples,
+        )
         log_probs = log_probs.astype("float64")
         return PairBatch(
             opponent=log_probs,
             policy=log_probs,
-            num_tokens=np.stack([num_tokens, num_synthetic_tokens], axis=1),
+            num_tokens=np.stack([real, num_synthetic_tokens], axis=1),
             sample_weight=np.ones(len(log_probs)),
+            num_samples=self.num_samples,
         )
 
     def _notify(self, hook: str, *arguments: Any) -> None:

@@ -25,11 +25,12 @@ class Answers(NamedTuple):
     """A shard of the responses of an iteration.
 
     Attributes:
-        first: Number of its first example.
-        examples: Prompts and annotated responses.
+        first: Number of its first response.
+        examples: Prompts and annotated responses, each as often as it has
+            synthetic ones.
         responses: Token ids of a synthetic response to each prompt.
         engine_log_probs: What the engine says of them, in nats, shape
-            `(examples,)`; NaN where it says nothing.
+            `(responses,)`; NaN where it says nothing.
     """
 
     first: int
@@ -65,13 +66,16 @@ class Opponent:
     ) -> list[Answers]:
         """Answers all prompts; returns the responses shard by shard.
 
+        An engine gets a prompt as often as it has to be answered.
+
         Args:
             iteration: Number of the iteration.
             key: Names the weights and the data.
             is_over: Whether training has begun, and the model's weights are
                 the opponent's no more: then all shards have to be there.
         """
-        examples = self.options.examples
+        copies = range(self.options.num_samples)
+        examples = [e for e in self.options.examples for _ in copies]
         name = f"iteration_{iteration:03d}/synthetic"
         size = self.folder.shard_size(name, key) or self.options.shard_size
         starts = range(0, len(examples), size)
@@ -125,7 +129,7 @@ class Opponent:
         *,
         is_over: bool,
     ) -> np.ndarray:
-        """Log-probs `(examples, 2)` of both responses, in nats.
+        """Log-probs `(pairs, 2)` of both responses, in nats.
 
         They are of what `answer` gave, with the same arguments.
         """
@@ -140,7 +144,7 @@ class Opponent:
                     batch_size=self._rows_at_once,
                     bucket_lengths=self.options.bucket_lengths,
                 )
-                _check_finite(log_probs, shard.first)
+                self._check_finite(log_probs, shard.first)
                 yield {"log_probs": log_probs}
 
         name = f"iteration_{iteration:03d}/opponent"
@@ -170,6 +174,16 @@ class Opponent:
     def _rows_at_once(self) -> int:
         """A forward pass has room where a training step has."""
         return self.model.micro_batch_size or self.options.batch_size
+
+    def _check_finite(self, log_probs: np.ndarray, first: int) -> None:
+        bad = first + np.flatnonzero(~np.isfinite(log_probs).all(axis=1))
+        if len(bad):
+            examples = np.unique(bad // self.options.num_samples).tolist()
+            raise FloatingPointError(
+                f"The log-probs of examples {examples} are not finite, under "
+                "the model as the iteration starts. Check its weights and "
+                "dtype, and these rows of the data."
+            )
 
     def _compare(self, iteration: int, *values: np.ndarray) -> None:
         """Compares log-probs of engine and trainer, and logs how they differ.
@@ -247,13 +261,3 @@ def _hash(responses: list[np.ndarray]) -> str:
     lengths = np.array([len(ids) for ids in responses])
     arrays = {"ids": np.concatenate(responses), "lengths": lengths}
     return hash_arrays(arrays)[:16]
-
-
-def _check_finite(log_probs: np.ndarray, first: int) -> None:
-    bad = first + np.flatnonzero(~np.isfinite(log_probs).all(axis=1))
-    if len(bad):
-        raise FloatingPointError(
-            f"The log-probs of examples {bad.tolist()} are not finite, "
-            "under the model as the iteration starts. Check its weights and "
-            "dtype, and these rows of the data."
-        )

@@ -9,6 +9,7 @@ import keras
 
 from keras_iris.arguments import check_count, check_positive
 from keras_iris.data import ChatTemplate, Example, Tokenizer
+from keras_iris.data.pairs import check_batch_size
 from keras_iris.data.rows import OnBadRow
 from keras_iris.data.tokenize import OnOverflow
 from keras_iris.evaluation import score_mode
@@ -29,6 +30,7 @@ class Options:
     iterations: int = 5
     epochs: int = 2
     batch_size: int = 64
+    num_samples: int = 1
     max_prompt_length: int = 1024
     max_response_length: int = 256
     on_overflow: OnOverflow = "drop"
@@ -50,17 +52,24 @@ class Options:
     end_token_ids: tuple[int, ...] = field(init=False)
     bucket_lengths: tuple[int, ...] = field(init=False)
 
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of an epoch."""
+        return len(self.examples) * self.num_samples
+
     def check(self) -> None:
         """Refuses arguments out of their range, and a model as it is."""
         for name in (
             "iterations",
             "epochs",
             "batch_size",
+            "num_samples",
             "max_prompt_length",
             "max_response_length",
             "shard_size",
         ):
             setattr(self, name, check_count(name, getattr(self, name)))
+        check_batch_size(self.batch_size, self.num_samples)
         if self.checkpoint_every_steps is not None:
             check_count("checkpoint_every_steps", self.checkpoint_every_steps)
         check_positive(

@@ -34,7 +34,8 @@ def result_settings(options: Options) -> dict[str, Any]:
         "class_name": type(model.loss).__name__,
         "config": model.loss_config,
     }
-    names = "end_token_ids epochs batch_size max_response_length seed"
+    names = "end_token_ids epochs batch_size num_samples max_response_length "
+    names += "seed"
     parts = {
         "num_examples": len(options.examples),
         **{name: getattr(options, name) for name in names.split()},

@@ -119,9 +119,10 @@ class Steps(keras.callbacks.Callback):
             step = epochs * len(here.dataset) + number + 1
             if not np.isfinite(pairs.policy).all():
                 indices = here.dataset.indices(number)
+                indices = indices[indices >= 0] // here.dataset.num_samples
                 raise FloatingPointError(
                     "Training stopped: a log-prob of the batch with examples "
-                    f"{indices[indices >= 0].tolist()} is not finite (step "
+                    f"{np.unique(indices).tolist()} is not finite (step "
                     f"{step}). The checkpoint is of before. Lower the learning "
                     "rate, clip gradients, or use a wider dtype."
                 )

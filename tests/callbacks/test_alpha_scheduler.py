@@ -6,6 +6,7 @@ from tiny_models import make_causal_lm, make_pairs
 import keras_iris
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler, RenyiGap
 from keras_iris.callbacks.gap import gap_of_moments
+from keras_iris.data import Example, PairDataset
 from keras_iris.losses import IRIS
 from keras_iris.metrics import PairBatch, effective_sample_size
 
@@ -187,6 +188,21 @@ def test_the_gap_is_streamed_over_the_first_epoch_and_then_final():
     sums = keras.ops.convert_to_numpy(model.gap_sums.value)
     assert sums[:, 0].tolist() == [32, 32]
     assert gap_of_moments(sums) == pytest.approx(gaps[-1], rel=1e-4)
+
+
+def test_the_gap_of_pairs_that_share_an_annotated_response():
+    response = np.ones(2, "int32")
+    pairs = PairDataset(
+        [Example(response, response)] * 6,
+        [response] * 12,
+        np.random.default_rng(0).normal(-8, 2, (12, 2)),
+        batch_size=6,
+        num_samples=2,
+    )
+    model = _model()
+    model.fit(pairs, verbose=0, callbacks=[AlphaScheduler()])
+    sums = keras.ops.convert_to_numpy(model.gap_sums.value)
+    assert sums[:, 0].tolist() == [6, 12]
 
 
 def test_a_resumed_fit_has_the_alpha_of_an_unbroken_one(tmp_path):

@@ -69,6 +69,26 @@ def test_by_hand():
         assert RenyiGap().gap(scaled) == pytest.approx(np.log(1 + d2))
 
 
+def test_annotated_responses_that_are_in_several_pairs():
+    """Which makes them no more responses: NumPy, of each once."""
+    rng = np.random.default_rng(0)
+    num_samples, number = 3, 10
+    real = rng.normal(-2, 1, number)
+    synthetic = rng.normal(-4, 1, number * num_samples)
+    log_probs = np.stack([np.repeat(real, num_samples), synthetic], axis=1)
+    pairs = PairBatch(
+        5 * log_probs,
+        log_probs,
+        np.full(log_probs.shape, 5),
+        np.ones(len(log_probs)),
+        num_samples=num_samples,
+    )
+    noise = [np.var(s, ddof=1) / len(s) for s in (real, synthetic)]
+    excess = (real.mean() - synthetic.mean()) ** 2 - sum(noise)
+    gap = np.log(1 + excess / np.var(synthetic, ddof=1))
+    assert RenyiGap().gap(pairs) == pytest.approx(gap)
+
+
 def test_own_samples_have_no_gap():
     """Within three standard errors: d2's is sqrt(2) * (1/N + 1/M)."""
     model = _bigram(0)

@@ -145,6 +145,54 @@ def test_order_of_rows_of_one_length_by_hand():
     )
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_pairs_of_an_example_are_in_one_batch(shuffle):
+    num_examples, num_samples = 23, 3
+    examples, first, _ = make(num_examples)
+    _, others, _ = make(num_examples, seed=1)
+    synthetic = [
+        np.append(ids, np.int32(sample))
+        for real, other in zip(first, others, strict=True)
+        for sample, ids in enumerate((real, other, real[:1]))
+    ]
+    log_probs = np.arange(2.0 * len(synthetic)).reshape(-1, 2)
+    dataset = PairDataset(
+        examples,
+        synthetic,
+        log_probs,
+        batch_size=12,
+        num_samples=num_samples,
+        shuffle=shuffle,
+    )
+    assert len(dataset) == 6  # 4 examples in each, 3 in one
+    orders = []
+    for dataset.epoch in range(2):
+        seen = []
+        for x, y, weight in (dataset[i] for i in range(len(dataset))):
+            assert x["token_ids"].shape[:2] == (12, 2)
+            numbers = np.flatnonzero(weight)
+            assert len(numbers) in (12, 9)
+            for row in numbers:
+                pair = int(y[row, 0] / 2)
+                example = examples[pair // num_samples]
+                responses = (example.response_ids, synthetic[pair])
+                for column, response in enumerate(responses):
+                    ids, mask = (
+                        x[name][row, column]
+                        for name in ("token_ids", "response_mask")
+                    )
+                    np.testing.assert_array_equal(ids[mask], response)
+                seen.append(pair)
+        groups = np.reshape(seen, (num_examples, num_samples))
+        assert sorted(groups[:, 0] // num_samples) == list(range(num_examples))
+        np.testing.assert_array_equal(groups - groups[:, :1], [[0, 1, 2]] * 23)
+        orders.append(seen)
+        indices = all_indices(dataset)
+        assert indices[indices >= 0].tolist() == seen
+        assert (indices >= -1).all()
+    assert (orders[0] == orders[1]) == (not shuffle)
+
+
 def test_without_shuffling_no_epoch_changes_the_order():
     *_, dataset = make(50, shuffle=False)
     before = all_indices(dataset)
@@ -169,9 +217,12 @@ NAN = np.array([[0.0, 1.0], [np.nan, 0.0], [0.0, -np.inf]])
 @pytest.mark.parametrize(
     ("num_examples", "options", "error"),
     [
-        (3, {"batch_size": 0}, "`batch_size` of at least 1, received 0"),
-        (3, {"batch_size": 4}, "3 rows, fewer than `batch_size` = 4.*smaller"),
-        (0, {"batch_size": 1}, "0 rows, fewer"),
+        (3, {"batch_size": 0}, "`batch_size` .* at least 1. Received: 0"),
+        (3, {"num_samples": 0}, "`num_samples` .* at least 1. Received: 0"),
+        (3, {"num_samples": 4}, "multiple of num_samples=4, .* Received: 2"),
+        (3, {"num_samples": 2}, "3 synthetic responses, expected 2 for each"),
+        (3, {"batch_size": 4}, "3 pairs, fewer than batch_size=4. Lower"),
+        (0, {"batch_size": 1}, "0 pairs, fewer"),
         (3, {"synthetic": [ONE]}, "3 examples and 1 synthetic"),
         (3, {"synthetic": [ONE, ONE, EMPTY]}, "synthetic response of exa.* 2"),
         (3, {"opponent_log_probs": NAN}, r"NaN.* 2 rows, first in \[1, 2\]"),

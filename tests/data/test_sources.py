@@ -111,7 +111,9 @@ def test_home_and_upper_case(folder, monkeypatch):
 
 
 def test_fewer_than_one_prompt(folder):
-    with pytest.raises(ValueError, match="at least 1, received 0"):
+    with pytest.raises(
+        ValueError, match="`num_prompts` .* at least 1. Received: 0"
+    ):
         load_dataset(folder, num_prompts=0)
 
 

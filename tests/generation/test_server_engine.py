@@ -87,6 +87,14 @@ def test_ids_seeds_and_order(server):
     assert seeds == {(5, 1): 40, (6,): 41, (7,): 42, (8,): 43}
 
 
+def test_a_prompt_that_is_there_several_times_has_several_seeds(server):
+    server.answer = lambda handler, request: handler.send(
+        as_json(token_ids=[request["seed"], END])
+    )
+    completions = make_engine(server).generate([[9]] * 3, seed=40)
+    assert [c.token_ids[0] for c in completions] == [40, 41, 42]
+
+
 def test_requests_ask_for_the_whole_distribution(server):
     server.answer = echo_first_id
     make_engine(server).generate([[9]], seed=0)

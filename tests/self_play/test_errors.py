@@ -63,6 +63,11 @@ class TestErrors:
         with pytest.raises(ValueError, match="fewer than batch_size=8"):
             make_self_play(tmp_path, examples=make_examples(3))
 
+    def test_samples_that_do_not_divide_a_batch(self, tmp_path):
+        with pytest.raises(ValueError, match="num_samples=3.* Received: 8"):
+            make_self_play(tmp_path / "run", num_samples=3)
+        assert not (tmp_path / "run").exists()
+
     def test_vocabulary(self, tmp_path):
         examples = make_examples()
         examples[0].prompt_ids[0] = VOCABULARY_SIZE

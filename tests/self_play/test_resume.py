@@ -16,6 +16,7 @@ from self_play_helpers import (
     assert_same_end,
     final_arrays,
     lines_of,
+    make_examples,
     make_self_play,
 )
 
@@ -117,6 +118,55 @@ s.run()
     make_self_play(run_dir).run()
     assert_same_end(run_dir, finished)
     assert not list(run_dir.rglob(".*"))
+
+
+def test_two_samples_a_prompt(tmp_path):
+    options = dict(num_samples=2, iterations=1, epochs=1)
+    ends = tmp_path / "whole", tmp_path / "cut"
+    whole = make_self_play(ends[0], **options)
+    whole.run()
+    steps = lines_of(ends[0], "step")
+    assert len(steps) == whole.num_steps == 6  # 24 prompts, 8 pairs a step
+    stopped = [AlphaScheduler(), Stop(2)]
+    make_self_play(ends[1], callbacks=stopped, **options).run()
+    assert len(lines_of(ends[1], "step")) == 3
+    make_self_play(ends[1], **options).run()
+    assert_same_end(*ends)
+    with pytest.raises(ValueError, match="num_samples: 2 there, 1 here"):
+        make_self_play(ends[0], iterations=1, epochs=1)
+
+    # Both answers to a prompt are there, side by side, and not one twice.
+    examples = make_examples()
+    shards, scores = (
+        [read_arrays(file)[0] for file in sorted(folder.iterdir())]
+        for folder in (
+            ends[0] / "iteration_001" / kind
+            for kind in ("synthetic", "opponent")
+        )
+    )
+    assert [len(shard["lengths"]) for shard in shards] == [10] * 4 + [8]
+    lengths, ids, log_probs = (
+        np.concatenate([arrays[name] for arrays in parts])
+        for parts, name in (
+            (shards, "lengths"),
+            (shards, "token_ids"),
+            (scores, "log_probs"),
+        )
+    )
+    answers = np.split(ids, np.cumsum(lengths)[:-1])
+    pairs = zip(answers[::2], answers[1::2], strict=True)
+    assert sum(a.tolist() == b.tolist() for a, b in pairs) < 4
+    np.testing.assert_allclose(log_probs[::2, 0], log_probs[1::2, 0], rtol=1e-5)
+    # The gap is that of 24 annotated and 48 synthetic responses.
+    real = log_probs[::2, 0] / [len(e.response_ids) for e in examples]
+    samples = [s.astype("float64") for s in (real, log_probs[:, 1] / lengths)]
+    means, variances = zip(
+        *((s.mean(), s.var(ddof=1)) for s in samples), strict=True
+    )
+    noise = variances[0] / 24 + variances[1] / 48
+    d2 = ((means[0] - means[1]) ** 2 - noise) / variances[1]
+    gap = np.log1p(max(d2, 0.0))
+    assert steps[0]["gap"] == pytest.approx(gap, rel=1e-4, abs=1e-6)
 
 
 def test_checkpoint_by_time(tmp_path, monkeypatch):
