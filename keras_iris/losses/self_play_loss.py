@@ -34,6 +34,8 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
     # Whether the first risk depends on annotated and the second on synthetic
     # responses alone: then micro-batches need not hold pairs.
     is_separable = False
+    # Whether synthetic responses matter; if not, a control draws none.
+    uses_synthetic = True
 
     def __init__(self, name: str | None = None) -> None:
         is_wide = keras.config.floatx() == "float64"

@@ -20,6 +20,8 @@ class SFT(SelfPlayLoss):
         name: Name of the loss.
     """
 
+    uses_synthetic = False
+
     def __init__(self, *, name: str = "sft") -> None:
         super().__init__(name=name)
 

@@ -86,7 +86,7 @@ class SelfPlayModel(backend.Trainer):
         self.recent = RecentLogProbs()
         self._is_training = False
         self._set_metrics([])
-        self._compile_options: dict[str, Any] = {}
+        self.compile_options: dict[str, Any] = {}
         # As compiled: training changes the order of `loss`.
         self.loss_config: dict[str, Any] = {}
         self.built = True
@@ -146,7 +146,7 @@ class SelfPlayModel(backend.Trainer):
             loss = copy.copy(loss)  # which may be another model's as well
             loss.bind_alpha(self.alpha)
         self.micro_batch_size = micro_batch_size
-        self._compile_options = kwargs
+        self.compile_options = kwargs
         metrics = _metric_list(metrics) + _metric_list(weighted_metrics)
         self._set_metrics(metrics)
         # Keras would keep those of a `compile` before.
@@ -169,7 +169,7 @@ class SelfPlayModel(backend.Trainer):
         names = self.metrics_names
         new = [metric for metric in metrics if metric.name not in names]
         if new:
-            self._set_metrics([*self._pair_metrics, *self._other_metrics, *new])
+            self._set_metrics([*self.own_metrics, *new])
             # They were compiled without.
             self.train_function = self.test_function = None
 
@@ -380,6 +380,11 @@ class SelfPlayModel(backend.Trainer):
         return ops.reshape(log_probs, shape)
 
     @property
+    def own_metrics(self) -> list[keras.metrics.Metric]:
+        """What `compile` got as metrics, and `add_metrics`."""
+        return [*self._pair_metrics, *self._other_metrics]
+
+    @property
     def metrics(self) -> list[keras.metrics.Metric]:
         """Keras' metrics and those of pairs."""
         return [*super().metrics, *self._pair_metrics]
@@ -448,12 +453,9 @@ class SelfPlayModel(backend.Trainer):
         return {
             "optimizer": serialize(self.optimizer),
             "loss": serialize(self.loss),
-            "metrics": [
-                serialize(m)
-                for m in (*self._pair_metrics, *self._other_metrics)
-            ],
+            "metrics": [serialize(m) for m in self.own_metrics],
             "micro_batch_size": self.micro_batch_size,
-            **self._compile_options,
+            **self.compile_options,
         }
 
     def compile_from_config(self, config: dict[str, Any]) -> None:

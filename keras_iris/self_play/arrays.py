@@ -77,6 +77,11 @@ def read_metadata(path: Path) -> dict[str, str]:
         raise ValueError(f"{path} can't be read: {error}") from error
 
 
+def split_responses(shard: Arrays) -> list[np.ndarray]:
+    """The responses of a shard, token ids of each."""
+    return np.split(shard["token_ids"], np.cumsum(shard["lengths"])[:-1])
+
+
 def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """A hash of the values, in the order of the names."""
     return _checksum(arrays, xxhash.xxh3_128())

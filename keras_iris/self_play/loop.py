@@ -19,15 +19,30 @@ from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import PairDataset
 from keras_iris.data.buckets import choose_bucket_lengths
 from keras_iris.generation import KerasEngine
+from keras_iris.losses import SelfPlayLoss
 from keras_iris.metrics import PairBatch, self_play_metrics
 from keras_iris.self_play.best import Best
-from keras_iris.self_play.checkpoints import Position
+from keras_iris.self_play.checkpoints import (
+    Position,
+    read_variables,
+    write_variables,
+)
+from keras_iris.self_play.control import (
+    control_options,
+    new_optimizer,
+    recompile,
+)
 from keras_iris.self_play.engine_checks import check_engine
 from keras_iris.self_play.examples import prepare_examples
 from keras_iris.self_play.opponent import Opponent
-from keras_iris.self_play.options import Options
+from keras_iris.self_play.options import Options, control_loss
 from keras_iris.self_play.processes import from_first
-from keras_iris.self_play.run_dir import LostShard, Manifest, RunDir
+from keras_iris.self_play.run_dir import (
+    LostShard,
+    Manifest,
+    RunDir,
+    read_manifest,
+)
 from keras_iris.self_play.seeds import combine_seeds
 from keras_iris.self_play.settings import (
     WeightsHash,
@@ -86,6 +101,12 @@ class SelfPlay(Options):
             first iteration and after each.
         score_modes: `"min"` or `"max"` by the name of a score, for those that
             `keras_iris.evaluation.score_mode` doesn't know.
+        control: The name of a loss (`"sft"`, `"spin"`, `"space"`, `"spif"`), or
+            one: after the run the same model is trained with it from the same
+            start, in the same steps and order, and evaluated at the same
+            points, in the folder `control`; the report compares the two. Then
+            the model is again as the run has left it. SFT draws no responses.
+        control_learning_rate: A number or schedule; by default the run's.
         keep_best: Name of a score: the weights of the iteration that is best
             in it are kept. `load_best` assigns them.
         callbacks: Keras callbacks for `fit`, such as `AlphaScheduler`, and
@@ -161,17 +182,63 @@ class SelfPlay(Options):
                 is damaged and can't be made again.
         """
         self.check_model()
+        optimizer = new_optimizer(
+            self.model.optimizer, self.control_learning_rate
+        )
         if self.compilation_cache is not None:
             folder = Path(self.compilation_cache).expanduser()
             backend.cache_compilations(folder)
         self._hash = WeightsHash(self.model.causal_lm)
         with self.folder.open(self._describe):
             try:
-                self._run()
+                is_over = self._run()
                 self.folder.checkpoints.wait()
             finally:
                 self._notify("on_run_end", {})
+        if is_over and self.control is not None:
+            self._run_control(optimizer, control_loss(self.control))
         return self.folder.path
+
+    def _run_control(
+        self, optimizer: keras.optimizers.Optimizer, loss: SelfPlayLoss
+    ) -> None:
+        """Trains the control; then the model is as before."""
+        model = self.model
+        own = new_optimizer(model.optimizer), model.loss, model.loss_config
+        print(f"Control: {type(loss).__name__} in the same steps")
+        try:
+            read_variables(self._start_file, model.trainable_variables)
+            recompile(model, optimizer, loss)
+            SelfPlay(
+                model,
+                self.examples,
+                self.folder.path / "control",
+                **control_options(self, loss, self.folder.path),
+            ).run()
+        finally:
+            recompile(model, *own)
+            with model.device_scope():
+                model.optimizer.build(model.trainable_variables)
+            self.folder.checkpoints.load(self._variables())
+
+    @property
+    def _start_file(self) -> Path:
+        return self.folder.path / "start.safetensors"
+
+    def _keep_start(self) -> None:
+        """Keeps the weights that the control begins with as well."""
+        there = read_manifest(self.folder.manifest)["settings"]["weights"]
+        if self._hash() != there:
+            raise ValueError(
+                "The control needs the weights that the run began with, and "
+                "this model has others. Load the model it began with, or pass "
+                "another `run_dir`."
+            )
+        write_variables(
+            self._start_file,
+            self.model.trainable_variables,
+            {"weights": there},
+        )
 
     def best(self) -> dict[str, Any]:
         """Of which iteration `keep_best` has kept the weights.
@@ -215,7 +282,8 @@ class SelfPlay(Options):
             "versions": versions(),
         }
 
-    def _run(self) -> None:
+    def _run(self) -> bool:
+        """Runs all iterations; false where a callback stops training."""
         self.model.add_metrics(self_play_metrics())
         for callback in self.callbacks:
             callback.set_model(self.model)
@@ -229,14 +297,18 @@ class SelfPlay(Options):
                 continue
             if not is_whole:
                 print("Stopped by a callback; `run` goes on from here.")
-                return
+                return False
             position = _start(position["iteration"] + 1)
+        return True
 
     def _begin(self) -> Position:
         """Where the run goes on, or the start of a new one."""
         variables = self.model.trainable_variables
         optimizer = self.model.optimizer
         is_used = optimizer.built
+        is_kept = from_first(self._start_file.exists)
+        if self.control is not None and not is_kept:
+            self._keep_start()
         with self.model.device_scope():
             optimizer.build(variables)
         position = self.folder.checkpoints.load(self._variables())
@@ -391,7 +463,7 @@ def _reset(
     optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
 ) -> None:
     """Gives an optimizer the state of a new one; the learning rate stays."""
-    new = type(optimizer).from_config(optimizer.get_config())
+    new = new_optimizer(optimizer)
     new.build(variables)
     pairs = zip(optimizer.variables, new.variables, strict=True)
     for variable, fresh in pairs:

@@ -11,7 +11,7 @@ from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export, save_adapter
 from keras_iris.models import TokenScorer, score_pairs
-from keras_iris.self_play.arrays import Arrays, hash_arrays
+from keras_iris.self_play.arrays import Arrays, hash_arrays, split_responses
 from keras_iris.self_play.engine_checks import check_completions
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.run_dir import RunDir
@@ -117,7 +117,7 @@ class Opponent:
             name, [key] * len(parts), size=size, make=None if is_over else make
         )
         return [
-            Answers(first, part, _split(shard), shard["log_probs"])
+            Answers(first, part, split_responses(shard), shard["log_probs"])
             for first, part, shard in zip(starts, parts, shards, strict=True)
         ]
 
@@ -250,11 +250,6 @@ def _arrays(completions: Sequence[Completion]) -> Arrays:
         "token_ids": np.concatenate(ids).astype("int32"),
         "log_probs": np.array(log_probs, "float32"),
     }
-
-
-def _split(shard: Arrays) -> list[np.ndarray]:
-    """The responses of a shard."""
-    return np.split(shard["token_ids"], np.cumsum(shard["lengths"])[:-1])
 
 
 def _hash(responses: list[np.ndarray]) -> str:

@@ -14,9 +14,28 @@ from keras_iris.data.rows import OnBadRow
 from keras_iris.data.tokenize import OnOverflow
 from keras_iris.evaluation import score_mode
 from keras_iris.generation import Engine
+from keras_iris.losses import SFT, SPACE, SPIF, SPIN, SelfPlayLoss
 from keras_iris.models import SelfPlayModel
 
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
+_NAMED = {"sft": SFT, "spin": SPIN, "space": SPACE, "spif": SPIF}
+
+
+def control_loss(control: Any) -> SelfPlayLoss:
+    """The loss that `SelfPlay(control=...)` names.
+
+    Raises:
+        ValueError: It is neither a loss nor the name of one.
+    """
+    if isinstance(control, SelfPlayLoss):
+        return control
+    if control not in _NAMED:
+        raise ValueError(
+            f"`control` has to be one of {sorted(_NAMED)}, a "
+            f"`keras_iris.losses.SelfPlayLoss`, or None. Received: {control!r}"
+        )
+    loss: SelfPlayLoss = _NAMED[control]()
+    return loss
 
 
 @dataclass(eq=False, repr=False)
@@ -41,6 +60,8 @@ class Options:
     evaluate: Evaluate | None = None
     score_modes: Mapping[str, str] | None = None
     keep_best: str | None = None
+    control: str | SelfPlayLoss | None = None
+    control_learning_rate: Any = None
     callbacks: Any = ()
     shard_size: int = 512
     checkpoint_every_minutes: float = 10.0
@@ -82,6 +103,8 @@ class Options:
                     f"Whether a high or a low {name!r} is better isn't known. "
                     f'Pass score_modes={{"{name}": "max"}}, or "min".'
                 )
+        if self.control is not None:
+            control_loss(self.control)
         if self.keep_best and self.evaluate is None:
             raise ValueError(
                 f"keep_best={self.keep_best!r} needs `evaluate`, which has to "

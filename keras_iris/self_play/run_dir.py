@@ -85,7 +85,7 @@ class RunDir:
                 " so its settings are unknown. Put the manifest back, or "
                 "pass another `run_dir`."
             )
-        old = _read_manifest(self.manifest)
+        old = read_manifest(self.manifest)
         # Training changes weights and learning rate: those of a checkpoint,
         # and as a run has left its model, are this run's as well.
         left, settings = old.get("left", {}), new["settings"]
@@ -156,7 +156,7 @@ class RunDir:
             self._write(manifest | {"left": left})
 
     def _warn_of_versions(self, here: dict[str, Any]) -> None:
-        there = _read_manifest(self.manifest)["versions"]
+        there = read_manifest(self.manifest)["versions"]
         for line in _differences(there, here):
             warnings.warn(
                 f"The run in {self.path} goes on with another version, {line}: "
@@ -289,7 +289,8 @@ def _nothing() -> Generator[Arrays, None, None]:
     yield from ()
 
 
-def _read_manifest(file: Path) -> Manifest:
+def read_manifest(file: Path) -> Manifest:
+    """What a run was, checked for the parts that this package reads."""
     try:
         content: Manifest = json.loads(file.read_text(encoding="utf-8"))
         for part in ("settings", "execution", "versions"):
