@@ -27,7 +27,10 @@ class Checkpoint(NamedTuple):
 
 
 def inspect(
-    preset: str | Path, *, default_template: ChatTemplate | None = None
+    preset: str | Path,
+    *,
+    revision: str | None = None,
+    default_template: ChatTemplate | None = None,
 ) -> Checkpoint:
     """Reads and checks all of a checkpoint but the values of its weights.
 
@@ -35,8 +38,9 @@ def inspect(
     has weights, their names, shapes and files' sizes are checked.
 
     Args:
-        preset: `"hf://org/name"`, with `"@revision"` if need be, or a folder
-            in Hugging Face's layout; of an architecture in the table.
+        preset: `"hf://org/name"`, or a folder in Hugging Face's layout; of
+            an architecture in the table.
+        revision: As in `keras_iris.load`.
         default_template: Used where the checkpoint has no chat template.
 
     Returns:
@@ -51,7 +55,7 @@ def inspect(
     config, tokenizer, template = keras_iris.hub.inspect("path/to/folder")
     ```
     """
-    folder = find_folder(preset, with_weights=False)
+    folder = find_folder(preset, revision, with_weights=False)
     content = {} if folder is None else read_json(folder / "config.json")
     if folder is None or content.get("model_type") not in MODEL_TYPES:
         raise ValueError(

@@ -25,6 +25,7 @@ _QUANTIZATIONS = (None, "int8", "int4")
 def load(  # noqa: PLR0913 (by keyword only)
     preset: str | Path,
     *,
+    revision: str | None = None,
     dtype: Any = None,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
@@ -41,9 +42,11 @@ def load(  # noqa: PLR0913 (by keyword only)
     where that is installed.
 
     Args:
-        preset: A KerasHub preset's name, `"hf://org/name"` or
-            `"hf://org/name@revision"`, `"kaggle://..."`, or a folder in
-            KerasHub's or Hugging Face's layout.
+        preset: A KerasHub preset's name, `"hf://org/name"`,
+            `"kaggle://..."`, or a folder in KerasHub's or Hugging Face's
+            layout.
+        revision: The branch, tag or commit of `"hf://org/name"`, the same as
+            `"hf://org/name@revision"`.
         dtype: A Keras dtype policy or its name. Defaults to Keras' global
             one.
         lora_rank: Trains LoRA adapters of this rank and nothing else: a pair
@@ -88,7 +91,7 @@ def load(  # noqa: PLR0913 (by keyword only)
     if lora_rank is not None:
         lora = Lora(lora_rank, lora_alpha, lora_targets)
     _check_quantize(quantize, lora)
-    folder = find_folder(preset)
+    folder = find_folder(preset, revision)
     if folder is not None and "model_type" in _read_config(folder):
         causal_lm = _load_hugging_face(folder, dtype, default_template)
     else:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from tiny_checkpoints import copy, edit
 from tiny_models import make_pairs
 
+import keras_iris
 from keras_iris import losses
 from keras_iris.data import (
     ChatTemplate,
@@ -203,7 +204,15 @@ def test_hugging_face_repository(checkpoint, tmp_path, monkeypatch):
         load("hf://org/none@v1")
     asked.clear()
     inspect("hf://org/name@v1")
-    assert asked == [("org/name", "v1", False)]
+    inspect("hf://org/name", revision="v1")
+    keras_iris.estimate("hf://org/name@v1", revision="v1")
+    assert asked == 3 * [("org/name", "v1", False)]
+    load("hf://org/name", revision="v1")
+    assert asked[3:] == [("org/name", "v1", x) for x in (False, True)]
+    for preset in ("hf://org/name@v2", snapshot, "qwen2.5_0.5b_en"):
+        with pytest.raises(ValueError, match="revision.*'v1'"):
+            load(preset, revision="v1")
+    assert len(asked) == 5
 
 
 def test_single_file_beside_an_old_index(checkpoint, tmp_path):
