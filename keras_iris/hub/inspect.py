@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras_iris.data import ChatTemplate, Tokenizer
 from keras_iris.data.text_files import read_json
-from keras_iris.hub.architecture_table import MODEL_TYPES
+from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.checkpoint import find_weights
 from keras_iris.hub.decoder_config import DecoderConfig
 from keras_iris.hub.sources import find_folder
@@ -57,11 +57,12 @@ def inspect(
     """
     folder = find_folder(preset, revision, with_weights=False)
     content = {} if folder is None else read_json(folder / "config.json")
-    if folder is None or content.get("model_type") not in MODEL_TYPES:
+    if folder is None or content.get("model_type") not in ARCHITECTURES:
         raise ValueError(
             f"{preset} has no config.json with a model_type out of "
-            f"{MODEL_TYPES}. Expected 'hf://org/name' or a folder in Hugging "
-            "Face's layout; what else there is, `keras_iris.load` loads."
+            f"{tuple(ARCHITECTURES)}. Expected 'hf://org/name' or a "
+            "folder in Hugging Face's layout; what else there is, "
+            "`keras_iris.load` loads."
         )
     checkpoint = read_checkpoint(folder, content, default_template)
     # An interrupted download is no fault: the next one goes on.
@@ -76,13 +77,7 @@ def read_checkpoint(
     content: dict[str, Any],
     default_template: ChatTemplate | None,
 ) -> Checkpoint:
-    """Reads a folder whose parts fit each other.
-
-    Args:
-        folder: A Hugging Face folder.
-        content: That of its config.json, with a `model_type` out of
-            `MODEL_TYPES`.
-        default_template: Used where the folder has no chat template.
+    """Reads a Hugging Face folder, given the content of its config.json.
 
     Raises:
         ValueError: If a part is missing or damaged, or they don't fit.

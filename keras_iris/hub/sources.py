@@ -55,7 +55,9 @@ def find_folder(
             f"{folder} is a file, expected a model's folder. Pass the folder "
             "that holds its config.json."
         )
-    if isinstance(preset, Path) or "/" in text or not _is_builtin(text):
+    from keras_hub import models
+
+    if isinstance(preset, Path) or text not in models.CausalLM.presets:
         raise ValueError(
             f"There is no folder {text!r}, and no KerasHub preset of that "
             "name. Expected a folder, 'hf://org/name', 'kaggle://...', or a "
@@ -66,15 +68,9 @@ def find_folder(
 
 def read_commit(folder: Path | None) -> str | None:
     """The commit that a folder was downloaded of, or `None`."""
-    if folder is None or folder.parent.name != _SNAPSHOTS:
-        return None
-    return folder.name
-
-
-def _is_builtin(name: str) -> bool:
-    from keras_hub import models
-
-    return name in models.CausalLM.presets
+    if folder and folder.parent.name == _SNAPSHOTS:
+        return folder.name
+    return None
 
 
 def _download(name: str, revision: str | None, with_weights: bool) -> Path:

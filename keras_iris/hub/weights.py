@@ -135,12 +135,7 @@ class Bank:
 
 @dataclasses.dataclass(frozen=True)
 class ExpertWeight(Weight):
-    """A weight that is a part of a bank.
-
-    Attributes:
-        bank: The bank.
-        index: The part.
-    """
+    """A weight that is a part of a bank."""
 
     bank: Bank
     index: tuple[Any, ...]
@@ -155,12 +150,7 @@ class ExpertWeight(Weight):
 
 
 def list_weights(backbone: keras.Model, config: DecoderConfig) -> list[Weight]:
-    """The weights in the order of a checkpoint.
-
-    Args:
-        backbone: A KerasHub backbone.
-        config: Its configuration, as `read_config` gives it.
-    """
+    """The weights of a backbone with this config, as a checkpoint has them."""
     row = ARCHITECTURES[config.model_type]
     embedding = backbone.token_embedding
     ends = {
