@@ -157,12 +157,9 @@ def _wanted(
             yield embedding, "scaling_factor", rope.factor
         attention = part(layer, row.parts, "attention")
         if row.windows == "layer":
-            yield (
-                attention,
-                "use_sliding_window_attention",
-                window is not None,
-            )
-            if window is not None:
+            has_window = window is not None
+            yield attention, "use_sliding_window_attention", has_window
+            if has_window:
                 yield attention, "sliding_window_size", window
         if "query_pre_attn_scalar" in row.adjusted:
             # Once the layer is built, that is read for its queries' scale.
@@ -201,16 +198,15 @@ def find_config(backbone: keras.Model) -> DecoderConfig | None:
     for an architecture that isn't in the table.
     """
     for model_type, row in ARCHITECTURES.items():
-        if _is_of(backbone, row):
+        if type(backbone) is getattr(
+            models, f"{row.keras_hub}Backbone"
+        ) and all(
+            getattr(backbone, name) == row.fixed[name]
+            for name in _KINDS
+            if name in row.fixed
+        ):
             return _read(model_type, row, backbone)
     return None
-
-
-def _is_of(backbone: keras.Model, row: Architecture) -> bool:
-    kinds = [name for name in row.fixed if name in _KINDS]
-    return type(backbone) is getattr(models, f"{row.keras_hub}Backbone") and (
-        all(getattr(backbone, name) == row.fixed[name] for name in kinds)
-    )
 
 
 def _read(
