@@ -28,10 +28,11 @@ _TARGETS = {
 }
 
 
-def estimate(
+def estimate(  # noqa: PLR0913 (by keyword only)
     preset: str | Path,
     conversations: Any = (),
     *,
+    revision: str | None = None,
     default_template: ChatTemplate | None = None,
     max_prompt_length: int = 1024,
     max_response_length: int = 1024,
@@ -42,6 +43,7 @@ def estimate(
     Args:
         preset: As in `keras_iris.load`; of `"hf://org/name"` only the small
             files are downloaded.
+        revision: As in `keras_iris.load`.
         conversations: Some rows of the data, which are tokenized: their mean
             lengths are taken.
         default_template: Used where the checkpoint has no chat template.
@@ -62,7 +64,7 @@ def estimate(
     ```
     """
     config, tokenizer, template = inspect(
-        preset, default_template=default_template
+        preset, revision=revision, default_template=default_template
     )
     if template is not None:
         template.check()

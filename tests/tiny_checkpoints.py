@@ -9,10 +9,12 @@ import io
 import json
 import shutil
 
+import numpy as np
 import sentencepiece
 import tokenizers
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 from tokenizer_texts import TEXTS
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -67,7 +69,8 @@ def save_checkpoint(folder, architecture, seed=0, dtype="float32", **options):
     """Writes a tiny checkpoint: weights, tokenizer, template, configs."""
     torch.manual_seed(seed)
     model_class, config_class, tokenizer, defaults = find_classes(architecture)
-    config = config_class(**{**_SIZES, **defaults, **options})
+    sizes = {} if "text_config" in defaults else _SIZES
+    config = config_class(**{**sizes, **defaults, **options})
     model = model_class(config)
     for name, parameter in model.named_parameters():
         if "norm" in name:
@@ -79,15 +82,21 @@ def save_checkpoint(folder, architecture, seed=0, dtype="float32", **options):
             parameter.data.normal_(0, 0.08)
     model.generation_config.eos_token_id = END_IDS[tokenizer]
     model.to(getattr(torch, dtype)).save_pretrained(folder)
+    if architecture in _PUBLISHED:
+        _PUBLISHED[architecture](folder)
     _TOKENIZERS[tokenizer](folder)
     return folder
 
 
 def find_classes(architecture):
     """Its classes in transformers, its tokenizer and options of its config."""
-    name, tokenizer, options = _MODELS[architecture]
-    model_class = getattr(transformers, f"{name}ForCausalLM")
-    return model_class, model_class.config_class, tokenizer, options
+    tokenizer, options = {**_MODELS, **_OTHERS}[architecture]
+    config_class = transformers.CONFIG_MAPPING[architecture]
+    classes = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if "text_config" in options:
+        classes = transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model_class = classes[config_class]
+    return model_class, config_class, tokenizer, options
 
 
 def non_default_options(architecture):
@@ -99,6 +108,7 @@ def non_default_options(architecture):
         options["tie_word_embeddings"] = True
     if "mixtral" in architecture or "moe" in architecture:
         options["router_aux_loss_coef"] = 0.25
+        options["output_router_logits"] = True
     return options
 
 
@@ -258,83 +268,130 @@ def _write_json(file, content):
     file.write_text(json.dumps(content, indent=2))
 
 
-_LAYER_TYPES = ["full_attention", "sliding_attention"]
-_EXPERTS = dict(num_experts_per_tok=2, norm_topk_prob=True)
-# The class in transformers, the tokenizer, and options of the config.
+_GEMMA2 = dict(
+    head_dim=24,
+    sliding_window=5,
+    layer_types=["full_attention", "sliding_attention"],
+    query_pre_attn_scalar=40,
+    final_logit_softcapping=3.0,
+)
+_EXPERTS = dict(
+    num_experts=5,
+    num_experts_per_tok=2,
+    norm_topk_prob=True,
+    moe_intermediate_size=12,
+)
+# The tokenizer, and options of the config.
 _MODELS = {
     "mistral": (
-        "Mistral",
         "mistral",
         dict(rms_norm_eps=1e-5, sliding_window=8, head_dim=24),
     ),
-    "qwen2": (
-        "Qwen2",
-        "qwen2",
-        dict(rms_norm_eps=1e-6, tie_word_embeddings=True),
-    ),
-    "llama": (
-        "Llama",
-        "llama",
-        dict(rms_norm_eps=1e-3, tie_word_embeddings=True),
-    ),
-    "gemma": ("Gemma", "gemma", dict(head_dim=24)),
-    "gemma2": (
-        "Gemma2",
-        "gemma",
-        dict(
-            head_dim=24,
-            sliding_window=5,
-            layer_types=_LAYER_TYPES,
-            query_pre_attn_scalar=40,
-            attn_logit_softcapping=2.0,
-            final_logit_softcapping=3.0,
-        ),
-    ),
-    "gemma3_text": (
-        "Gemma3",
-        "gemma",
-        dict(
-            head_dim=24,
-            sliding_window=5,
-            layer_types=_LAYER_TYPES,
-            query_pre_attn_scalar=40,
-            final_logit_softcapping=3.0,
-        ),
-    ),
+    "qwen2": ("qwen2", dict(rms_norm_eps=1e-6, tie_word_embeddings=True)),
+    "llama": ("llama", dict(rms_norm_eps=1e-3, tie_word_embeddings=True)),
+    "gemma": ("gemma", dict(head_dim=24)),
+    "gemma2": ("gemma", dict(attn_logit_softcapping=2.0, **_GEMMA2)),
+    "gemma3_text": ("gemma", _GEMMA2),
     "mixtral": (
-        "Mixtral",
         "mistral",
         dict(num_local_experts=4, num_experts_per_tok=3, sliding_window=6),
     ),
     "qwen2_moe": (
-        "Qwen2Moe",
         "qwen2",
-        dict(
-            num_experts=5,
-            moe_intermediate_size=12,
-            shared_expert_intermediate_size=20,
-            **_EXPERTS,
-        ),
+        dict(shared_expert_intermediate_size=20, **_EXPERTS),
     ),
-    "qwen3": ("Qwen3", "qwen2", dict(head_dim=24)),
+    "qwen3": ("qwen2", dict(head_dim=24)),
     "qwen3_moe": (
-        "Qwen3Moe",
         "qwen2",
         dict(
-            head_dim=24,
-            num_experts=5,
-            moe_intermediate_size=12,
-            mlp_only_layers=[0],
-            decoder_sparse_step=2,
-            **_EXPERTS,
+            head_dim=24, mlp_only_layers=[0], decoder_sparse_step=2, **_EXPERTS
         ),
     ),
-    "smollm3": (
-        "SmolLM3",
-        "qwen2",
-        dict(no_rope_layers=[0, 1], pad_token_id=0),
-    ),
+    "smollm3": ("qwen2", dict(no_rope_layers=[0, 1], pad_token_id=0)),
 }
+# Of architectures without a row.
+_TEXT = dict(head_dim=16, **_SIZES)
+_VISION = dict(
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    image_size=28,
+    patch_size=14,
+)
+_LINEAR = dict(
+    num_hidden_layers=4,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
+_GEMMA4 = dict(
+    head_dim=16,
+    global_head_dim=16,
+    vocab_size_per_layer_input=VOCABULARY_SIZE,
+    hidden_size_per_layer_input=8,
+)
+_OTHERS = {
+    "gemma3": (
+        "gemma",
+        dict(text_config=_TEXT, vision_config=_VISION, mm_tokens_per_image=4),
+    ),
+    "gemma4_text": ("gemma", _GEMMA4),
+    "gpt2": (
+        "qwen2",
+        dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    ),
+    "gpt_oss": (
+        "qwen2",
+        dict(
+            head_dim=16,
+            num_local_experts=4,
+            quantization_config={"quant_method": "mxfp4"},
+        ),
+    ),
+    "phi3": ("qwen2", dict(pad_token_id=0, eos_token_id=0)),
+    "qwen3_5": (
+        "qwen2",
+        dict(
+            text_config=_TEXT | _LINEAR,
+            vision_config=dict(
+                depth=1, hidden_size=16, num_heads=2, out_hidden_size=64
+            ),
+        ),
+    ),
+    "qwen3_5_text": ("qwen2", dict(head_dim=16, **_LINEAR)),
+}
+OTHERS = tuple(_OTHERS)
+
+
+def _publish_gemma3(folder):
+    file, name = folder / "model.safetensors", "vision_tower."
+    arrays = load_file(file)
+    inner = f"{name}vision_model."
+    save_file({k.replace(name, inner): a for k, a in arrays.items()}, file)
+
+
+def _publish_gpt_oss(folder):
+    """Experts in MXFP4: 4 bits for a number, 8 for the exponent of each 32."""
+    rng = np.random.default_rng(0)
+    arrays = load_file(folder / "model.safetensors")
+    for name in [n for n in arrays if n.endswith("_proj")]:
+        experts, inputs, outputs = arrays.pop(name).shape
+        shape = (experts, outputs, inputs // 32)
+        blocks = rng.integers(0, 256, (*shape, 16), "uint8")
+        arrays[f"{name}_blocks"] = blocks
+        arrays[f"{name}_scales"] = rng.integers(120, 124, shape, "uint8")
+    save_file(arrays, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    scaling = dict(config["rope_parameters"])
+    theta = scaling.pop("rope_theta")
+    rope = dict(rope_parameters=None, rope_theta=theta, rope_scaling=scaling)
+    edit(folder / "config.json", **rope)
+
+
+# What is published is written in another way than transformers 5 does.
+_PUBLISHED = {"gemma3": _publish_gemma3, "gpt_oss": _publish_gpt_oss}
 # Values that aren't transformers' defaults, of entries that all have.
 NON_DEFAULT = dict(
     hidden_size=32,

@@ -10,7 +10,6 @@ made of instead, and the loss is made of the sums of all parts.
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import keras
@@ -22,16 +21,28 @@ Tensor = Any
 _FUNCTION = "compute_load_balancing_loss"
 
 
-def _modules(model: keras.Model) -> list[ModuleType]:
-    """The modules of the model's layers that compute a router's loss."""
-    names = {type(layer).__module__ for layer in model._flatten_layers()}
-    modules = [sys.modules[name] for name in sorted(names)]
-    return [module for module in modules if hasattr(module, _FUNCTION)]
+def _layers(model: keras.Model) -> list[keras.layers.Layer]:
+    """The layers out of modules that compute a router's loss."""
+    return [
+        layer
+        for layer in model._flatten_layers()
+        if hasattr(sys.modules[type(layer).__module__], _FUNCTION)
+    ]
+
+
+def silence_routers(model: keras.Model) -> None:
+    """Takes their losses away from a model's routers, for good."""
+    for layer in _layers(model):
+        layer.add_loss = _add_nothing
+
+
+def _add_nothing(loss: Tensor) -> None:
+    """In place of a layer's `add_loss`."""
 
 
 def has_routers(model: keras.Model) -> bool:
     """Whether a model has layers that may add a router's loss."""
-    return bool(_modules(model))
+    return any(x.add_loss is not _add_nothing for x in _layers(model))
 
 
 @contextlib.contextmanager
@@ -69,7 +80,7 @@ def router_sums(model: keras.Model, row_weights: Tensor) -> Iterator[None]:
             + [ops.ones(1)]
         )
 
-    modules = _modules(model)
+    modules = list({sys.modules[type(x).__module__] for x in _layers(model)})
     originals = [getattr(module, _FUNCTION) for module in modules]
     for module in modules:
         setattr(module, _FUNCTION, sums)

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from keras_iris import backend
 from keras_iris.data.text_files import read_json
@@ -29,27 +29,14 @@ _WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Of adapter_config.json: read here, told by the weights' names, or without
 # influence on what a finished adapter computes.
-_KNOWN = {
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "use_rslora",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "auto_mapping",
-    "base_model_name_or_path",
-    "ensure_weight_tying",
-    "inference_mode",
-    "lora_dropout",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "runtime_config",
-    "task_type",
-}
+_KNOWN = frozenset(
+    """
+    auto_mapping base_model_name_or_path ensure_weight_tying exclude_modules
+    inference_mode layers_pattern layers_to_transform lora_alpha lora_dropout
+    megatron_core peft_type peft_version qalora_group_size r revision
+    runtime_config target_modules task_type use_rslora
+    """.split()
+)
 # Values of other entries that change nothing.
 _NEUTRAL: tuple[Any, ...] = (None, False, {}, [], "none")
 # Ways to draw the first factors that leave the model's own weights alone.
@@ -68,7 +55,7 @@ def save_adapter(causal_lm: keras.Model, folder: str | Path) -> Path:
         The folder, which peft, vLLM and llama.cpp's converter open.
 
     Raises:
-        ValueError: If the model has no adapters, or trains more than them.
+        ValueError: As `check_adapter`, or `folder` holds something else.
 
     Example:
     ```python
@@ -79,7 +66,7 @@ def save_adapter(causal_lm: keras.Model, folder: str | Path) -> Path:
     ```
     """
     folder = Path(folder).expanduser().absolute()
-    lora = _find_trained(causal_lm)
+    lora = check_adapter(causal_lm)
     arrays, modules = {}, set()
     for name, weight in _matrices(causal_lm).items():
         if isinstance(weight.layer, LoraLayer):
@@ -157,8 +144,13 @@ def _matrices(causal_lm: keras.Model) -> dict[str, Weight]:
     }
 
 
-def _find_trained(causal_lm: keras.Model) -> Lora:
-    """A model's adapters, if there is nothing else to save."""
+def check_adapter(causal_lm: keras.Model) -> Lora:
+    """The adapters of a model that `save_adapter` can save.
+
+    Raises:
+        ValueError: If it has none, trains other variables beside them, or
+            is of an architecture without a row in the table.
+    """
     backbone = causal_lm.backbone
     lora, layers = find_lora(backbone), lora_layers(backbone)
     ours = {id(v) for x in layers for v in (x.lora_a, x.lora_b)}
@@ -170,6 +162,7 @@ def _find_trained(causal_lm: keras.Model) -> Lora:
             f"of them, and trains {len(others)} other variables. Use "
             "`keras_iris.export` or Keras' `save_weights`."
         )
+    read_config(backbone)
     return lora
 
 
@@ -195,10 +188,7 @@ def _read_config(folder: Path) -> tuple[int, float]:
 def _read_factors(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Both factors of each module, in peft's shapes."""
     try:
-        with safetensors.safe_open(folder / _WEIGHTS, framework="np") as file:
-            arrays = {
-                n: file.get_tensor(n).astype("float32") for n in file.keys()
-            }
+        arrays = load_file(folder / _WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"{folder} has no readable {_WEIGHTS}: {error}. Expected a folder "
@@ -209,7 +199,7 @@ def _read_factors(folder: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     for name, array in arrays.items():
         if not (match := pattern.fullmatch(name)):
             raise _refusal(folder, f"weights of {name!r}")
-        factors.setdefault(match[1], {})[match[2]] = array
+        factors.setdefault(match[1], {})[match[2]] = array.astype("float32")
     empty = np.zeros((0, 0), "float32")
     return {
         name: (pair.get("A", empty), pair.get("B", empty))

@@ -22,6 +22,8 @@ _ARGUMENTS = {
 }
 _HEAD_DIM = {"head_dim": "head_dim"}
 _TIED = {"tie_word_embeddings": "tie_word_embeddings"}
+_WINDOW = {"sliding_window": "sliding_window"}
+_SOFT_CAP = {"final_logit_softcapping": "final_logit_soft_cap"}
 _EXPERTS = {
     "num_experts": "num_experts",
     "num_experts_per_tok": "top_k",
@@ -30,6 +32,15 @@ _EXPERTS = {
     "decoder_sparse_step": "decoder_sparse_step",
     "mlp_only_layers": "mlp_only_layers",
     "router_aux_loss_coef": "router_aux_loss_coefficient",
+}
+_ROUTER_DEFAULTS = {
+    "output_router_logits": False,
+    "router_aux_loss_coef": 0.001,
+}
+_EXPERTS_DEFAULTS = _ROUTER_DEFAULTS | {
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": (),
 }
 _DEFAULTS = {
     "num_key_value_heads": None,  # as many as queries
@@ -71,6 +82,7 @@ _MIXTRAL_NAMES = {
     "expert_up": "block_sparse_moe.experts.{}.w3",
     "expert_down": "block_sparse_moe.experts.{}.w2",
 }
+_LLAMA = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _QWEN = {"hidden_act": "silu", "use_sliding_window": False}
 _GEMMA = {
     "hidden_act": "gelu_pytorch_tanh",
@@ -78,6 +90,12 @@ _GEMMA = {
     "attention_bias": False,
     "use_bidirectional_attention": False,
     "tie_word_embeddings": True,
+}
+_GEMMA_DEFAULTS = {"head_dim": 256, "tie_word_embeddings": True}
+_GEMMA2_DEFAULTS = _GEMMA_DEFAULTS | {
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
 }
 
 
@@ -127,6 +145,11 @@ class Architecture:
     final_norm: str = "layer_norm"
     halves: int = 1
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether layers have experts and a router."""
+        return "router" in self.parts
+
     def __post_init__(self) -> None:
         for name, shared in (
             ("arguments", _ARGUMENTS),
@@ -136,96 +159,94 @@ class Architecture:
             object.__setattr__(self, name, {**shared, **getattr(self, name)})
 
 
+_GEMMA2 = Architecture(
+    "Gemma2ForCausalLM",
+    "Gemma",
+    decoder_parts.GEMMA2,
+    arguments=_HEAD_DIM
+    | _SOFT_CAP
+    | {"attn_logit_softcapping": "attention_logit_soft_cap"},
+    adjusted=("query_pre_attn_scalar",),
+    defaults=_GEMMA2_DEFAULTS
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
+    expected=_GEMMA,
+    fixed={"use_post_ffw_norm": True, "use_post_attention_norm": True},
+    names=_GEMMA_NORMS,
+    windows="layer",
+    window_pattern=2,
+    theta=None,
+    halves=2,
+)
+_QWEN2_MOE = Architecture(
+    "Qwen2MoeForCausalLM",
+    "QwenMoe",
+    decoder_parts.QWEN_MOE,
+    arguments=_TIED
+    | _EXPERTS
+    | {"shared_expert_intermediate_size": "shared_expert_intermediate_dim"},
+    adjusted=("output_router_logits",),
+    defaults=_EXPERTS_DEFAULTS
+    | {
+        "num_key_value_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    # KerasHub's layers all take themselves for the first.
+    expected=_QWEN
+    | {"qkv_bias": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    aliases={"num_local_experts": "num_experts"},
+    fixed={"use_sliding_window_attention": False},
+    biases=("query", "key", "value"),
+)
 ARCHITECTURES = {
     "gemma": Architecture(
         "GemmaForCausalLM",
         "Gemma",
         decoder_parts.GEMMA,
         arguments=_HEAD_DIM,
-        defaults={
-            "num_key_value_heads": 16,
-            "head_dim": 256,
-            "tie_word_embeddings": True,
-        },
+        defaults=_GEMMA_DEFAULTS | {"num_key_value_heads": 16},
         expected=_GEMMA,
         fixed={"use_post_ffw_norm": False, "use_post_attention_norm": False},
         theta=None,
         halves=2,
     ),
-    "gemma2": Architecture(
-        "Gemma2ForCausalLM",
-        "Gemma",
-        decoder_parts.GEMMA2,
-        arguments=_HEAD_DIM
+    "gemma2": _GEMMA2,
+    "gemma3_text": dataclasses.replace(
+        _GEMMA2,
+        class_name="Gemma3ForCausalLM",
+        keras_hub="Gemma3",
+        parts=decoder_parts.GEMMA3,
+        arguments=_HEAD_DIM | _SOFT_CAP,
+        defaults=_GEMMA2_DEFAULTS
         | {
-            "attn_logit_softcapping": "attention_logit_soft_cap",
-            "final_logit_softcapping": "final_logit_soft_cap",
-        },
-        adjusted=("query_pre_attn_scalar",),
-        defaults={
-            "num_key_value_heads": 4,
-            "head_dim": 256,
-            "attn_logit_softcapping": 50.0,
-            "final_logit_softcapping": 30.0,
-            "query_pre_attn_scalar": 256,
-            "sliding_window": 4096,
-            "tie_word_embeddings": True,
-        },
-        expected=_GEMMA,
-        fixed={"use_post_ffw_norm": True, "use_post_attention_norm": True},
-        names=_GEMMA_NORMS,
-        windows="layer",
-        window_pattern=2,
-        theta=None,
-        halves=2,
-    ),
-    "gemma3_text": Architecture(
-        "Gemma3ForCausalLM",
-        "Gemma3",
-        decoder_parts.GEMMA3,
-        arguments=_HEAD_DIM
-        | {"final_logit_softcapping": "final_logit_soft_cap"},
-        adjusted=("query_pre_attn_scalar",),
-        defaults={
-            "num_key_value_heads": 4,
-            "head_dim": 256,
             "final_logit_softcapping": None,
-            "query_pre_attn_scalar": 256,
             "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0,
-            "sliding_window": 4096,
-            "tie_word_embeddings": True,
         },
-        expected=_GEMMA,
         fixed={
-            "use_post_ffw_norm": True,
-            "use_post_attention_norm": True,
+            **_GEMMA2.fixed,
             "use_query_key_norm": True,
             "vision_encoder": None,
             "image_size": None,
         },
-        names=_GEMMA_NORMS,
-        windows="layer",
         window_pattern=6,
-        theta=None,
+        halves=1,
     ),
     "llama": Architecture(
         "LlamaForCausalLM",
         "Llama3",
         decoder_parts.LLAMA,
         arguments=_TIED,
-        expected={
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-        },
+        expected=_LLAMA,
         ropes=("default", "llama3"),
     ),
     "mistral": Architecture(
         "MistralForCausalLM",
         "Mistral",
         decoder_parts.LLAMA,
-        arguments=_HEAD_DIM | {"sliding_window": "sliding_window"},
+        arguments=_HEAD_DIM | _WINDOW,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
         expected={"hidden_act": "silu", "tie_word_embeddings": False},
         windows="argument",
@@ -234,19 +255,20 @@ ARCHITECTURES = {
         "MixtralForCausalLM",
         "Mixtral",
         decoder_parts.MIXTRAL,
-        arguments={
-            "sliding_window": "sliding_window",
+        arguments=_WINDOW
+        | {
             "num_local_experts": "num_experts",
             "num_experts_per_tok": "top_k",
             "router_aux_loss_coef": "router_aux_loss_coef",
         },
-        defaults={
+        adjusted=("output_router_logits",),
+        defaults=_ROUTER_DEFAULTS
+        | {
             "num_key_value_heads": 8,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "rms_norm_eps": 1e-5,
             "rope_theta": 1000000.0,
-            "router_aux_loss_coef": 0.001,
         },
         expected={"hidden_act": "silu", "tie_word_embeddings": False},
         aliases={"num_experts": "num_local_experts"},
@@ -260,34 +282,10 @@ ARCHITECTURES = {
         arguments=_TIED,
         defaults={"num_key_value_heads": 32},
         expected=_QWEN,
-        fixed={"use_sliding_window_attention": False},
-        biases=("query", "key", "value"),
+        fixed=_QWEN2_MOE.fixed,
+        biases=_QWEN2_MOE.biases,
     ),
-    "qwen2_moe": Architecture(
-        "Qwen2MoeForCausalLM",
-        "QwenMoe",
-        decoder_parts.QWEN_MOE,
-        arguments=_TIED
-        | _EXPERTS
-        | {"shared_expert_intermediate_size": "shared_expert_intermediate_dim"},
-        defaults={
-            "num_key_value_heads": 16,
-            "num_experts": 60,
-            "num_experts_per_tok": 4,
-            "moe_intermediate_size": 1408,
-            "shared_expert_intermediate_size": 5632,
-            "norm_topk_prob": False,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": (),
-            "router_aux_loss_coef": 0.001,
-        },
-        # KerasHub's layers all take themselves for the first.
-        expected=_QWEN
-        | {"qkv_bias": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
-        aliases={"num_local_experts": "num_experts"},
-        fixed={"use_sliding_window_attention": False},
-        biases=("query", "key", "value"),
-    ),
+    "qwen2_moe": _QWEN2_MOE,
     "qwen3": Architecture(
         "Qwen3ForCausalLM",
         "Qwen3",
@@ -302,18 +300,16 @@ ARCHITECTURES = {
         "Qwen3Moe",
         decoder_parts.QWEN3_MOE,
         arguments=_HEAD_DIM | _TIED | _EXPERTS,
-        defaults={
+        adjusted=("output_router_logits",),
+        defaults=_EXPERTS_DEFAULTS
+        | {
             "num_key_value_heads": 4,
             "num_experts": 128,
             "num_experts_per_tok": 8,
             "moe_intermediate_size": 768,
-            "norm_topk_prob": False,
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": (),
-            "router_aux_loss_coef": 0.001,
         },
         expected=_QWEN | {"attention_bias": False},
-        aliases={"num_local_experts": "num_experts"},
+        aliases=_QWEN2_MOE.aliases,
         fixed={"sliding_window_size": None},
     ),
     "smollm3": Architecture(
@@ -330,12 +326,7 @@ ARCHITECTURES = {
             "rope_theta": 2000000.0,
             "tie_word_embeddings": True,
         },
-        expected=_QWEN
-        | {
-            "attention_bias": False,
-            "mlp_bias": False,
-            "tie_word_embeddings": True,
-        },
+        expected=_QWEN | _LLAMA | {"tie_word_embeddings": True},
         fixed={
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -348,5 +339,3 @@ ARCHITECTURES = {
         final_norm="norm",
     ),
 }
-
-MODEL_TYPES = tuple(ARCHITECTURES)

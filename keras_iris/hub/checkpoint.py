@@ -22,9 +22,6 @@ def find_weights(
         folder: A Hugging Face folder.
         shapes: Names and shapes of the weights that are needed.
 
-    Returns:
-        A file for each name in `shapes`.
-
     Raises:
         ValueError: If a file is missing or truncated, or a weight is missing
             or has another shape.
@@ -48,11 +45,7 @@ def find_weights(
 def read_weights(
     files: Mapping[str, Path],
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and arrays, one file open at a time.
-
-    Args:
-        files: What `find_weights` returned.
-    """
+    """Names and arrays of what `find_weights` gave, one file open at a time."""
     for file in dict.fromkeys(files.values()):
         with safetensors.safe_open(file, framework="np") as tensors:
             for name in (n for n, f in files.items() if f == file):

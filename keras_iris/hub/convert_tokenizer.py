@@ -105,7 +105,10 @@ def convert_keras_hub(hub: Any, template: ChatTemplate | None) -> Tokenizer:
         ValueError: If it is of a kind whose split isn't known, or
             `convert_folder` refuses it.
     """
+    import tokenizers
     from keras_hub.tokenizers import BytePairTokenizer, SentencePieceTokenizer
+
+    from keras_iris.hub.tokenizer_folder import template_end
 
     if isinstance(hub, SentencePieceTokenizer):
         definition = _convert_sentencepiece(hub)
@@ -113,14 +116,20 @@ def convert_keras_hub(hub: Any, template: ChatTemplate | None) -> Tokenizer:
         definition = _convert_byte_pairs(hub)
     else:
         raise _unknown(hub)
-    from keras_iris.hub.tokenizer_folder import template_end
-
+    tokenizer = tokenizers.Tokenizer.from_str(definition)
+    tokenizer.post_processor = None
+    start = getattr(hub, "start_token_id", None)
+    if start is not None:
+        token = tokenizer.id_to_token(start)
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            [token, "$A"], special_tokens=[(token, start)]
+        )
     special = {token: int(hub.token_to_id(token)) for token in _special(hub)}
     names = ("end_token_id", "end_token2_id")  # Llama 3 has two
     ends: list[Any] = [*template_end(template, special)]
     ends += [getattr(hub, name, None) for name in names]
     return Tokenizer(
-        _start_with(definition, getattr(hub, "start_token_id", None)),
+        str(tokenizer.to_str()),
         end_token_ids=[int(i) for i in ends if i is not None],
         pad_token_id=int(getattr(hub, "pad_token_id", 0) or 0),
     )
@@ -129,19 +138,6 @@ def convert_keras_hub(hub: Any, template: ChatTemplate | None) -> Tokenizer:
 def _special(hub: Any) -> set[str]:
     more = hub.get_config().get("unsplittable_tokens")
     return {*hub.special_tokens, *(more or ())}
-
-
-def _start_with(definition: str, token_id: int | None) -> str:
-    from tokenizers import Tokenizer, processors
-
-    tokenizer = Tokenizer.from_str(definition)
-    tokenizer.post_processor = None
-    if token_id is not None:
-        token = tokenizer.id_to_token(token_id)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            [token, "$A"], special_tokens=[(token, token_id)]
-        )
-    return str(tokenizer.to_str())
 
 
 def _unknown(hub: Any) -> ValueError:
@@ -153,45 +149,36 @@ def _unknown(hub: Any) -> ValueError:
 
 
 def _convert_sentencepiece(hub: Any) -> str:
-    is_gemma = type(hub).__name__.startswith("Gemma")
-    config = {
-        "tokenizer_class": "GemmaTokenizer" if is_gemma else "LlamaTokenizer"
-    }
+    family = "Gemma" if type(hub).__name__.startswith("Gemma") else "Llama"
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "tokenizer.model").write_bytes(hub.proto)
-        return json.dumps(convert_folder(folder, config))
+        (Path(name) / "tokenizer.model").write_bytes(hub.proto)
+        config = {"tokenizer_class": f"{family}Tokenizer"}
+        return json.dumps(convert_folder(Path(name), config))
 
 
 def _convert_byte_pairs(hub: Any) -> str:
-    from tokenizers import (
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-    )
+    import tokenizers
+    from tokenizers import pre_tokenizers
 
     family = type(hub).__name__.removesuffix("Tokenizer").removesuffix("Moe")
     is_split = family in _DIGITS
     if not is_split and family not in _BYTE_LEVEL:
         raise _unknown(hub)
     merges = [tuple(m.split(" ")) for m in hub.merges if "#version:" not in m]
-    model = models.BPE(
+    model = tokenizers.models.BPE(
         dict(hub.vocabulary), merges, ignore_merges=family == "Llama3"
     )
-    tokenizer = Tokenizer(model)
+    tokenizer = tokenizers.Tokenizer(model)
     splitter: Any = pre_tokenizers.ByteLevel(
         add_prefix_space=hub.add_prefix_space, use_regex=not is_split
     )
     if is_split:
-        words = Regex(_WORDS.format(digits=_DIGITS[family]))
+        words = tokenizers.Regex(_WORDS.format(digits=_DIGITS[family]))
         split = pre_tokenizers.Split(words, "isolated")
         splitter = pre_tokenizers.Sequence([split, splitter])
     if family.startswith("Qwen"):
-        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.normalizer = tokenizers.normalizers.NFC()
     tokenizer.pre_tokenizer = splitter
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens(sorted(_special(hub), key=hub.token_to_id))
     return str(tokenizer.to_str())

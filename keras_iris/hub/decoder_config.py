@@ -5,28 +5,30 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from keras_iris.hub.architecture_table import ARCHITECTURES, Architecture
-from keras_iris.hub.entries import read_entry, read_integer
-from keras_iris.hub.rope import Rope, read_ropes
+from keras_iris.hub.entries import Rope, read_entry, read_integer, read_ropes
 
 # Entries that change nothing of what a model computes, or only when others
 # train it. What a file sets to null, false or nothing is harmless too.
 _HARMLESS = frozenset(
     """
-    _attn_implementation _name_or_path architectures attention_dropout
-    auto_map bos_token_id cache_implementation chunk_size_feed_forward dtype
-    eos_token_id id2label initializer_range is_llama_config label2id
+    _attn_implementation _name_or_path _sliding_window_pattern architectures
+    attention_dropout auto_map bos_token_id cache_implementation
+    chunk_size_feed_forward diversity_penalty dtype eos_token_id id2label
+    initializer_range is_llama_config label2id layer_types length_penalty
     max_length max_position_embeddings max_window_layers model_type
-    no_rope_layer_interval
-    num_beams num_beam_groups num_return_sequences output_router_logits
+    no_rope_layer_interval num_beam_groups num_beams num_return_sequences
     pad_token_id pretraining_tp repetition_penalty return_dict
-    router_jitter_noise temperature top_k top_p torch_dtype
-    transformers.js_config transformers_version typical_p
-    diversity_penalty length_penalty unsloth_fixed unsloth_version use_cache
-    rope_theta rope_scaling rope_parameters rope_local_base_freq
-    sliding_window layer_types sliding_window_pattern
-    _sliding_window_pattern
+    rope_local_base_freq rope_parameters rope_scaling rope_theta
+    router_jitter_noise sliding_window sliding_window_pattern temperature
+    top_k top_p torch_dtype transformers.js_config transformers_version
+    typical_p unsloth_fixed unsloth_version use_cache
     """.split()
 )
+
+
+def _size(entry: str, doc: str) -> Any:
+    """A property: a number of things in config.json."""
+    return property(lambda self: int(self.entries[entry]), doc=doc)
 
 
 class Entry(NamedTuple):
@@ -72,6 +74,13 @@ class DecoderConfig:
     )
     bos_token_id: int | None = dataclasses.field(default=None, compare=False)
 
+    vocabulary_size = _size("vocab_size", "Rows of the embedding.")
+    num_layers = _size("num_hidden_layers", "Decoder layers.")
+    hidden_size = _size("hidden_size", "The width of hidden states.")
+    intermediate_size = _size("intermediate_size", "Of the feed-forward.")
+    num_heads = _size("num_attention_heads", "Heads of queries.")
+    num_key_value_heads = _size("num_key_value_heads", "Of keys and values.")
+
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "DecoderConfig":
         """Reads the content of a Hugging Face config.json.
@@ -94,7 +103,7 @@ class DecoderConfig:
         usual = read_integer(merged, "hidden_size") // heads
         merged["head_dim"] = merged["head_dim"] or usual
         if "head_dim" not in row.arguments:
-            _check_head_dim(model_type, merged["head_dim"], usual)
+            _check_expected(model_type, "head_dim", merged["head_dim"], usual)
         windows = _read_windows(row, merged)
         full, local = read_ropes(config, row.defaults, row.ropes)
         names = [*row.arguments, *row.adjusted]
@@ -183,10 +192,24 @@ class DecoderConfig:
             and layer not in self.entries.get("mlp_only_layers", ())
             and (layer + 1) % self.entries.get("decoder_sparse_step", 1) == 0
         )
-        left_out = ("gate", "up", "down") if is_sparse else _SPARSE
         for role in self._row.names:
-            if role in self._row.parts and role not in left_out:
+            is_dense = role in ("gate", "up", "down")
+            is_expert = role.startswith(("router", "expert_", "shared_"))
+            is_left_out = is_dense if is_sparse else is_expert
+            if role in self._row.parts and not is_left_out:
                 yield role
+
+    @property
+    def router_scale(self) -> float:
+        """KerasHub's coefficient of the routers' loss, as one of config.json.
+
+        transformers counts every expert of a token and takes means over the
+        layers; KerasHub takes shares of a token and adds up the layers. So
+        the two agree for one layer, and in size for several.
+        """
+        layers = map(self._roles, range(self.num_layers))
+        number = sum("router" in list(roles) for roles in layers)
+        return int(self.entries["num_experts_per_tok"]) / max(1, number)
 
     def _layer_shapes(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -229,36 +252,6 @@ class DecoderConfig:
         return int(number or 0)
 
     @property
-    def vocabulary_size(self) -> int:
-        """Rows of the embedding."""
-        return int(self.entries["vocab_size"])
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-        return int(self.entries["num_hidden_layers"])
-
-    @property
-    def hidden_size(self) -> int:
-        """The width of hidden states."""
-        return int(self.entries["hidden_size"])
-
-    @property
-    def intermediate_size(self) -> int:
-        """The width of a feed-forward network."""
-        return int(self.entries["intermediate_size"])
-
-    @property
-    def num_heads(self) -> int:
-        """Heads of queries."""
-        return int(self.entries["num_attention_heads"])
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Heads of keys and values."""
-        return int(self.entries["num_key_value_heads"])
-
-    @property
     def head_dim(self) -> int:
         """The width of a head."""
         usual = self.hidden_size // self.num_heads
@@ -274,18 +267,6 @@ class DecoderConfig:
         """Whether the embedding is also the output layer."""
         default = self._row.defaults["tie_word_embeddings"]
         return bool(self.entries.get("tie_word_embeddings", default))
-
-
-_SPARSE = (
-    "router",
-    "expert_gate",
-    "expert_up",
-    "expert_down",
-    "shared_gate",
-    "shared_up",
-    "shared_down",
-    "shared_router",
-)
 
 
 def _check(
@@ -327,15 +308,6 @@ def _check_expected(
             f"config.json has {name}={value!r}, expected {expected!r}: "
             f"KerasHub 0.32's {model_type} model doesn't compute anything "
             "else, and its logits would be wrong. Use another checkpoint."
-        )
-
-
-def _check_head_dim(model_type: str, head_dim: Any, usual: int) -> None:
-    if head_dim != usual:
-        raise ValueError(
-            f"config.json has head_dim={head_dim} where KerasHub's "
-            f"{model_type} model takes hidden_size / num_attention_heads = "
-            f"{usual}. The logits would be wrong; use another checkpoint."
         )
 
 

@@ -10,12 +10,12 @@ import keras
 
 from keras_iris.data.text_files import read_json
 from keras_iris.files import check_replaceable, written_beside
-from keras_iris.hub.architecture_table import MODEL_TYPES
+from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.architectures import read_config
 from keras_iris.hub.checkpoint import INDEX_FILE, read_metadata
 from keras_iris.hub.decoder_config import DecoderConfig
 from keras_iris.hub.export_tokenizer import write_tokenizer
-from keras_iris.hub.shards import BYTES_PER_NUMBER, write_shards
+from keras_iris.hub.shards import TYPES, write_shards
 from keras_iris.hub.weights import Weight, list_weights
 from keras_iris.models.checks import check_lora
 
@@ -65,16 +65,14 @@ def export(
         OSError: If the disk is full.
     """
     folder = Path(folder).expanduser().absolute()
-    if dtype not in BYTES_PER_NUMBER:
+    if dtype not in TYPES:
         raise ValueError(
-            f"`dtype` has to be one of {tuple(BYTES_PER_NUMBER)}. Received: "
-            f"{dtype!r}"
+            f"`dtype` has to be one of {tuple(TYPES)}. Received: {dtype!r}"
         )
-    check_lora(causal_lm)
+    weights = check_export(causal_lm)
     check_replaceable(folder, lambda names: _find_foreign(folder, names))
     config = read_config(causal_lm.backbone)
     source = _find_source(causal_lm, source, config)
-    weights = list_weights(causal_lm.backbone, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(folder.parent, weights, dtype)
     with written_beside(folder) as new:
@@ -83,6 +81,18 @@ def export(
         names = sorted(file.name for file in new.iterdir())
         write_shards(weights, new, dtype, {_MARK: json.dumps(names)})
     return folder
+
+
+def check_export(causal_lm: keras.Model) -> list[Weight]:
+    """The weights of a model that `export` can write.
+
+    Raises:
+        ValueError: If it has adapters of Keras' own, or is of an architecture
+            without a row in the table.
+    """
+    check_lora(causal_lm)
+    backbone = causal_lm.backbone
+    return list_weights(backbone, read_config(backbone))
 
 
 def _find_foreign(folder: Path, names: set[str]) -> set[str]:
@@ -105,7 +115,7 @@ def _find_source(
     if source is None:
         return None
     content = read_json(Path(source).expanduser() / "config.json")
-    if content.get("model_type") not in MODEL_TYPES:
+    if content.get("model_type") not in ARCHITECTURES:
         if not is_given:
             return None  # KerasHub's layout
         raise ValueError(
@@ -123,7 +133,7 @@ def _find_source(
 
 def _check_disk(parent: Path, weights: list[Weight], dtype: str) -> None:
     numbers = sum(weight.size for weight in weights)
-    needed = numbers * BYTES_PER_NUMBER[dtype] + _HEADROOM_BYTES
+    needed = numbers * TYPES[dtype].itemsize + _HEADROOM_BYTES
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OSError(

@@ -26,8 +26,7 @@ def write_tokenizer(
     has: a tokenizer's own folder gives the other files of its vocabulary.
 
     Args:
-        causal_lm: Its `tokenizer` and `chat_template`, where it has them, are
-            written; of a model without, the source's files are.
+        causal_lm: One without a `tokenizer` gets the source's files.
         source: A Hugging Face folder.
         folder: Where to write.
 

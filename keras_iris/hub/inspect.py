@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from keras_iris.data import ChatTemplate, Tokenizer
 from keras_iris.data.text_files import read_json
-from keras_iris.hub.architecture_table import MODEL_TYPES
+from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.checkpoint import find_weights
 from keras_iris.hub.decoder_config import DecoderConfig
 from keras_iris.hub.sources import find_folder
@@ -27,7 +27,10 @@ class Checkpoint(NamedTuple):
 
 
 def inspect(
-    preset: str | Path, *, default_template: ChatTemplate | None = None
+    preset: str | Path,
+    *,
+    revision: str | None = None,
+    default_template: ChatTemplate | None = None,
 ) -> Checkpoint:
     """Reads and checks all of a checkpoint but the values of its weights.
 
@@ -35,8 +38,9 @@ def inspect(
     has weights, their names, shapes and files' sizes are checked.
 
     Args:
-        preset: `"hf://org/name"`, with `"@revision"` if need be, or a folder
-            in Hugging Face's layout; of an architecture in the table.
+        preset: `"hf://org/name"`, or a folder in Hugging Face's layout; of
+            an architecture in the table.
+        revision: As in `keras_iris.load`.
         default_template: Used where the checkpoint has no chat template.
 
     Returns:
@@ -51,13 +55,14 @@ def inspect(
     config, tokenizer, template = keras_iris.hub.inspect("path/to/folder")
     ```
     """
-    folder = find_folder(preset, with_weights=False)
+    folder = find_folder(preset, revision, with_weights=False)
     content = {} if folder is None else read_json(folder / "config.json")
-    if folder is None or content.get("model_type") not in MODEL_TYPES:
+    if folder is None or content.get("model_type") not in ARCHITECTURES:
         raise ValueError(
             f"{preset} has no config.json with a model_type out of "
-            f"{MODEL_TYPES}. Expected 'hf://org/name' or a folder in Hugging "
-            "Face's layout; what else there is, `keras_iris.load` loads."
+            f"{tuple(ARCHITECTURES)}. Expected 'hf://org/name' or a "
+            "folder in Hugging Face's layout; what else there is, "
+            "`keras_iris.load` loads."
         )
     checkpoint = read_checkpoint(folder, content, default_template)
     # An interrupted download is no fault: the next one goes on.
@@ -72,13 +77,7 @@ def read_checkpoint(
     content: dict[str, Any],
     default_template: ChatTemplate | None,
 ) -> Checkpoint:
-    """Reads a folder whose parts fit each other.
-
-    Args:
-        folder: A Hugging Face folder.
-        content: That of its config.json, with a `model_type` out of
-            `MODEL_TYPES`.
-        default_template: Used where the folder has no chat template.
+    """Reads a Hugging Face folder, given the content of its config.json.
 
     Raises:
         ValueError: If a part is missing or damaged, or they don't fit.

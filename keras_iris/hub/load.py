@@ -8,12 +8,11 @@ import keras
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.text_files import read_json
-from keras_iris.hub.architecture_table import MODEL_TYPES
-from keras_iris.hub.architectures import make_causal_lm
+from keras_iris.hub.architecture_table import ARCHITECTURES
+from keras_iris.hub.architectures import make_causal_lm, read_config
 from keras_iris.hub.checkpoint import find_weights, read_weights
-from keras_iris.hub.compare import check_untested
 from keras_iris.hub.inspect import read_checkpoint
-from keras_iris.hub.keras_preset import load_keras_preset
+from keras_iris.hub.keras_preset import load_keras_preset, load_untested
 from keras_iris.hub.sources import find_folder, read_commit
 from keras_iris.hub.weights import list_weights
 from keras_iris.models.lora import Lora, Targets, add_lora
@@ -25,6 +24,7 @@ _QUANTIZATIONS = (None, "int8", "int4")
 def load(  # noqa: PLR0913 (by keyword only)
     preset: str | Path,
     *,
+    revision: str | None = None,
     dtype: Any = None,
     lora_rank: int | None = None,
     lora_alpha: float | None = None,
@@ -41,9 +41,11 @@ def load(  # noqa: PLR0913 (by keyword only)
     where that is installed.
 
     Args:
-        preset: A KerasHub preset's name, `"hf://org/name"` or
-            `"hf://org/name@revision"`, `"kaggle://..."`, or a folder in
-            KerasHub's or Hugging Face's layout.
+        preset: A KerasHub preset's name, `"hf://org/name"`,
+            `"kaggle://..."`, or a folder in KerasHub's or Hugging Face's
+            layout.
+        revision: The branch, tag or commit of `"hf://org/name"`, the same as
+            `"hf://org/name@revision"`.
         dtype: A Keras dtype policy or its name. Defaults to Keras' global
             one.
         lora_rank: Trains LoRA adapters of this rank and nothing else: a pair
@@ -88,14 +90,17 @@ def load(  # noqa: PLR0913 (by keyword only)
     if lora_rank is not None:
         lora = Lora(lora_rank, lora_alpha, lora_targets)
     _check_quantize(quantize, lora)
-    folder = find_folder(preset)
-    if folder is not None and "model_type" in _read_config(folder):
-        causal_lm = _load_hugging_face(folder, dtype, default_template)
-    else:
+    folder = find_folder(preset, revision)
+    content = {} if folder is None else _read_config(folder)
+    if folder is None or "model_type" not in content:
         causal_lm = load_keras_preset(
-            str(folder or preset),
-            dtype=dtype,
-            template=default_template,
+            str(folder or preset), dtype=dtype, template=default_template
+        )
+    elif content["model_type"] in ARCHITECTURES:
+        causal_lm = _load_tested(folder, content, dtype, default_template)
+    else:
+        causal_lm = load_untested(
+            folder, content, dtype=dtype, default_template=default_template
         )
     causal_lm.source = folder
     causal_lm.commit = read_commit(folder)
@@ -103,25 +108,18 @@ def load(  # noqa: PLR0913 (by keyword only)
         _quantize(causal_lm, quantize)
     if lora is not None:
         add_lora(causal_lm.backbone, lora)
+        _warn_of_adapters(causal_lm.backbone)
     if remat:
         remat_layers(causal_lm.backbone)
     return causal_lm
 
 
-def _load_hugging_face(
-    folder: Path, dtype: Any, default_template: ChatTemplate | None
+def _load_tested(
+    folder: Path,
+    content: dict[str, Any],
+    dtype: Any,
+    default_template: ChatTemplate | None,
 ) -> keras.Model:
-    content = _read_config(folder)
-    if content["model_type"] not in MODEL_TYPES:
-        find_weights(folder, {})  # for a look at the files
-        template = ChatTemplate.from_folder(folder) or default_template
-        causal_lm = load_keras_preset(
-            str(folder), dtype=dtype, template=template, folder=folder
-        )
-        check_untested(causal_lm, folder, content["model_type"])
-        length = content.get("max_position_embeddings")
-        causal_lm.max_position_embeddings = length
-        return causal_lm
     config, tokenizer, template = read_checkpoint(
         folder, content, default_template
     )
@@ -157,6 +155,17 @@ def _check_quantize(quantize: str | None, lora: Lora | None) -> None:
         raise ValueError(
             f"A model quantized to {quantize} cannot be trained without "
             "LoRA. Pass `lora_rank=16`, or leave out `quantize`."
+        )
+
+
+def _warn_of_adapters(backbone: keras.Model) -> None:
+    try:
+        read_config(backbone)
+    except ValueError:
+        warnings.warn(
+            f"The adapters of a {type(backbone).__name__} train, but neither "
+            "`save_adapter` nor `export` can write them; `save_weights` can.",
+            stacklevel=3,
         )
 
 

@@ -58,15 +58,7 @@ def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
 
 
 def check_embeddings(tokenizer: Tokenizer, vocabulary_size: int) -> None:
-    """Refuses a tokenizer with ids that the model doesn't have.
-
-    Args:
-        tokenizer: The tokenizer.
-        vocabulary_size: The number of the model's embeddings.
-
-    Raises:
-        ValueError: If an id is too large.
-    """
+    """Refuses a tokenizer with ids that the model has no embeddings for."""
     if tokenizer.vocabulary_size > vocabulary_size:
         raise ValueError(
             f"The tokenizer has ids up to {tokenizer.vocabulary_size - 1}, "
@@ -119,14 +111,11 @@ def _add_tokens(
 def template_end(
     template: ChatTemplate | None, ids: Mapping[str, int]
 ) -> list[int]:
-    """The id of the first added token that follows a response.
+    """The id of the first of some tokens that follows a response, if any.
 
     Args:
         template: A chat template.
-        ids: Added tokens and their ids. Blank ones don't end a turn.
-
-    Returns:
-        One id, or none.
+        ids: Tokens and their ids. Blank ones don't end a turn.
     """
     if template is None:
         return []

@@ -18,6 +18,46 @@ from keras_iris.models.decoder_parts import part
 from keras_iris.models.lora import LoraLayer
 
 
+class Bank:
+    """A variable that holds the matrices of all experts of a layer.
+
+    It is of shape `(experts, inputs, outputs)`, with two matrices side by
+    side in the last axis where gate and up projection are one.
+
+    Args:
+        variable: The variable.
+        num_parts: How many weights of a checkpoint it holds.
+    """
+
+    def __init__(self, variable: keras.Variable, num_parts: int) -> None:
+        self._variable = variable
+        self._num_parts = num_parts
+        self._count = 0
+        self._values: np.ndarray | None = None
+
+    def write(self, index: tuple[Any, ...], array: np.ndarray) -> None:
+        """Sets a part; the variable is set once, with all of them."""
+        if self._values is None:
+            self._values = np.empty(self._variable.shape, array.dtype)
+        self._values[index] = array
+        if self._is_last():
+            self._variable.assign(self._values.astype(np.float32))
+            self._values = None
+
+    def read(self, index: tuple[Any, ...]) -> np.ndarray:
+        """A part; the variable is read once for all of them."""
+        if self._values is None:
+            self._values = _to_numpy(self._variable)
+        array = self._values[index]
+        if self._is_last():
+            self._values = None
+        return array
+
+    def _is_last(self) -> bool:
+        self._count = (self._count + 1) % self._num_parts
+        return self._count == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Weight:
     """One weight: a name and shape in the checkpoint, a layer in the model.
@@ -25,15 +65,15 @@ class Weight:
     Attributes:
         name: The name in the checkpoint.
         shape: The shape in the checkpoint.
-        layer: The Keras layer, or `None` for a part of a bank of experts.
-        attribute: `"kernel"`, `"bias"`, `"scale"`, `"embeddings"`,
-            `"reverse_embeddings"` or `"expert"`.
+        layer: The Keras layer, or a `Bank` of experts.
+        attribute: `"kernel"`, `"bias"`, `"scale"`, `"embeddings"` or
+            `"reverse_embeddings"`; of a bank, the part that this is.
     """
 
     name: str
     shape: tuple[int, ...]
     layer: Any
-    attribute: str
+    attribute: Any
 
     @property
     def size(self) -> int:
@@ -42,6 +82,9 @@ class Weight:
 
     def assign(self, array: np.ndarray) -> None:
         """Sets the layer's variable from the checkpoint's array."""
+        if isinstance(self.layer, Bank):
+            self.layer.write(self.attribute, array.T)
+            return
         variable = getattr(self.layer, self.attribute)
         variable.assign(self._to_keras(array, tuple(variable.shape)))
 
@@ -51,6 +94,8 @@ class Weight:
         Returns:
             A float32 array of shape `self.shape`.
         """
+        if isinstance(self.layer, Bank):
+            return self.layer.read(self.attribute).T
         if self.layer.quantization_mode and self.attribute == "kernel":
             return _read_by_calling(self.layer, self.shape)
         if self.layer.quantization_mode and "embeddings" in self.attribute:
@@ -93,74 +138,8 @@ class Weight:
         return str(self.layer.equation).split(",")[1][1] == "d"
 
 
-class Bank:
-    """A variable that holds the matrices of all experts of a layer.
-
-    It is of shape `(experts, inputs, outputs)`, with two matrices side by
-    side in the last axis where gate and up projection are one.
-
-    Args:
-        variable: The variable.
-        num_parts: How many weights of a checkpoint it holds.
-    """
-
-    def __init__(self, variable: keras.Variable, num_parts: int) -> None:
-        self._variable = variable
-        self._num_parts = num_parts
-        self._count = 0
-        self._values: np.ndarray | None = None
-
-    def write(self, index: tuple[Any, ...], array: np.ndarray) -> None:
-        """Sets a part; the variable is set once, with all of them."""
-        if self._values is None:
-            self._values = np.empty(self._variable.shape, array.dtype)
-        self._values[index] = array
-        if self._is_last():
-            self._variable.assign(self._values.astype(np.float32))
-            self._values = None
-
-    def read(self, index: tuple[Any, ...]) -> np.ndarray:
-        """A part; the variable is read once for all of them."""
-        if self._values is None:
-            self._values = _to_numpy(self._variable)
-        array = self._values[index]
-        if self._is_last():
-            self._values = None
-        return array
-
-    def _is_last(self) -> bool:
-        self._count = (self._count + 1) % self._num_parts
-        return self._count == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class ExpertWeight(Weight):
-    """A weight that is a part of a bank.
-
-    Attributes:
-        bank: The bank.
-        index: The part.
-    """
-
-    bank: Bank
-    index: tuple[Any, ...]
-
-    def assign(self, array: np.ndarray) -> None:
-        """Sets the part from the checkpoint's array."""
-        self.bank.write(self.index, array.T)
-
-    def read(self) -> np.ndarray:
-        """The checkpoint's array, in float32."""
-        return self.bank.read(self.index).T
-
-
 def list_weights(backbone: keras.Model, config: DecoderConfig) -> list[Weight]:
-    """The weights in the order of a checkpoint.
-
-    Args:
-        backbone: A KerasHub backbone.
-        config: Its configuration, as `read_config` gives it.
-    """
+    """The weights of a backbone with this config, as a checkpoint has them."""
     row = ARCHITECTURES[config.model_type]
     embedding = backbone.token_embedding
     ends = {
@@ -191,21 +170,15 @@ def list_weights(backbone: keras.Model, config: DecoderConfig) -> list[Weight]:
 
 def _find_expert(
     entry: Entry, variable: keras.Variable, banks: dict[str, Bank]
-) -> ExpertWeight:
+) -> Weight:
     num_experts, _, num_outputs = variable.shape
     width = entry.shape[0]
     per_expert = num_outputs // width
     if variable.path not in banks:
         banks[variable.path] = Bank(variable, num_experts * per_expert)
     start = width if entry.role == "expert_up" and per_expert > 1 else 0
-    return ExpertWeight(
-        entry.name,
-        entry.shape,
-        layer=None,
-        attribute="expert",
-        bank=banks[variable.path],
-        index=(entry.expert, slice(None), slice(start, start + width)),
-    )
+    index = (entry.expert, slice(None), slice(start, start + width))
+    return Weight(entry.name, entry.shape, banks[variable.path], index)
 
 
 def _read_by_calling(

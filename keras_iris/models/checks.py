@@ -115,6 +115,13 @@ def check_causal_lm(causal_lm: Any) -> None:
             f"{[operation.name for operation in operations]}. Pass the causal "
             "LM itself, not its backbone, or one of another architecture."
         )
+    others = sorted({*causal_lm.input} - {"token_ids", "padding_mask"})
+    if others:
+        raise ValueError(
+            "`causal_lm` has to take token ids and their mask, and nothing "
+            f"else. Received: {type(causal_lm).__name__}, which also takes "
+            f"{', '.join(others)}. Use a model of text only."
+        )
     if head.quantization_mode:
         raise ValueError(
             "The output layer of `causal_lm` has to be in float. Received: "

@@ -7,6 +7,8 @@ import numpy as np
 from keras_iris import backend
 from keras_iris.generation import Completion, Engine
 from keras_iris.generation.engine import check_prompts
+from keras_iris.hub.adapter import check_adapter
+from keras_iris.hub.export import check_export
 from keras_iris.self_play.options import Options
 
 
@@ -27,6 +29,7 @@ def check_engine(engine: Any, options: Options) -> None:
             f"{type(engine).__name__} answers one process, and there are "
             f"{backend.process_count()}. Use `KerasEngine`."
         )
+    _check_writes(engine, options.model.causal_lm)
     # Keras (3.15) rounds the inputs of int8 layers, too, not those of int4. It
     # has no public way to all layers.
     lossy = {"trainer": (), "export": ("int8",), "adapter": ("int8", "int4")}
@@ -65,6 +68,19 @@ def check_engine(engine: Any, options: Options) -> None:
         )
     prompts = [example.prompt_ids.tolist() for example in options.examples]
     check_prompts(prompts, config.get("bucket_lengths", [None])[-1])
+
+
+def _check_writes(engine: Engine, causal_lm: Any) -> None:
+    """Refuses a model that can't be written for the engine."""
+    check = {"export": check_export, "adapter": check_adapter}
+    try:
+        if engine.reads in check:
+            check[engine.reads](causal_lm)
+    except ValueError as error:
+        raise ValueError(
+            f"{type(engine).__name__} reads each iteration's {engine.reads}, "
+            f"which this model doesn't have. {error}"
+        ) from error
 
 
 def check_completions(

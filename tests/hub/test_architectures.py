@@ -9,17 +9,21 @@ import re
 import tempfile
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
-import torch
-from reference import expected_logits, expected_model, logits_of, random_ids
+from reference import (
+    check_greedy,
+    expected_logits,
+    expected_model,
+    logits_of,
+    random_ids,
+    take_step,
+)
 from safetensors.numpy import load_file
 from tiny_checkpoints import copy, edit, find_classes, non_default_options
 from tiny_models import make_pairs
 
 from keras_iris import SelfPlayModel, losses
-from keras_iris.generation import KerasEngine
 from keras_iris.hub import export, load
 from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.decoder_config import DecoderConfig
@@ -88,35 +92,14 @@ def test_logits(folder, causal_lm):
 
 
 def test_generates(folder, causal_lm):
-    engine = KerasEngine(
-        causal_lm,
-        end_token_ids=(639,),
-        max_new_tokens=NUM_NEW_TOKENS,
-        batch_size=2,
-        bucket_lengths=(12,),
-        sampler=keras_hub.samplers.GreedySampler(),
-    )
-    prompts = [random_ids((n,), seed=n).tolist() for n in (12, 7)]
-    completions = engine.generate(prompts, seed=0)
-    model = expected_model(folder)
-    model.generation_config.eos_token_id = None
-    for prompt, completion in zip(prompts, completions, strict=True):
-        expected = model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones((1, len(prompt)), dtype=torch.int64),
-            do_sample=False,
-            max_new_tokens=NUM_NEW_TOKENS,
-            pad_token_id=0,
-        ).numpy()[0, len(prompt) :]
-        assert 639 not in expected
-        assert list(completion.token_ids) == expected.tolist()
+    check_greedy(causal_lm, folder, NUM_NEW_TOKENS)
 
 
 def test_trains_and_exports(checkpoint, architecture, tmp_path):
     """One step of SGD is PyTorch's, read from the exported folder."""
     options = non_default_options(architecture)
     if "router_aux_loss_coef" in options:
-        options["router_aux_loss_coef"] = 0.0  # has its own test
+        options["output_router_logits"] = False  # has its own test
     folder = checkpoint(architecture, **options)
     causal_lm = load(folder, dtype="float32")
     model = SelfPlayModel(causal_lm)
@@ -143,18 +126,7 @@ def test_trains_and_exports(checkpoint, architecture, tmp_path):
 
 
 def _expected_step(model, pairs):
-    ids, mask, padding = (
-        torch.tensor(pairs[name][:, 0].astype("int64"))
-        for name in ("token_ids", "response_mask", "padding_mask")
-    )
-    logits = model(ids, attention_mask=padding).logits
-    log_probs = torch.log_softmax(logits[:, :-1], -1)
-    log_probs = log_probs.gather(2, ids[:, 1:, None])[..., 0]
-    (-(log_probs * mask[:, 1:]).sum() / len(ids)).backward()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
+    take_step(model, pairs)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(f"{folder}/model.safetensors")

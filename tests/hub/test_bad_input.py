@@ -34,7 +34,7 @@ BAD_CONFIGS = {
     ),
     "activation": ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "biases": ("llama", dict(attention_bias=True), "attention_bias=True"),
-    "head size": ("qwen2", dict(head_dim=8), "head_dim=8 where"),
+    "head size": ("qwen2", dict(head_dim=8), "head_dim=8, expected 16"),
     "unknown": ("qwen2", dict(logit_scale=2.0), "logit_scale=2.0, an entry"),
     "unknown scaling": (
         "qwen2",

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from reference import expected_logits, logits_of, random_ids
 from safetensors.numpy import load_file
-from tiny_checkpoints import copy, edit
+from tiny_checkpoints import copy, edit, non_default_options
 from tiny_models import make_pairs
 
+import keras_iris
 from keras_iris import losses
 from keras_iris.data import (
     ChatTemplate,
@@ -203,7 +204,15 @@ def test_hugging_face_repository(checkpoint, tmp_path, monkeypatch):
         load("hf://org/none@v1")
     asked.clear()
     inspect("hf://org/name@v1")
-    assert asked == [("org/name", "v1", False)]
+    inspect("hf://org/name", revision="v1")
+    keras_iris.estimate("hf://org/name@v1", revision="v1")
+    assert asked == 3 * [("org/name", "v1", False)]
+    load("hf://org/name", revision="v1")
+    assert asked[3:] == [("org/name", "v1", x) for x in (False, True)]
+    for preset in ("hf://org/name@v2", snapshot, "qwen2.5_0.5b_en"):
+        with pytest.raises(ValueError, match="revision.*'v1'"):
+            load(preset, revision="v1")
+    assert len(asked) == 5
 
 
 def test_single_file_beside_an_old_index(checkpoint, tmp_path):
@@ -332,6 +341,10 @@ def test_other_architectures_pass_with_a_warning(gpt2):
     with pytest.warns(UserWarning, match="type 'gpt2'"):
         causal_lm = load(gpt2, default_template=ChatTemplate.named("spin"))
     assert causal_lm.chat_template.source == template.source
+    message = "adapters of a GPT2Backbone train, but neither `save_adapter`"
+    with pytest.warns(UserWarning, match=message):
+        with pytest.warns(UserWarning, match="type .gpt2."):
+            load(gpt2, lora_rank=2)
 
 
 def test_other_architectures_are_compared(gpt2):
@@ -339,3 +352,23 @@ def test_other_architectures_are_compared(gpt2):
     edit(gpt2 / "config.json", layer_norm_epsilon=1.0)
     with pytest.raises(ValueError, match="log-probs are off by .* nats"):
         load(gpt2, dtype="float32")
+
+
+@saves_preset
+def test_saved_as_a_keras_preset(checkpoint, tmp_path):
+    """KerasHub's `from_preset` gives the same model, adapters are refused."""
+    import keras_hub
+
+    folder = checkpoint("gemma2", **non_default_options("gemma2"))
+    causal_lm = load(folder, dtype="float32")
+    causal_lm.save_to_preset(str(tmp_path / "preset"))
+    again = keras_hub.models.CausalLM.from_preset(str(tmp_path / "preset"))
+    token_ids = random_ids()
+    np.testing.assert_array_equal(
+        logits_of(again, token_ids), logits_of(causal_lm, token_ids)
+    )
+    assert again.backbone.decoder_config == causal_lm.backbone.decoder_config
+    adapted = load(folder, lora_rank=2)
+    with pytest.raises(ValueError, match="can't hold LoRA's adapters"):
+        adapted.save_to_preset(str(tmp_path / "adapted"))
+    assert not (tmp_path / "adapted").exists()

@@ -1,15 +1,19 @@
 """Parity with transformers for the same folder."""
 
+import keras
 import numpy as np
 import pytest
+import torch
 from reference import (
     expected_logits,
+    expected_model,
     expected_tokenizer,
     logits_of,
     random_ids,
 )
 from tokenizer_texts import TEXTS
 
+import keras_iris
 from keras_iris.data import ChatTemplate
 from keras_iris.hub import load
 
@@ -98,3 +102,40 @@ def test_end_tokens(checkpoint, architecture):
     tokenizer = load(checkpoint(architecture)).tokenizer
     ids = [tokenizer.encode(token)[-1] for token in END_TOKENS[architecture]]
     assert tokenizer.end_token_ids == tuple(ids)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2_moe"])
+@pytest.mark.parametrize("is_added", [False, True])
+def test_the_routers_loss_of_a_checkpoint(checkpoint, architecture, is_added):
+    """It is transformers', of one layer, if config.json asks for it."""
+    folder = checkpoint(
+        architecture,
+        num_hidden_layers=1,
+        router_aux_loss_coef=2.0,
+        output_router_logits=is_added,
+    )
+    causal_lm = load(folder, dtype="float32")
+    model = keras_iris.SelfPlayModel(causal_lm)
+    model.compile(
+        keras.optimizers.SGD(0.1), keras_iris.losses.SFT(), micro_batch_size=3
+    )
+    token_ids = random_ids((8, 1, 12))
+    mask = np.ones((8, 2, 12), "bool")
+    pairs = {
+        "token_ids": token_ids.repeat(2, axis=1),
+        "padding_mask": mask,
+        "response_mask": mask & (np.arange(12) > 3),
+    }
+    expected = -model.predict(pairs, verbose=0)[:, 0].mean()
+    reference, ids = (
+        expected_model(folder),
+        torch.tensor(token_ids[:, 0]).long(),
+    )
+    with torch.no_grad():
+        whole = reference(ids, labels=ids).loss
+        rest = reference(ids, labels=ids, output_router_logits=False).loss
+    assert (whole > rest) == is_added
+    loss = model.train_on_batch(pairs, np.zeros((8, 2), "float32"))
+    assert float(loss) == pytest.approx(
+        expected + float(whole - rest), rel=1e-5
+    )

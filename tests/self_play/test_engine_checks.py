@@ -1,6 +1,7 @@
 import json
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from self_play_helpers import (
@@ -215,3 +216,40 @@ def test_a_template_that_drops_the_response(tmp_path):
             tokenizer=tokenizer,
             template=template,
         )
+
+
+def _gpt2():
+    """Of an architecture without a row in the table."""
+    backbone = keras_hub.models.GPT2Backbone(
+        vocabulary_size=VOCABULARY_SIZE,
+        num_layers=1,
+        num_heads=2,
+        hidden_dim=16,
+        intermediate_dim=32,
+        max_sequence_length=32,
+    )
+    causal_lm = keras_hub.models.GPT2CausalLM(backbone, preprocessor=None)
+    add_lora(backbone, Lora(2))
+    return causal_lm
+
+
+@pytest.mark.parametrize(
+    ("make", "reads", "message"),
+    [
+        (_gpt2, "export", "Cannot write a GPT2Backbone"),
+        (_gpt2, "adapter", "Cannot write a GPT2Backbone"),
+        (make_causal_lm, "adapter", "has 0 of them"),
+    ],
+)
+def test_models_that_an_engine_could_not_read(make, reads, message, tmp_path):
+    """Known before the first step, not after it."""
+    model = keras_iris.SelfPlayModel(make())
+    model.compile(loss=keras_iris.losses.IRIS())
+    engine = _OtherProcess()
+    engine.reads = reads
+    message = f"_OtherProcess reads each iteration's {reads}.*{message}"
+    with pytest.raises(ValueError, match=message):
+        keras_iris.SelfPlay(
+            model, make_examples(), tmp_path, batch_size=8, engine=engine
+        )
+    assert not list(tmp_path.iterdir())
