@@ -127,6 +127,9 @@ def run(model, options):
     )
     self_play.run()
     weights = [backend.read(v) for v in model.causal_lm.backbone.variables]
+    if not options.get("lora_rank"):
+        folder = Path(options["run_dir"]) / "model"
+        keras_iris.export(model.causal_lm, folder, dtype="float32")
     seen = {"process": backend.process_index()}
     if backend.is_cut():
         report = keras_iris.distribution.sharding_report(model)

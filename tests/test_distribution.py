@@ -12,6 +12,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import keras_iris
 from keras_iris.distribution.launch import Launch, read_environment
@@ -282,6 +283,12 @@ def assert_same(folder, expected):
     np.testing.assert_allclose(
         read_losses(folder), read_losses(expected), atol=LOSS_TOLERANCE
     )
+    for file in expected.glob("model/*.safetensors"):
+        exported = load_file(folder / "model" / file.name)
+        for name, array in load_file(file).items():
+            np.testing.assert_allclose(
+                exported[name], array, atol=WEIGHT_TOLERANCE
+            )
     weights, there = (np.load(f / "weights.npz") for f in (folder, expected))
     for name in there.files:
         np.testing.assert_allclose(

@@ -7,6 +7,7 @@ model and a share of each batch. On TensorFlow the model is made under a
 batch.
 """
 
+from keras_iris.backend import process_index
 from keras_iris.distribution.launch import initialize
 from keras_iris.distribution.make import make_distribution
 from keras_iris.distribution.report import ShardingReport, sharding_report
@@ -17,5 +18,6 @@ __all__ = [
     "ShardingReport",
     "initialize",
     "make_distribution",
+    "process_index",
     "sharding_report",
 ]

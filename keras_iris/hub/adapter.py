@@ -87,11 +87,13 @@ def save_adapter(causal_lm: keras.Model, folder: str | Path) -> Path:
         "r": lora.rank,
         "lora_alpha": lora.alpha,
     }
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    check_replaceable(folder, lambda names: names - {_CONFIG, _WEIGHTS})
-    with written_beside(folder) as new:
-        save_file(arrays, new / _WEIGHTS, metadata={"format": "pt"})
-        (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    if backend.process_index() == 0:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(folder, lambda names: names - {_CONFIG, _WEIGHTS})
+        with written_beside(folder) as new:
+            save_file(arrays, new / _WEIGHTS, metadata={"format": "pt"})
+            (new / _CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    backend.exchange("")
     return folder
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_iris import backend
 from keras_iris.data.text_files import read_json
 from keras_iris.files import check_replaceable, written_beside
 from keras_iris.hub.architecture_table import ARCHITECTURES
@@ -59,6 +60,8 @@ def export(
     Returns:
         The folder.
 
+    In several processes all call it, and process 0 writes.
+
     Raises:
         ValueError: If an argument is out of range, the model cannot be
             written in this layout, or `source` is another model's.
@@ -75,11 +78,23 @@ def export(
     source = _find_source(causal_lm, source, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     _check_disk(folder.parent, weights, dtype)
+    if backend.process_index() > 0:
+        return _wait_for_first(weights, folder)
     with written_beside(folder) as new:
         token_ids = write_tokenizer(causal_lm, source, new)
         _write_config(config, source, new, {"dtype": dtype, **token_ids})
         names = sorted(file.name for file in new.iterdir())
         write_shards(weights, new, dtype, {_MARK: json.dumps(names)})
+    backend.exchange("")
+    return folder
+
+
+def _wait_for_first(weights: list[Weight], folder: Path) -> Path:
+    """What other processes do while process 0 writes."""
+    if backend.IS_ONE_PROGRAM:
+        for weight in weights:
+            weight.read()  # which process 0 gathers from all devices
+    backend.exchange("")
     return folder
 
 
