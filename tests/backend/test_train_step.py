@@ -96,7 +96,7 @@ def test_micro_batches_train_as_the_whole_batch(objective, alpha):
     expected, expected_logs = _train(objective, None, alpha=alpha)
     # The exponential of a difference of log-probs has the rounding of these.
     tolerance = RELATIVE_TOLERANCE * (3 if objective == "tilted margin" else 1)
-    for size in (1, 3, 5) if objective in ("iris", "spin", "space") else (3,):
+    for size in (1, 3, 5) if (objective, alpha) == ("iris", 2.0) else (3,):
         changes, logs = _train(objective, size, alpha=alpha)
         assert _largest_difference(changes, expected) < tolerance
         for log, expected_log in zip(logs, expected_logs, strict=True):
