@@ -101,7 +101,7 @@ def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     for name in _GROWING & set(environment.filters):
         environment.filters[name] = _guarded(name, environment.filters[name])
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = DATE.strftime
     return environment
 
 
@@ -130,10 +130,6 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return DATE.strftime(format)
 
 
 def _check_size(name: str, values: Iterable[Any]) -> None:

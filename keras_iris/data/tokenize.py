@@ -191,17 +191,18 @@ def _make_examples(
 ) -> Iterator[Example]:
     rows = read_rows(source, read_conversation, bad_rows)
     batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
-    encoded = _two_ahead(partial(_encode_rows, encoder), batches)
-    pairs = itertools.chain.from_iterable(encoded)
     num_examples = 0
-    for row, pair in tqdm(pairs, unit=" rows", delay=_SECONDS_IN_SILENCE):
-        if isinstance(pair, ValueError):
-            bad_rows.add(ValueError(f"{row.where}: {pair}"))
-            continue
-        example = limits.fit(row, pair, encoder)
-        if example is not None:
-            num_examples += 1
-            yield example
+    with tqdm(unit=" rows", delay=_SECONDS_IN_SILENCE) as progress:
+        for batch in _two_ahead(partial(_encode_rows, encoder), batches):
+            for row, pair in batch:
+                if isinstance(pair, ValueError):
+                    bad_rows.add(ValueError(f"{row.where}: {pair}"))
+                    continue
+                example = limits.fit(row, pair, encoder)
+                if example is not None:
+                    num_examples += 1
+                    yield example
+            progress.update(len(batch))
     bad_rows.report(limits.num_rows)
     limits.report()
     if not num_examples:
@@ -228,11 +229,16 @@ def _encode_rows(
 
 def _two_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Results in their order; Python renders one while another is encoded."""
-    with ThreadPoolExecutor(2) as pool:
-        waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(2)
+    waiting: deque[Future[R]] = deque()
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    finally:
+        # Without waiting: where the caller has failed, the garbage collector
+        # comes here, perhaps while `threading` holds a lock.
+        pool.shutdown(wait=False, cancel_futures=True)
