@@ -23,7 +23,7 @@ test: .venv/installed-dev
 	    marks="not slow and not once"; \
 	done; exit $$failed
 
-test-slow: .venv/installed-dev
+test-slow: .venv/installed-slow
 	for backend in $(BACKENDS); do \
 	    KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; \
 	done
@@ -60,4 +60,4 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv .jax_cache runs
+	rm -rf .venv .jax_cache .smollm2 .vllm runs

@@ -2,9 +2,12 @@
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.tokenize import tokenize
@@ -13,10 +16,12 @@ from keras_iris.hub.inspect import inspect
 _MASTER_BYTES = 4  # of a number that is trained, of its gradient, of a slot
 _COMPUTE_BYTES = 2  # bfloat16
 _ID_BYTES = 4
+# Tokens and outputs whose logits are held (`keras_iris.models.log_probs`).
+_TILES = {True: (2048, 32768), False: (512, 8192)}  # of a GPU, of a CPU
 _QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
 # XLA's float32 copies of a layer's numbers, and of attention's scores: theirs,
 # their softmax, and the gradients of both.
-_LAYER_COPIES, _SCORE_COPIES, _TILE_COPIES = 1, 4, 3
+_SCORE_COPIES, _TILE_COPIES = 4, 3
 _TARGETS = {
     "query": "q_proj",
     "key": "k_proj",
@@ -36,6 +41,7 @@ def estimate(  # noqa: PLR0913 (by keyword only)
     default_template: ChatTemplate | None = None,
     max_prompt_length: int = 1024,
     max_response_length: int = 1024,
+    run_dir: str | Path | None = None,
     **sizes: Any,
 ) -> "RunEstimate":
     """Checks a run without its weights, and estimates what it takes.
@@ -49,6 +55,7 @@ def estimate(  # noqa: PLR0913 (by keyword only)
         default_template: Used where the checkpoint has no chat template.
         max_prompt_length: As in `keras_iris.data.tokenize`.
         max_response_length: As in `keras_iris.data.tokenize`.
+        run_dir: The run's folder, whose disk is checked for room.
         **sizes: Arguments of `RunEstimate`.
 
     Returns:
@@ -56,7 +63,8 @@ def estimate(  # noqa: PLR0913 (by keyword only)
 
     Raises:
         ValueError: `keras_iris.load` would refuse the preset, or
-            `keras_iris.data.tokenize` the conversations.
+            `keras_iris.data.tokenize` the conversations, or the disk of
+            `run_dir` has too little room.
 
     Example:
     ```python
@@ -77,18 +85,32 @@ def estimate(  # noqa: PLR0913 (by keyword only)
             max_prompt_length=max_prompt_length,
             max_response_length=max_response_length,
         )
-        number = max(1, len(examples))
+        first = examples[0]
         sizes |= {
-            "prompt_length": sum(len(e.prompt_ids) for e in examples) / number,
-            "response_length": sum(len(e.response_ids) for e in examples)
-            / number,
-            "sample": "".join(
-                tokenizer.decode(ids.tolist())
-                for e in examples[:1]
-                for ids in (e.prompt_ids, e.response_ids)
+            "prompt_length": np.mean([len(e.prompt_ids) for e in examples]),
+            "response_length": np.mean([len(e.response_ids) for e in examples]),
+            "sample": tokenizer.decode(
+                [*first.prompt_ids, *first.response_ids]
             ),
         }
-    return RunEstimate(config=config, **sizes)
+    run = RunEstimate(config=config, **sizes)
+    if run_dir is not None:
+        _check_room(run.disk()["together"], Path(run_dir).expanduser())
+    return run
+
+
+def _check_room(needed: float, folder: Path) -> None:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"The run needs about {needed / 2**30:.3g} GiB of disk in "
+            f"{folder}, of which {free / 2**30:.3g} GiB are free. Make room, "
+            "take a `run_dir` on another disk, or train LoRA adapters, whose "
+            "checkpoints are small."
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,13 +143,12 @@ class RunEstimate:
         quantize: `"int8"`, `"int4"` or `None`.
         num_devices: Devices that weights and batches are cut over.
         optimizer_slots: Numbers that the optimizer keeps for each trained one.
-        num_streams: Terms of the loss, `len(loss.streams())`.
         needs_folder: Whether the engine reads exported weights.
         flops_per_second: Floating-point operations of a device, not its peak.
         bytes_per_second: Bytes that it reads from its memory. Both defaults
             follow from the run on an H200: 29,000 tokens a second in training,
             81,700 generated ones in 28.7 s, compilation included.
-        logits_tile: Tokens and outputs of the head's tiles; of a GPU.
+        is_gpu: Or a CPU.
         sample: A prompt with its response, as the model sees them.
     """
 
@@ -147,11 +168,9 @@ class RunEstimate:
     quantize: str | None = None
     num_devices: int = 1
     optimizer_slots: int = 1
-    num_streams: int = 2
     needs_folder: bool = False
     flops_per_second: float = 5e14
     bytes_per_second: float = 5.5e11
-    logits_tile: tuple[int, int] = (2048, 32768)
     is_gpu: bool = True
     sample: str = ""
 
@@ -189,7 +208,7 @@ class RunEstimate:
             always["copies of matrices"] = self._matrices_bytes()
         training = {
             "gradients": trained,
-            "gradients of earlier terms": trained * (self.num_streams > 1),
+            "gradients of earlier terms": trained,
             "activations": self._activation_bytes(),
         }
         cache = {"key-value cache": self._cache_bytes()}
@@ -197,7 +216,7 @@ class RunEstimate:
             name: size / self.num_devices
             for name, size in (always | training | cache).items()
         }
-        tokens, outputs = self.logits_tile
+        tokens, outputs = _TILES[self.is_gpu]
         parts["logits"] = (
             _TILE_COPIES
             * _MASTER_BYTES
@@ -210,12 +229,12 @@ class RunEstimate:
         }
 
     def disk(self) -> dict[str, float]:
-        """Bytes of the run's folder, by name."""
+        """Bytes of the run's folder, by name and together."""
         trained = _MASTER_BYTES * self.num_trained
         export = _COMPUTE_BYTES * self.num_weights
         length = self.prompt_length + self.response_length
         synthetic = self.iterations * self.num_samples * self.new_tokens
-        return {
+        parts = {
             # The latest, those of two iterations' starts, and a new one while
             # it replaces another.
             "checkpoints": 4 * trained * (1 + self.optimizer_slots),
@@ -223,9 +242,10 @@ class RunEstimate:
             "trained model": export,
             "tokens": _ID_BYTES * self.num_prompts * (length + synthetic),
         }
+        return _with_sum(parts)
 
     def seconds(self) -> dict[str, float]:
-        """Time of the whole run on all devices, by its parts.
+        """Time of the whole run on all devices, by its parts and together.
 
         2 operations a matrix weight and token forward, 4 backward (2 with
         LoRA), 2 to compute activations again; attention, communication,
@@ -252,7 +272,7 @@ class RunEstimate:
             "scoring": forward * pairs,
             "training": forward * pairs * passes * self.epochs,
         }
-        return {name: self.iterations * time for name, time in once.items()}
+        return _with_sum({k: self.iterations * v for k, v in once.items()})
 
     def _weights_bytes(self) -> float:
         if self.lora_rank is None:
@@ -285,7 +305,7 @@ class RunEstimate:
             + 4 * config.intermediate_size
         )
         inputs = _COMPUTE_BYTES * config.num_layers * config.hidden_size
-        token = inputs + _LAYER_COPIES * _MASTER_BYTES * layer
+        token = inputs + _MASTER_BYTES * layer
         # KerasHub's attention isn't fused.
         scores = config.num_heads * self.max_length**2
         return float(
@@ -302,29 +322,25 @@ class RunEstimate:
     def __str__(self) -> str:
         """Tables of memory, disk and time."""
         kind = "all weights" if self.lora_rank is None else "LoRA"
-        hours = {
-            k: f"{v / 3600:.2f} hours" for k, v in _with_sum(self.seconds())
-        }
-        tables = {
-            f"memory of a device, of {self.num_devices}": {
-                k: f"{v / 2**30:.2f} GiB" for k, v in self.memory().items()
-            },
-            "disk": {
-                k: f"{v / 2**30:.2f} GiB" for k, v in _with_sum(self.disk())
-            },
-            f"time at {self.flops_per_second:.3g} operations and "
-            f"{self.bytes_per_second:.3g} bytes a second": hours,
-        }
-        lines = [self.sample] if self.sample else []
-        lines.append(
-            f"{self.num_weights:,} weights, {self.num_trained:,} trained "
-            f"({kind}); estimates:"
+        memory = f"memory of a device, of {self.num_devices}, in GiB"
+        time = (
+            f"hours at {self.flops_per_second:.3g} operations and "
+            f"{self.bytes_per_second:.3g} bytes a second"
         )
-        for title, rows in tables.items():
+        lines = [
+            self.sample,
+            f"{self.num_weights:,} weights, {self.num_trained:,} trained "
+            f"({kind}); estimates:",
+        ]
+        for title, parts, unit in (
+            (memory, self.memory(), 2**30),
+            ("disk in GiB", self.disk(), 2**30),
+            (time, self.seconds(), 3600),
+        ):
             lines.append(title)
-            lines += [f"  {name:28} {row:>14}" for name, row in rows.items()]
-        return "\n".join(lines)
+            lines += [f"  {k:28} {v / unit:10.2f}" for k, v in parts.items()]
+        return "\n".join(lines).lstrip()
 
 
-def _with_sum(parts: dict[str, float]) -> list[tuple[str, float]]:
-    return [*parts.items(), ("together", sum(parts.values()))]
+def _with_sum(parts: dict[str, float]) -> dict[str, float]:
+    return parts | {"together": sum(parts.values())}

@@ -32,6 +32,7 @@ import keras_iris
 from keras_iris.distribution import ShardedParallel
 
 PRESET = "hf://Qwen/Qwen2.5-3B-Instruct"
+DATA = "HuggingFaceH4/ultrachat_200k"
 TEMPLATE = "chatml"  # where the checkpoint has none
 FULL_RATE, LORA_RATE = 5e-7, 5e-6
 SMALL = 64  # rows that the dry run reads
@@ -40,45 +41,42 @@ SMALL = 64  # rows that the dry run reads
 def read_options(arguments=None):
     """The options of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-
-    def add(name, default, text="", **options):
-        if default is not None and "action" not in options:
-            options.setdefault("type", type(default))
-            text = f"{text} (default: {default})".strip()
-        parser.add_argument(name, default=default, help=text, **options)
-
-    add("--preset", PRESET, "hf://org/name, hf://org/name@revision or a folder")
-    add("--data", "HuggingFaceH4/ultrachat_200k", "a dataset's id, or a file")
-    add("--split", "train_sft", "of a dataset with an id")
-    add("--run-dir", None, "(default: runs/ and the preset's name)")
-    add("--max-prompts", 50_000)
-    add("--held-out", 500, "conversations to evaluate on")
-    add("--iterations", 5)
-    add("--epochs", 2, "of an iteration")
-    add("--batch-size", 64, "pairs")
-    add("--micro-batch-size", 8, "pairs at a time")
-    add("--max-length", 2048, "tokens, half of them the prompt's")
-    add("--max-new-tokens", 256)
-    add("--num-samples", 1, "answers to a prompt, each in a pair of a batch")
-    rates = f"(default: {FULL_RATE}, with LoRA {LORA_RATE})"
-    add("--learning-rate", None, rates, type=float)
-    add("--lora-rank", None, "(default: all weights are trained)", type=int)
-    add("--quantize", None, "the base of LoRA", choices=("int8", "int4"))
-    add("--shard", 1, "number of devices to cut everything over (JAX)")
-    add(
-        "--serve",
-        None,
-        "command of a server that answers the prompts, such as 'vllm serve "
-        "{folder} --port {port}' (default: Keras generates)",
-    )
-    add("--in-flight", 256, "prompts that a server has at once")
-    add(
-        "--dry-run", False, "check and estimate, then stop", action="store_true"
-    )
-    return parser.parse_args(arguments)
+    add = parser.add_argument
+    add("--preset", default=PRESET, help="a folder or hf://org/name@revision")
+    add("--data", default=DATA, help="a dataset's id, or a file")
+    add("--run-dir", help="if None, runs/ and the preset's name")
+    add("--max-prompts", type=int, default=50_000, help="drawn from the data")
+    add("--held-out", type=int, default=500, help="of them, to evaluate on")
+    add("--iterations", type=int, default=5, help="of self-play")
+    add("--epochs", type=int, default=2, help="of an iteration")
+    add("--batch-size", type=int, default=64, help="pairs")
+    add("--micro-batch-size", type=int, default=8, help="pairs at a time")
+    add("--max-length", type=int, default=2048, help="tokens, half a prompt's")
+    add("--max-new-tokens", type=int, default=256, help="of an answer")
+    add("--num-samples", type=int, default=1, help="answers to a prompt")
+    rates = f"if None, {FULL_RATE}, with LoRA {LORA_RATE}"
+    add("--learning-rate", type=float, help=rates)
+    add("--lora-rank", type=int, help="if None, all weights are trained")
+    add("--quantize", choices=("int8", "int4"), help="the base of LoRA")
+    add("--shard", type=int, default=1, help="devices to cut all over (JAX)")
+    serve = "vllm serve {folder} --port {port}"
+    add("--serve", help=f"a command, such as '{serve}'; if None, Keras answers")
+    add("--in-flight", type=int, default=256, help="prompts that a server has")
+    add("--dry-run", action="store_true", help="only check and estimate")
+    options = parser.parse_args(arguments)
+    # 32: of the prompts that Keras answers at once
+    sizes = (options.batch_size, options.micro_batch_size, 32)
+    if options.shard < 1 or any(size % options.shard for size in sizes):
+        parser.error(
+            f"--shard {options.shard} has to divide --batch-size, "
+            "--micro-batch-size and 32"
+        )
+    if options.quantize and options.lora_rank is None:
+        parser.error("--quantize is for the base of LoRA: add --lora-rank")
+    return options
 
 
 def main(arguments=None):
@@ -87,21 +85,17 @@ def main(arguments=None):
     is_lora = options.lora_rank is not None
     run_dir = Path(options.run_dir or f"runs/{Path(options.preset).name}")
     template = keras_iris.data.ChatTemplate.named(TEMPLATE)
-    lengths = {
-        "max_prompt_length": options.max_length // 2,
-        "max_response_length": options.max_length // 2,
-    }
+    length = options.max_length // 2
+    lengths = {"max_prompt_length": length, "max_response_length": length}
 
     # Data: the first question of each conversation, and its answer.
-    conversations = [
-        conversation.first_turn()
-        for conversation in keras_iris.data.load_dataset(
-            options.data,
-            split=options.split,
-            num_prompts=SMALL if options.dry_run else options.max_prompts,
-            streaming=options.dry_run and not Path(options.data).exists(),
-        )
-    ]
+    rows = keras_iris.data.load_dataset(
+        options.data,
+        split="train_sft",
+        num_prompts=SMALL if options.dry_run else options.max_prompts,
+        streaming=options.dry_run and not Path(options.data).exists(),
+    )
+    conversations = [row.first_turn() for row in rows]
     if options.dry_run:
         estimate = keras_iris.estimate(
             options.preset,
@@ -117,6 +111,7 @@ def main(arguments=None):
             quantize=options.quantize,
             num_devices=options.shard,
             needs_folder=options.serve is not None,
+            run_dir=run_dir,
             **lengths,
         )
         print(estimate)
@@ -134,42 +129,37 @@ def main(arguments=None):
         remat=True,
         default_template=template,
     )
-    tokenizer = causal_lm.tokenizer
     examples = keras_iris.data.tokenize(
         conversations,
-        tokenizer,
+        causal_lm.tokenizer,
         template=causal_lm.chat_template,
         cache_dir=run_dir / "tokens",
         **lengths,
     )
-    held_out, examples = (
-        examples[: options.held_out],
-        examples[options.held_out :],
-    )
-    num_pairs = len(examples) * options.num_samples
-    num_batches = num_pairs // options.batch_size
-    num_steps = num_batches * options.epochs * options.iterations
-    if num_steps == 0 or not held_out:
+    num_rows = -(-options.batch_size // options.num_samples)  # of a batch
+    if not 0 < options.held_out <= len(examples) - num_rows:
         raise SystemExit(
-            f"The data have {len(held_out)} held-out and {len(examples)} other "
-            "examples. Expected at least 1 and "
-            f"{options.batch_size // options.num_samples}. Lower "
-            "--held-out or --batch-size, or add rows."
+            f"{len(examples)} usable rows are too few for --held-out "
+            f"{options.held_out} (at least 1) and --batch-size "
+            f"{options.batch_size}. Lower either, or add rows."
         )
+    held_out = examples[: options.held_out]
+    examples = examples[options.held_out :]
 
     # Training: cosine with 10% warm-up, the order follows the gap.
     rate = options.learning_rate or (LORA_RATE if is_lora else FULL_RATE)
-    warm_up_steps = num_steps // 10
+    num_pairs = len(examples) * options.num_samples
+    num_batches = -(-num_pairs // options.batch_size)
+    num_steps = num_batches * options.epochs * options.iterations
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0,
+        decay_steps=num_steps - num_steps // 10,
+        warmup_target=rate,
+        warmup_steps=num_steps // 10,
+    )
     model = keras_iris.SelfPlayModel(causal_lm)
     model.compile(
-        optimizer=keras.optimizers.RMSprop(
-            keras.optimizers.schedules.CosineDecay(
-                0.0 if warm_up_steps else rate,
-                decay_steps=num_steps - warm_up_steps,
-                warmup_target=rate if warm_up_steps else None,
-                warmup_steps=warm_up_steps,
-            )
-        ),
+        optimizer=keras.optimizers.RMSprop(schedule),
         loss=keras_iris.losses.IRIS(),
         micro_batch_size=options.micro_batch_size,
     )
@@ -177,28 +167,26 @@ def main(arguments=None):
     if options.serve:
         engine = keras_iris.generation.ServerEngine(
             command=shlex.split(options.serve),
-            end_token_ids=tokenizer.end_token_ids,
+            end_token_ids=causal_lm.tokenizer.end_token_ids,
             max_new_tokens=options.max_new_tokens,
             concurrency=options.in_flight,
         )
-    self_play = keras_iris.SelfPlay(
+    keras_iris.SelfPlay(
         model,
-        examples[: num_batches * options.batch_size // options.num_samples],
+        examples,
         run_dir,
         iterations=options.iterations,
         epochs=options.epochs,
         batch_size=options.batch_size,
         num_samples=options.num_samples,
         max_response_length=options.max_new_tokens,
-        tokenizer=tokenizer,
         engine=engine,
         evaluate=keras_iris.models.HeldOutNLL(
             held_out, batch_size=options.micro_batch_size
         ),
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         title=f"IRIS on {Path(options.preset).name}",
-    )
-    self_play.run()
+    ).run()
     print("Model:", keras_iris.export(causal_lm, run_dir / "model"))
     print("Report:", keras_iris.evaluation.report(run_dir))
     print(keras_iris.evaluation.scores_table(run_dir))

@@ -66,3 +66,11 @@ def checkpoint(tmp_path_factory):
         return folders[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The folder and the GGUF file of the real SmolLM2-135M-Instruct."""
+    from make_smollm2 import make_smollm2  # imports transformers
+
+    return make_smollm2()

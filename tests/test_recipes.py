@@ -155,6 +155,22 @@ def test_dry_run_loads_as_the_run_does(
         main(_arguments(folder, data, tmp_path / "run", "--dry-run"))
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"shard": 3}, "--shard 3 has to divide --batch-size"),
+        ({"shard": 0}, "--shard 0 has to divide"),
+        ({"shard": 4}, "--shard 4 has to divide .*--micro-batch-size"),
+        ({"quantize": "int8"}, "--quantize is for .*--lora-rank"),
+    ],
+)
+@pytest.mark.parametrize("name", ["zephyr_7b", "qwen2_5_3b"])
+def test_options_that_do_not_fit(name, options, error, recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe(name).main(_arguments("none", "none", "none", **options))
+    assert re.search(error, capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("batch_size", [5, 50])
 def test_too_few_rows(batch_size, recipe, checkpoint, data, tmp_path):
     arguments = _arguments(
@@ -163,7 +179,9 @@ def test_too_few_rows(batch_size, recipe, checkpoint, data, tmp_path):
         tmp_path / "run",
         **{"batch-size": batch_size},
     )
-    with pytest.raises(SystemExit, match=f"at least 1 and {batch_size}"):
+    with pytest.raises(
+        SystemExit, match=f"too few .*--batch-size {batch_size}"
+    ):
         recipe("qwen2_5_3b").main(arguments)
 
 

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import keras
 import pytest
@@ -227,7 +228,6 @@ def test_what_xla_allocates(architecture, lora_rank, tmp_path):
         micro_batch_size=micro_batch_size,
         max_length=length,
         lora_rank=lora_rank,
-        logits_tile=(512, 8192),
         is_gpu=False,
     )
     allocated = float(result.stdout.split()[-1])
@@ -278,6 +278,21 @@ def test_disk():
     disk = _estimate(ZEPHYR, num_samples=2).disk()
     assert disk["tokens"] == 4 * 1000 * (160 + 3 * 2 * 40)
     assert _estimate(ZEPHYR).disk()["engine's model"] == 0
+
+
+def test_a_disk_without_room(checkpoint, tmp_path, monkeypatch):
+    preset, run_dir = checkpoint("qwen2"), tmp_path / "new" / "run"
+    parts = keras_iris.estimate(preset, run_dir=run_dir).disk()
+    assert parts.pop("together") == sum(parts.values())
+    free = {tmp_path: math.ceil(sum(parts.values()))}
+    monkeypatch.setattr(
+        "shutil.disk_usage", lambda path: SimpleNamespace(free=free[path])
+    )
+    keras_iris.estimate(preset, run_dir=run_dir)
+    free[tmp_path] -= 1
+    with pytest.raises(ValueError, match=r"GiB of disk in .*run, of which"):
+        keras_iris.estimate(preset, run_dir=run_dir)
+    assert not run_dir.parent.exists()
 
 
 def test_seconds():

@@ -139,12 +139,7 @@ def read_conversation(row: Any, where: str) -> Conversation:
     return conversation
 
 
-def check_messages(messages: Any, where: str) -> tuple[Message, ...]:
-    """The messages with nothing but role and content.
-
-    Raises:
-        ValueError: If they aren't messages, or have other parts.
-    """
+def _check_messages(messages: Any, where: str) -> tuple[Message, ...]:
     if isinstance(messages, str | Mapping) or not isinstance(
         messages, Iterable
     ):
@@ -193,7 +188,7 @@ def _check_text(text: str, where: str) -> str:
 def _check_prompt(prompt: Prompt, where: str) -> Prompt:
     if isinstance(prompt, str):
         return _check_text(prompt, where)
-    return check_messages(prompt, where)
+    return _check_messages(prompt, where)
 
 
 def _read_pair(prompt: Any, response: Any, where: str) -> Conversation:
@@ -202,13 +197,13 @@ def _read_pair(prompt: Any, response: Any, where: str) -> Conversation:
         return _conversation(prompt, response, where)
     if isinstance(prompt, str):
         prompt = ({"role": "user", "content": prompt},)
-    response = check_messages(response, where)
+    response = _check_messages(response, where)
     return _split_messages([*prompt, *response], where, first=len(prompt))
 
 
 def _split_messages(messages: Any, where: str, first: int = 0) -> Conversation:
     """The last assistant turn, from message `first` on, and what is before."""
-    messages = check_messages(messages, where)
+    messages = _check_messages(messages, where)
     roles = [message["role"] for message in messages]
     turns = [i for i in range(first, len(roles)) if roles[i] == "assistant"]
     if not turns:

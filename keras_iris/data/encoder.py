@@ -21,17 +21,11 @@ TokenPair: TypeAlias = tuple[list[int], list[int]]  # prompt, response
 
 
 class _Rendered(NamedTuple):
-    """A conversation's texts.
-
-    `own_prompt` is the prompt as generation renders it, `cut` where its last
-    special token starts.
-    """
+    """A conversation's texts; at `cut` the last special token starts."""
 
     marked: MarkedText
     prompt: str
     full: str
-    own: MarkedText
-    own_prompt: str
     cut: int
 
 
@@ -107,10 +101,10 @@ class Encoder:
         texts = [self._render(row, template) for row in rows]
         # Most of a prompt is encoded once: up to its last special token.
         heads = self._encode_texts(
-            [(t.own, t.own_prompt[: t.cut]) for t in texts]
+            [(t.marked, t.prompt[: t.cut]) for t in texts]
         )
         tails = self._encode_texts(
-            [(t.own, t.own_prompt[t.cut :]) for t in texts]
+            [(t.marked, t.prompt[t.cut :]) for t in texts]
         )
         fulls = self._encode_texts([(t.marked, t.full[t.cut :]) for t in texts])
         pairs = []
@@ -133,13 +127,9 @@ class Encoder:
         marked = MarkedText([*messages, turn], self.tokenizer)
         *history, turn = marked.messages
         prompt, full = template.render_pair(history, turn["content"])
-        if marked.is_plain:
-            cut = max([0, *(prompt.rfind(token) for token in self._cuts)])
-            return _Rendered(marked, prompt, full, marked, prompt, cut)
-        # Without the response, as generation renders it.
-        own = MarkedText(messages, self.tokenizer)
-        own_prompt = template.render_prompt(own.messages)
-        return _Rendered(marked, prompt, full, own, own_prompt, 0)
+        cuts = self._cuts if marked.is_plain else []
+        cut = max([0, *(prompt.rfind(token) for token in cuts)])
+        return _Rendered(marked, prompt, full, cut)
 
     def _encode_texts(
         self, texts: Sequence[tuple[MarkedText, str]]

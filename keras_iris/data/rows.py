@@ -3,13 +3,11 @@
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 OnBadRow = Literal["error", "drop"]
 T = TypeVar("T")
-Located: TypeAlias = Iterator[tuple[str, Callable[[], Any]]]
 
 
 class BadRows:
@@ -65,10 +63,12 @@ def read_rows(
         ValueError: If the source can't be read, or is empty.
     """
     is_empty = True
-    for where, get_row in _locate(source):
+    for where, row in _locate(source):
         is_empty = False
         try:
-            result = read(get_row(), where)
+            if isinstance(row, ValueError):
+                raise row
+            result = read(row, where)
         except ValueError as error:
             bad_rows.add(error)
         else:
@@ -80,8 +80,8 @@ def read_rows(
         )
 
 
-def _locate(source: Any) -> Located:
-    """Yields (where, a function that gives the row)."""
+def _locate(source: Any) -> Iterator[tuple[str, Any]]:
+    """Yields (where, row, or the error of one that isn't JSON)."""
     if isinstance(source, str | Path):
         yield from _read_file(Path(source).expanduser())
         return
@@ -97,14 +97,10 @@ def _locate(source: Any) -> Located:
             f".jsonl or .parquet file, received {type(source).__name__}."
         )
     for index, row in enumerate(source):
-        yield f"row {index}", partial(_same, row)
+        yield f"row {index}", row
 
 
-def _same(row: T) -> T:
-    return row
-
-
-def _read_file(path: Path) -> Located:
+def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
     readers = {".jsonl": _read_jsonl, ".parquet": _read_parquet}
     reader = readers.get(path.suffix.lower())
     if reader is None:
@@ -121,26 +117,26 @@ def _read_file(path: Path) -> Located:
     yield from reader(path)
 
 
-def _read_jsonl(path: Path) -> Located:
-    def parse(line: bytes, where: str) -> Any:
-        try:
-            # Some editors start a file with a byte-order mark.
-            return json.loads(line.decode("utf-8-sig"))
-        except ValueError as error:  # of JSON or of UTF-8
-            text = line.decode("utf-8", errors="replace").strip()
-            raise ValueError(
-                f"{where} is not valid JSON in UTF-8 ({error}): "
-                f"{shorten(text)}. Expected one JSON object a line."
-            ) from error
-
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"line {number} of {path}"
-                yield where, partial(parse, line, where)
+            where = f"line {number} of {path}"
+            try:
+                # Some editors start a file with a byte-order mark.
+                if text := line.decode("utf-8-sig").strip():
+                    yield where, json.loads(text)
+            except ValueError as error:  # of JSON or of UTF-8
+                text = line.decode("utf-8", errors="replace").strip()
+                yield (
+                    where,
+                    ValueError(
+                        f"{where} is not valid JSON in UTF-8 ({error}): "
+                        f"{shorten(text)}. Expected one JSON object a line."
+                    ),
+                )
 
 
-def _read_parquet(path: Path) -> Located:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     index = 0
@@ -148,7 +144,7 @@ def _read_parquet(path: Path) -> Located:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
-                    yield f"row {index} of {path}", partial(_same, row)
+                    yield f"row {index} of {path}", row
                     index += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(

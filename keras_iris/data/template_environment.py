@@ -101,7 +101,7 @@ def make_environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     for name in _GROWING & set(environment.filters):
         environment.filters[name] = _guarded(name, environment.filters[name])
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    environment.globals["strftime_now"] = DATE.strftime
     return environment
 
 
@@ -130,10 +130,6 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(format: str) -> str:
-    return DATE.strftime(format)
 
 
 def _check_size(name: str, values: Iterable[Any]) -> None:
@@ -179,18 +175,6 @@ def _refuse_above(size: int, name: str) -> None:
         )
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
+def _to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
     # Jinja's own filter escapes HTML characters.
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)

@@ -8,10 +8,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from keras_iris.data.conversations import Conversation
-from keras_iris.data.example import Example, TokenIds
+from keras_iris.data.example import Example
 from keras_iris.files import replaced
 
 _FORMAT = 3  # advance when `tokenize` gives other ids
@@ -65,28 +63,21 @@ def cached(
 def _write(path: Path, examples: Iterator[Example]) -> list[Example]:
     import pyarrow  # type: ignore[import-untyped]
 
-    names = ("prompt_ids", "response_ids")
-    column_type = pyarrow.large_list(pyarrow.int32())
-    schema = pyarrow.schema([(name, column_type) for name in names])
+    ids = pyarrow.large_list(pyarrow.int32())
+    schema = pyarrow.schema({"prompt_ids": ids, "response_ids": ids})
     written: list[Example] = []
     with replaced(path) as temporary, pyarrow.OSFile(str(temporary), "wb") as f:
         with pyarrow.ipc.new_file(f, schema) as writer:
             while batch := list(islice(examples, _BATCH)):
-                columns = [
-                    _column([getattr(example, name) for example in batch])
-                    for name in names
-                ]
-                writer.write_batch(pyarrow.record_batch(columns, schema=schema))
+                columns = {
+                    name: [getattr(example, name) for example in batch]
+                    for name in schema.names
+                }
+                writer.write_batch(
+                    pyarrow.RecordBatch.from_pydict(columns, schema)
+                )
                 written += batch
     return written
-
-
-def _column(rows: Sequence[TokenIds]) -> Any:
-    import pyarrow
-
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-    values = pyarrow.array(np.concatenate(rows), pyarrow.int32())
-    return pyarrow.LargeListArray.from_arrays(offsets, values)
 
 
 def _read(path: Path) -> Iterator[Example]:
@@ -96,8 +87,5 @@ def _read(path: Path) -> Iterator[Example]:
         reader = pyarrow.ipc.open_file(file)
         for number in range(reader.num_record_batches):
             columns = reader.get_batch(number).columns
-            yield from map(Example, *map(_rows, columns))
-
-
-def _rows(column: Any) -> list[TokenIds]:
-    return np.split(column.values.to_numpy(), column.offsets.to_numpy()[1:-1])
+            rows = (c.to_numpy(zero_copy_only=False) for c in columns)
+            yield from map(Example, *rows)

@@ -1,18 +1,17 @@
 """A source of conversations to examples within limits."""
 
 import itertools
-import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import keras
 import numpy as np
+from tqdm import tqdm
 
 from keras_iris.arguments import check_count
 from keras_iris.data.chat_template import ChatTemplate
@@ -119,9 +118,7 @@ class _Limits:
     max_response_length: int
     on_overflow: OnOverflow
     num_rows: int = 0
-    num_dropped: int = 0
-    num_shortened: int = 0
-    num_cut: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
 
     def fit(
         self, row: Conversation, pair: TokenPair, encoder: Encoder
@@ -131,10 +128,10 @@ class _Limits:
         prompt, response = pair
         if self.on_overflow == "truncate":
             if len(prompt) > self.max_prompt_length:
-                self.num_shortened += 1
+                self.counts["have a shortened prompt"] += 1
                 prompt, response = self._shorten(row, pair, encoder)
             if len(response) > self.max_response_length:
-                self.num_cut += 1
+                self.counts["have a cut response, without end token"] += 1
                 response = response[: self.max_response_length]
         sizes = (len(prompt), len(response))
         if (
@@ -147,10 +144,10 @@ class _Limits:
         if self.on_overflow == "error":
             raise ValueError(
                 f"{row.where}: A prompt of {sizes[0]} and a response of "
-                f"{sizes[1]} tokens, expected {self._at_most}. Raise the "
+                f"{sizes[1]} tokens, expected {self.at_most}. Raise the "
                 "maximum, or pass `on_overflow='drop'` or 'truncate'."
             )
-        self.num_dropped += 1
+        self.counts["were dropped: a prompt or response is too long"] += 1
         return None
 
     def _shorten(
@@ -172,25 +169,21 @@ class _Limits:
         return pair
 
     @property
-    def _at_most(self) -> str:
+    def at_most(self) -> str:
+        """Both limits, for messages."""
         return (
             f"at most {self.max_prompt_length} and {self.max_response_length}"
         )
 
     def report(self) -> None:
-        counts = {
-            "were dropped: a prompt or response is too long": self.num_dropped,
-            "have a shortened prompt": self.num_shortened,
-            "have a cut response, without end token": self.num_cut,
-        }
-        for outcome, number in counts.items():
-            if number:
-                warnings.warn(
-                    f"{number} of {self.num_rows} conversations {outcome} "
-                    f"(`max_prompt_length`, `max_response_length`: "
-                    f"{self._at_most}).",
-                    stacklevel=4,
-                )
+        """Says in a warning each what became of too long rows."""
+        for outcome, number in self.counts.items():
+            warnings.warn(
+                f"{number} of {self.num_rows} conversations {outcome} "
+                f"(`max_prompt_length`, `max_response_length`: "
+                f"{self.at_most}).",
+                stacklevel=4,
+            )
 
 
 def _make_examples(
@@ -198,25 +191,24 @@ def _make_examples(
 ) -> Iterator[Example]:
     rows = read_rows(source, read_conversation, bad_rows)
     batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
-    progress, number, num_examples = _Progress(), 0, 0
-    for batch in _two_ahead(partial(_encode_rows, encoder), batches):
-        for row, pair in batch:
-            if isinstance(pair, ValueError):
-                bad_rows.add(ValueError(f"{row.where}: {pair}"))
-                continue
-            example = limits.fit(row, pair, encoder)
-            if example is not None:
-                num_examples += 1
-                yield example
-        number += len(batch)
-        progress.show(number)
-    progress.close(number)
+    num_examples = 0
+    with tqdm(unit=" rows", delay=_SECONDS_IN_SILENCE) as progress:
+        for batch in _two_ahead(partial(_encode_rows, encoder), batches):
+            for row, pair in batch:
+                if isinstance(pair, ValueError):
+                    bad_rows.add(ValueError(f"{row.where}: {pair}"))
+                    continue
+                example = limits.fit(row, pair, encoder)
+                if example is not None:
+                    num_examples += 1
+                    yield example
+            progress.update(len(batch))
     bad_rows.report(limits.num_rows)
     limits.report()
     if not num_examples:
         raise ValueError(
             f"No example is left of {limits.num_rows + bad_rows.errors} rows. "
-            f"Expected at least one with {limits._at_most} tokens in prompt "
+            f"Expected at least one with {limits.at_most} tokens in prompt "
             "and response. Raise `max_prompt_length` or `max_response_length`, "
             "or look at the rows."
         )
@@ -237,28 +229,16 @@ def _encode_rows(
 
 def _two_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Results in their order; Python renders one while another is encoded."""
-    with ThreadPoolExecutor(2) as pool:
-        waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(2)
+    waiting: deque[Future[R]] = deque()
+    try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-class _Progress:
-    """Counts rows on the screen, once it takes long."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._bar: Any = None
-
-    def show(self, number: int) -> None:
-        if time.monotonic() - self._start >= _SECONDS_IN_SILENCE:
-            self._bar = self._bar or keras.utils.Progbar(None, unit_name="row")
-            self._bar.update(number)
-
-    def close(self, number: int) -> None:
-        if self._bar:
-            self._bar.update(number, finalize=True)
+    finally:
+        # Without waiting: where the caller has failed, the garbage collector
+        # comes here, perhaps while `threading` holds a lock.
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ class Tokenizer:
     Attributes:
         start_token_ids: What the definition puts before a text.
         special_tokens: The strings that `encode` knows if `parse_special`.
+        special_pattern: Finds them, the longest first.
         cutting_tokens: Those of them before which a text can be cut in two
             that are encoded apart.
         vocabulary_size: One more than the largest token id.
@@ -48,6 +50,10 @@ class Tokenizer:
         added = self._plain.get_added_tokens_decoder().values()
         added = [token for token in added if token.special]
         self.special_tokens = tuple(token.content for token in added)
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self.special_pattern = re.compile(
+            "|".join(map(re.escape, longest_first)) or "(?!)"
+        )
         self.cutting_tokens = tuple(
             token.content
             for token in added

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import keras
 import numpy as np
 
 from keras_iris.generation.engine import Prompts
@@ -78,21 +79,21 @@ def pad_prompts(
         `(batch_size, bucket_length)`; `starts` int32, where an answer begins,
         and `is_real` bool, both of shape `(batch_size,)`.
     """
-    num_real = len(batch.indices)
-    num_dummies = batch_size - num_real
-    rows = [prompts[i] for i in batch.indices + batch.indices[:1] * num_dummies]
-    shape = (batch_size, batch.bucket_length)
-    token_ids = np.full(shape, pad_token_id, "int32")
-    is_prompt = np.zeros(shape, bool)
-    starts = np.zeros(batch_size, "int32")
-    for row, prompt in enumerate(rows):
-        starts[row] = batch.bucket_length if pads_left else len(prompt)
-        place = slice(starts[row] - len(prompt), starts[row])
-        token_ids[row, place] = prompt
-        is_prompt[row, place] = True
+    time, num_real = batch.bucket_length, len(batch.indices)
+    dummies = batch.indices[:1] * (batch_size - num_real)
+    rows = [prompts[i] for i in batch.indices + dummies]
+    lengths = np.array([len(row) for row in rows], "int32")
+    starts = np.full_like(lengths, time) if pads_left else lengths
+    positions, ends = np.arange(time), starts[:, None]
+    firsts = ends - lengths[:, None]
     return {
-        "token_ids": token_ids,
-        "is_prompt": is_prompt,
+        "token_ids": keras.utils.pad_sequences(
+            rows,
+            time,
+            padding="pre" if pads_left else "post",
+            value=pad_token_id,
+        ),
+        "is_prompt": (firsts <= positions) & (positions < ends),
         "starts": starts,
         "is_real": np.arange(batch_size) < num_real,
     }

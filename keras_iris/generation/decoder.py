@@ -106,11 +106,6 @@ class Decoder:
         )  # (batch, total)
         ends = ops.convert_to_tensor(stop_token_ids, "int32")
 
-        def any_active(
-            token_ids: Any, log_probs: Any, cache: Any, index: Any, active: Any
-        ) -> Any:
-            return ops.any(active)
-
         def decode_token(
             token_ids: Any, log_probs: Any, cache: Any, index: Any, active: Any
         ) -> tuple[Any, ...]:
@@ -138,7 +133,7 @@ class Decoder:
             )
 
         token_ids, log_probs, *_ = self.sampler.run_loop(
-            any_active,
+            lambda ids, log_probs, cache, index, active: ops.any(active),
             decode_token,
             model=self.causal_lm,
             loop_vars=(

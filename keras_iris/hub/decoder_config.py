@@ -11,7 +11,8 @@ from keras_iris.hub.entries import Rope, read_entry, read_integer, read_ropes
 # train it. What a file sets to null, false or nothing is harmless too.
 _HARMLESS = frozenset(
     """
-    _attn_implementation _name_or_path _sliding_window_pattern architectures
+    _attn_implementation _model_name_or_path _name_or_path
+    _sliding_window_pattern architectures
     attention_dropout auto_map bos_token_id cache_implementation
     chunk_size_feed_forward diversity_penalty dtype eos_token_id id2label
     initializer_range is_llama_config label2id layer_types length_penalty

@@ -1,5 +1,6 @@
 import importlib
 import json
+import threading
 import warnings
 
 import numpy as np
@@ -445,7 +446,24 @@ def test_bad_rows_are_named_or_dropped_and_counted(tmp_path):
 def test_progress_of_long_work(monkeypatch, capsys):
     monkeypatch.setattr(tokenize_module, "_BATCH", 2)
     tokenize(ROWS * 3, LETTERS, **LIMITS)
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
     monkeypatch.setattr(tokenize_module, "_SECONDS_IN_SILENCE", 0)
     tokenize(ROWS * 3, LETTERS, **LIMITS)
-    assert "6/Unknown" in capsys.readouterr().out
+    assert "6 rows" in capsys.readouterr().err
+
+
+def test_one_that_stops_half_way_waits_for_nothing():
+    """Garbage collection may end it while `threading` holds a lock."""
+    release, ended = threading.Event(), []
+
+    def work(number):
+        if number:
+            release.wait(9)
+            ended.append(number)
+        return number
+
+    results = tokenize_module._two_ahead(work, range(9))
+    assert next(results) == 0
+    results.close()
+    assert not ended
+    release.set()

@@ -1,10 +1,4 @@
-"""A real llama.cpp server (`xllamacpp`) with SmolLM2-135M-Instruct.
-
-Needs `pip install xllamacpp`, the model's GGUF file in KERAS_IRIS_GGUF, and
-a Hugging Face folder with the same weights in KERAS_IRIS_SMOLLM2.
-"""
-
-import os
+"""A real llama.cpp server (`xllamacpp`) with SmolLM2-135M-Instruct."""
 
 import numpy as np
 import pytest
@@ -14,8 +8,6 @@ import keras_iris
 from keras_iris.data import encode_prompt
 from keras_iris.generation import ServerEngine, check_log_probs
 
-FOLDER = os.environ.get("KERAS_IRIS_SMOLLM2")
-GGUF = os.environ.get("KERAS_IRIS_GGUF")
 QUESTIONS = [
     "What is the capital of France?",
     "Name three colours.",
@@ -23,25 +15,20 @@ QUESTIONS = [
     "What is 7 times 8?",
 ]
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not FOLDER or not GGUF,
-        reason="set KERAS_IRIS_SMOLLM2 and KERAS_IRIS_GGUF",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def causal_lm():
-    return keras_iris.load(FOLDER, dtype="float32")
+def causal_lm(smollm2):
+    return keras_iris.load(smollm2[0], dtype="float32")
 
 
 @pytest.fixture(scope="module")
-def engine(causal_lm):
-    xllamacpp = pytest.importorskip("xllamacpp")
+def engine(causal_lm, smollm2):
+    import xllamacpp  # which `make test-slow` installs
+
     params = xllamacpp.CommonParams()
-    params.model.path = GGUF
+    params.model.path = str(smollm2[1])
     params.hostnames = ["127.0.0.1"]
     params.port = 0  # any that is free
     params.n_ctx = 2048

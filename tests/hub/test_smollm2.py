@@ -1,6 +1,4 @@
-"""The real SmolLM2-135M-Instruct, from the folder in KERAS_IRIS_SMOLLM2."""
-
-import os
+"""The real SmolLM2-135M-Instruct, which `make_smollm2.py` makes."""
 
 import keras
 import numpy as np
@@ -20,20 +18,18 @@ from keras_iris.hub import export, load
 TOLERANCE = 1e-3  # 30 layers in float32; logits are of size 30
 NUM_NEW_TOKENS = 64
 MESSAGES = [{"role": "user", "content": "What is the capital of France?"}]
-FOLDER = os.environ.get("KERAS_IRIS_SMOLLM2")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not FOLDER,
-        reason="set KERAS_IRIS_SMOLLM2 to a folder of SmolLM2-135M-Instruct",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def causal_lm():
-    return load(FOLDER, dtype="float32")
+def folder(smollm2):
+    return smollm2[0]
+
+
+@pytest.fixture(scope="module")
+def causal_lm(folder):
+    return load(folder, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -44,31 +40,31 @@ def prompt(causal_lm):
     return np.array([token_ids], "int32")
 
 
-def test_token_ids(causal_lm):
-    expected = expected_tokenizer(FOLDER)
+def test_token_ids(causal_lm, folder):
+    expected = expected_tokenizer(folder)
     for text in TEXTS:
         ids = expected(text, add_special_tokens=False).input_ids
         assert causal_lm.tokenizer.encode(text) == ids, text
     assert causal_lm.tokenizer.end_token_ids[0] == 2
 
 
-def test_prompt(prompt):
-    expected = expected_tokenizer(FOLDER).apply_chat_template(
+def test_prompt(prompt, folder):
+    expected = expected_tokenizer(folder).apply_chat_template(
         MESSAGES, add_generation_prompt=True, return_dict=False
     )
     assert prompt[0].tolist() == expected
 
 
-def test_logits(causal_lm, prompt):
+def test_logits(causal_lm, prompt, folder):
     np.testing.assert_allclose(
         logits_of(causal_lm, prompt),
-        expected_logits(FOLDER, prompt),
+        expected_logits(folder, prompt),
         rtol=0,
         atol=TOLERANCE,
     )
 
 
-def test_greedy_continuation(causal_lm, prompt):
+def test_greedy_continuation(causal_lm, prompt, folder):
     causal_lm.compile(sampler="greedy")
     padding = ((0, 0), (0, NUM_NEW_TOKENS))
     outputs = causal_lm.generate(
@@ -78,7 +74,7 @@ def test_greedy_continuation(causal_lm, prompt):
         },
         stop_token_ids=None,
     )
-    model = expected_model(FOLDER)
+    model = expected_model(folder)
     model.generation_config.eos_token_id = None
     ids = torch.tensor(prompt.astype("int64"))
     expected = model.generate(
@@ -91,12 +87,12 @@ def test_greedy_continuation(causal_lm, prompt):
     np.testing.assert_array_equal(received, expected)
 
 
-def test_export(causal_lm, prompt, tmp_path):
-    folder = export(causal_lm, tmp_path / "model", dtype="float32")
+def test_export(causal_lm, prompt, folder, tmp_path):
+    exported = export(causal_lm, tmp_path / "model", dtype="float32")
     np.testing.assert_array_equal(
-        expected_logits(folder, prompt), expected_logits(FOLDER, prompt)
+        expected_logits(exported, prompt), expected_logits(folder, prompt)
     )
-    again = load(folder, dtype="float32")
+    again = load(exported, dtype="float32")
     np.testing.assert_array_equal(
         logits_of(again, prompt), logits_of(causal_lm, prompt)
     )
