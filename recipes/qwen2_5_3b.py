@@ -3,7 +3,7 @@
     export KERAS_BACKEND=jax
     python recipes/qwen2_5_3b.py --dry-run            # checks and estimates
     python recipes/qwen2_5_3b.py --lora-rank 16       # one 80 GB GPU
-    python recipes/qwen2_5_3b.py --shard 8            # all weights, 8 GPUs
+    python recipes/qwen2_5_3b.py --mesh data=8        # all weights, 8 GPUs
 
 First turns of UltraChat, 50,000 prompts, 5 iterations of 2 epochs, batches of
 64 pairs, a cosine schedule with 10% warm-up, at most 2,048 tokens. Learning
@@ -23,13 +23,13 @@ CPU: the recipe from end to end on a tiny checkpoint (`tests/test_recipes.py`).
 """
 
 import argparse
+import math
 import shlex
 from pathlib import Path
 
 import keras
 
 import keras_iris
-from keras_iris.distribution import ShardedParallel
 
 PRESET = "hf://Qwen/Qwen2.5-3B-Instruct"
 DATA = "HuggingFaceH4/ultrachat_200k"
@@ -61,19 +61,14 @@ def read_options(arguments=None):
     add("--learning-rate", type=float, help=rates)
     add("--lora-rank", type=int, help="if None, all weights are trained")
     add("--quantize", choices=("int8", "int4"), help="the base of LoRA")
-    add("--shard", type=int, default=1, help="devices to cut all over (JAX)")
+    mesh = keras_iris.distribution.read_mesh
+    add("--mesh", type=mesh, help="auto, data=8 or data=2,model=4 (JAX)")
+    add("--strategy", choices=("fsdp", "2d", "data"), default="fsdp")
     serve = "vllm serve {folder} --port {port}"
     add("--serve", help=f"a command, such as '{serve}'; if None, Keras answers")
     add("--in-flight", type=int, default=256, help="prompts that a server has")
     add("--dry-run", action="store_true", help="only check and estimate")
     options = parser.parse_args(arguments)
-    # 32: of the prompts that Keras answers at once
-    sizes = (options.batch_size, options.micro_batch_size, 32)
-    if options.shard < 1 or any(size % options.shard for size in sizes):
-        parser.error(
-            f"--shard {options.shard} has to divide --batch-size, "
-            "--micro-batch-size and 32"
-        )
     if options.quantize and options.lora_rank is None:
         parser.error("--quantize is for the base of LoRA: add --lora-rank")
     return options
@@ -109,7 +104,7 @@ def main(arguments=None):
             micro_batch_size=options.micro_batch_size,
             lora_rank=options.lora_rank,
             quantize=options.quantize,
-            num_devices=options.shard,
+            num_devices=math.prod((options.mesh or {}).values()),
             needs_folder=options.serve is not None,
             run_dir=run_dir,
             **lengths,
@@ -118,9 +113,14 @@ def main(arguments=None):
         return
 
     # Model: bfloat16 products; all that is trained is float32.
+    keras_iris.distribution.initialize()  # of several processes, if any
     keras.utils.set_random_seed(0)
-    if options.shard > 1:
-        keras.distribution.set_distribution(ShardedParallel(options.shard))
+    if options.mesh is not None:
+        keras.distribution.set_distribution(
+            keras_iris.distribution.make_distribution(
+                options.mesh, options.strategy
+            )
+        )
     causal_lm = keras_iris.load(
         options.preset,
         dtype="bfloat16" if is_lora else "mixed_bfloat16",
@@ -187,9 +187,11 @@ def main(arguments=None):
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         title=f"IRIS on {Path(options.preset).name}",
     ).run()
-    print("Model:", keras_iris.export(causal_lm, run_dir / "model"))
-    print("Report:", keras_iris.evaluation.report(run_dir))
-    print(keras_iris.evaluation.scores_table(run_dir))
+    model_dir = keras_iris.export(causal_lm, run_dir / "model")
+    if keras_iris.distribution.process_index() == 0:
+        print("Model:", model_dir)
+        print("Report:", keras_iris.evaluation.report(run_dir))
+        print(keras_iris.evaluation.scores_table(run_dir))
 
 
 if __name__ == "__main__":

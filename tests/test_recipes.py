@@ -2,10 +2,14 @@
 
 import importlib
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 from tiny_checkpoints import copy, edit
@@ -65,6 +69,15 @@ def _arguments(preset, data, run_dir, *more, **changes):
     return [*map(str, sum(options.items(), ())), *more]
 
 
+def _read_nll(run_dir):
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [
+        line["nll_per_token"]
+        for line in map(json.loads, lines)
+        if line["kind"] == "evaluation"
+    ]
+
+
 @pytest.mark.parametrize(
     ("name", "architecture", "more"),
     [
@@ -82,12 +95,7 @@ def test_paper_recipe(  # noqa: PLR0913
         folder, data, run_dir, *more, **{"learning-rate": 1e-3}
     )
     recipe(name).main(arguments)
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    nll = [
-        line["nll_per_token"]
-        for line in map(json.loads, lines)
-        if line["kind"] == "evaluation"
-    ]
+    nll = _read_nll(run_dir)
     assert len(nll) == 2
     assert np.isfinite(nll).all()
     settings = json.loads((run_dir / "manifest.json").read_text())["settings"]
@@ -101,6 +109,40 @@ def test_paper_recipe(  # noqa: PLR0913
     changes = [np.abs(a - b).max() for a, b in zip(old, new, strict=True)]
     assert max(changes) > 1e-4
     assert keras_iris.load(run_dir / "model").chat_template is not None
+    assert (run_dir / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+@pytest.mark.parametrize(
+    ("name", "architecture", "mesh", "strategy"),
+    [
+        ("zephyr_7b", "mistral", "data=2", "fsdp"),
+        ("qwen2_5_3b", "qwen2", "data=2,model=2", "2d"),
+    ],
+)
+def test_sharded_recipe(  # noqa: PLR0913
+    name, architecture, mesh, strategy, recipe, checkpoint, data, tmp_path
+):
+    folder = checkpoint(architecture)
+    recipe(name).main(_arguments(folder, data, tmp_path / "one"))
+    run_dir = tmp_path / "many"
+    arguments = _arguments(folder, data, run_dir, mesh=mesh, strategy=strategy)
+    subprocess.run(
+        [sys.executable, str(RECIPES / f"{name}.py"), *arguments],
+        env={
+            **os.environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "PYTHONPATH": str(RECIPES.parent),
+        },
+        check=True,
+    )
+    # Products are rounded to bfloat16.
+    np.testing.assert_allclose(
+        _read_nll(run_dir), _read_nll(tmp_path / "one"), rtol=1e-2
+    )
+    assert (run_dir / "model" / "model.safetensors").exists()
     assert (run_dir / "report.html").exists()
 
 
@@ -158,9 +200,8 @@ def test_dry_run_loads_as_the_run_does(
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"shard": 3}, "--shard 3 has to divide --batch-size"),
-        ({"shard": 0}, "--shard 0 has to divide"),
-        ({"shard": 4}, "--shard 4 has to divide .*--micro-batch-size"),
+        ({"mesh": "8"}, "argument --mesh"),
+        ({"mesh": "data=8", "strategy": "3d"}, "argument --strategy"),
         ({"quantize": "int8"}, "--quantize is for .*--lora-rank"),
     ],
 )

@@ -9,7 +9,7 @@ batch.
 
 from keras_iris.backend import process_index
 from keras_iris.distribution.launch import initialize
-from keras_iris.distribution.make import make_distribution
+from keras_iris.distribution.make import make_distribution, read_mesh
 from keras_iris.distribution.report import ShardingReport, sharding_report
 from keras_iris.distribution.sharded_parallel import ShardedParallel
 
@@ -19,5 +19,6 @@ __all__ = [
     "initialize",
     "make_distribution",
     "process_index",
+    "read_mesh",
     "sharding_report",
 ]

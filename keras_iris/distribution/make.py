@@ -15,6 +15,24 @@ from keras_iris.distribution.sharded_parallel import (
 Strategy = Literal["fsdp", "2d", "data"]
 
 
+def read_mesh(text: str) -> dict[str, int]:
+    """A mesh as a command line has it.
+
+    Args:
+        text: `"data=8"`, `"data=2,model=4"`, or `"auto"` for all devices as
+            `{"data": n}`.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    if text == "auto":
+        return {DATA: len(keras.distribution.list_devices())}
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(size.isdecimal() for _, _, size in pairs):
+        raise ValueError(f"Expected such as data=8. Received: {text!r}")
+    return {name: int(size) for name, _, size in pairs}
+
+
 def make_distribution(
     mesh: Mapping[str, int] | Literal["auto"] = "auto",
     strategy: Strategy = "fsdp",

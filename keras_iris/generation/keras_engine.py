@@ -6,6 +6,7 @@ from typing import Any
 import keras_hub
 import numpy as np
 
+from keras_iris import backend
 from keras_iris.arguments import check_count
 from keras_iris.data.buckets import check_bucket_lengths
 from keras_iris.generation.batch_plan import (
@@ -81,6 +82,12 @@ class KerasEngine(Engine):
         _check_sampler(sampler)
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         self.batch_size = check_count("batch_size", batch_size)
+        count = backend.num_batch_shares()
+        if backend.is_cut() and batch_size % count:
+            raise ValueError(
+                f"{count} devices have to divide every batch. Received: "
+                f"batch_size={batch_size}. Choose a multiple of {count}."
+            )
         self.end_token_ids = tuple(int(i) for i in np.ravel(end_token_ids))
         if not self.end_token_ids:
             raise ValueError(

@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 
+from keras_iris import backend
 from keras_iris.arguments import check_count, check_positive
 from keras_iris.data import ChatTemplate, Example, Tokenizer
 from keras_iris.data.pairs import check_batch_size
@@ -129,6 +130,14 @@ class Options:
                 "`model` has to be compiled with a loss before self-play. Call "
                 "`model.compile(optimizer=..., "
                 "loss=keras_iris.losses.IRIS())` first."
+            )
+        model.check_devices()
+        count = backend.num_batch_shares()
+        if self.batch_size % count:
+            raise ValueError(
+                f"{count} devices or processes share every batch and have to "
+                f"divide it. Received: batch_size={self.batch_size}. Choose a "
+                f"multiple of {count}."
             )
         steps = model.steps_per_execution
         if self.batch_size * steps > model.recent.num_rows:
