@@ -14,7 +14,6 @@ Hardware: 2 CPU cores. Time and results: see the README, measured.
 """
 
 import hashlib
-import json
 import time
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import keras_hub
 import numpy as np
 
 import keras_iris
+from keras_iris.metrics import ExampleScore
 
 RUN_DIR = Path(f"runs/quickstart_{keras.backend.backend()}")
 POOL_SIZE = 16_000  # words
@@ -127,7 +127,7 @@ def sft_file():
 def make_evaluate(causal_lm, held_out, tokenizer):
     """Held-out scores of a `SelfPlayModel` of this causal LM."""
     targets = [example.response_ids for example in held_out]
-    num_tokens = sum(len(target) for target in targets)
+    num_tokens = [len(target) for target in targets]
     nll = keras_iris.models.HeldOutNLL(held_out, batch_size=250)
     greedy = keras_iris.generation.KerasEngine(
         causal_lm,
@@ -146,8 +146,8 @@ def make_evaluate(causal_lm, held_out, tokenizer):
         return {
             **nll(model),
             # The end token is in both, and counts as a phoneme.
-            "phoneme_error_rate": sum(errors) / num_tokens,
-            "word_accuracy": np.mean([error == 0 for error in errors]),
+            "phoneme_error_rate": ExampleScore(errors, num_tokens),
+            "word_accuracy": ExampleScore([error == 0 for error in errors]),
         }
 
     return evaluate
@@ -164,37 +164,6 @@ def edit_distance(left, right):
                 min(costs[j] + 1, costs[j - 1] + 1, previous + (a != b)),
             )
     return costs[-1]
-
-
-def run_control(causal_lm, examples, evaluate, num_steps):
-    """Goes on with SFT for as many steps as self-play takes."""
-    folder = RUN_DIR / "control"
-    folder.mkdir(exist_ok=True)
-    file = folder / "metrics.jsonl"
-    model = keras_iris.SelfPlayModel(causal_lm)
-    lines = []
-
-    def record(iteration):
-        scores = {k: float(v) for k, v in evaluate(model).items()}
-        step = iteration * num_steps // ITERATIONS
-        line = {"kind": "evaluation", "iteration": iteration, "step": step}
-        lines.append(json.dumps({**line, **scores}))
-
-    record(0)
-    fine_tune(
-        causal_lm,
-        examples,
-        epochs=ITERATIONS * EPOCHS,
-        learning_rate=LEARNING_RATE,
-        callbacks=[
-            keras.callbacks.LambdaCallback(
-                on_epoch_end=lambda epoch, logs: (
-                    (epoch + 1) % EPOCHS or record((epoch + 1) // EPOCHS)
-                )
-            )
-        ],
-    )
-    file.write_text("\n".join(lines) + "\n")
 
 
 def main():
@@ -226,8 +195,6 @@ def main():
         partial = RUN_DIR / "partial.weights.h5"
         causal_lm.save_weights(partial)
         partial.replace(sft_weights)
-    control_lm = make_causal_lm(tokenizer.vocabulary_size)
-    control_lm.load_weights(sft_weights)
 
     model = keras_iris.SelfPlayModel(causal_lm)
     steps = ITERATIONS * EPOCHS * -(-len(train) // BATCH_SIZE)
@@ -248,13 +215,10 @@ def main():
         tokenizer=tokenizer,
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         evaluate=make_evaluate(causal_lm, held_out, tokenizer),
+        control="sft",
         title="IRIS on the CMU Pronouncing Dictionary",
     )
     self_play.run()
-
-    print(f"Control: SFT for the same {steps} steps")
-    evaluate = make_evaluate(control_lm, held_out, tokenizer)
-    run_control(control_lm, train, evaluate, steps)
 
     report = keras_iris.evaluation.report(RUN_DIR)
     print(keras_iris.evaluation.scores_table(RUN_DIR))

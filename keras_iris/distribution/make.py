@@ -40,7 +40,7 @@ def make_distribution(
     """Makes a distribution over the devices of all processes, on JAX.
 
     Make it current with `keras.distribution.set_distribution` before the
-    model is loaded.
+    model is loaded; `docs/distribution.md` shows it.
 
     Args:
         mesh: Devices of the axes `"data"`, over which batches are cut, and
@@ -58,14 +58,6 @@ def make_distribution(
 
     Raises:
         ValueError: Keras doesn't run on JAX, or there are no such devices.
-
-    Example:
-    ```python
-    distribution = keras_iris.distribution.make_distribution({"data": 8})
-    keras.distribution.set_distribution(distribution)
-    causal_lm = keras_iris.load(preset)
-    print(keras_iris.distribution.sharding_report(causal_lm))
-    ```
     """
     name = keras.backend.backend()
     if name != "jax":

@@ -5,7 +5,11 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
 from keras_iris.evaluation.score_mode import score_mode
+from keras_iris.metrics import ExampleScore
 
 Line = dict[str, Any]
 _PLACE = ("iteration", "step")
@@ -18,6 +22,7 @@ class RunRecord(NamedTuple):
     name: str
     lines: list[Line]
     manifest: dict[str, Any]
+    folder: Path | None = None
 
     def of_kind(self, kind: str) -> list[Line]:
         """The lines of a kind: `step`, `evaluation` or `iteration`."""
@@ -32,6 +37,18 @@ class RunRecord(NamedTuple):
         """A value of the evaluations by iteration, 0 before self-play."""
         evaluations = self.of_kind("evaluation")
         return {e["iteration"]: e[name] for e in evaluations if name in e}
+
+    def examples(self, name: str, iteration: int) -> ExampleScore | None:
+        """A score with its examples, if they were kept."""
+        if self.folder is None:
+            return None
+        file = f"evaluations/iteration_{iteration:03d}.safetensors"
+        try:
+            arrays = load_file(self.folder / file)
+            parts = [arrays[f"{name}.{p}"] for p in ("values", "weights")]
+        except (OSError, KeyError, SafetensorError):
+            return None
+        return ExampleScore(*parts)
 
     def mode(self, score: str) -> str | None:
         """Which way a score is better, if that is known."""
@@ -68,7 +85,7 @@ def _read_run(run_dir: Path, name: str) -> RunRecord:
             f"Expected a JSON object in {file}. Received what can't be "
             f"read: {error}. Delete the file for a report without settings."
         ) from error
-    return RunRecord(name, lines, manifest)
+    return RunRecord(name, lines, manifest, run_dir)
 
 
 def read_metrics(path: str | Path) -> list[Line]:

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from keras_iris.evaluation.run_record import Line, RunRecord
+from keras_iris.metrics import interval_of_difference
 
-# Values that differ by less, relative to the other, are called level.
-_LEVEL = 0.01
 _TRAINING = "alpha gap margin margin_accuracy real_ess synthetic_ess"
 _TRAINING += " real_nll synthetic_nll"
 _TIMING = "generate_seconds score_seconds fit_seconds tokens_per_second"
@@ -85,13 +84,14 @@ def _scores(run: RunRecord, others: Sequence[RunRecord]) -> Table:
             ]
             outcome = compare(run, other, score)
             rows.append([label, other.name, *outcome, *cells])
-    header = ["score", "run", f"{run.name} ended", "difference", "relative"]
+    header = ["score", "run", f"{run.name} ended", "difference", "95% interval"]
     return Table(
         "Held-out scores",
         "By iteration; 0 is before self-play, the start. difference: "
         f"{run.name} minus the run of the line, or its own start, at the last "
-        f"iteration of both. Level: within {_LEVEL:.0%}. No verdict: which "
-        "way is better isn't known; score_modes can say it.",
+        "iteration of both; its interval is over the held-out examples, not "
+        "over seeds of training. No verdict: the examples' scores weren't "
+        "kept, or which way is better isn't known.",
         3,
         [*header, *map(str, iterations)],
         rows,
@@ -106,23 +106,33 @@ def compare(run: RunRecord, other: RunRecord, score: str) -> list[str]:
     last = max(ours.keys() & theirs.keys(), default=0)
     if last == 0:
         return ["-", "-", "-"]
-    difference, size = ours[last] - theirs[last], abs(theirs[last])
+    difference = ours[last] - theirs[last]
     if not math.isfinite(difference):
         return ["not comparable", "-", "-"]
-    mode = run.mode(score)
-    name = "its start" if other is run else other.name
-    if mode is None:
-        verdict = "no verdict"
-    elif abs(difference) <= _LEVEL * size:
-        verdict = f"level with {name}"
-    elif (difference > 0) == (mode == "max"):
-        verdict = f"better than {name}"
-    else:
-        verdict = f"worse than {name}"
+    examples = run.examples(score, last)
+    others = other.examples(score, 0 if other is run else last)
+    ends = None
+    if examples and others and len(examples.values) == len(others.values):
+        ends = interval_of_difference(examples, others)
+    verdict = _verdict(ends, run.mode(score))
+    if " than" in verdict or " from" in verdict:
+        verdict += f" {'its start' if other is run else other.name}"
     if last < max(run.scores("step")):
         verdict += f" (iteration {last})"
-    relative = f"{difference / size:+.1%}" if size else "-"
-    return [verdict, format_number(difference, "+"), relative]
+    interval = "-"
+    if ends is not None:
+        low, high = (format_number(end, "+") for end in ends)
+        interval = f"{low} to {high}"
+    return [verdict, format_number(difference, "+"), interval]
+
+
+def _verdict(ends: tuple[float, float] | None, mode: str | None) -> str:
+    """What an interval of differences says, the beginning of it."""
+    if mode is None or ends is None:
+        return "no verdict"
+    if ends[0] <= 0 <= ends[1]:
+        return "can't be told from"
+    return "better than" if (ends[0] > 0) == (mode == "max") else "worse than"
 
 
 def what_came_out(run: RunRecord, others: Sequence[RunRecord]) -> list[str]:

@@ -6,6 +6,10 @@ from keras_iris.metrics.effective_sample_size import (
     SyntheticEffectiveSampleSize,
     effective_sample_size,
 )
+from keras_iris.metrics.example_score import (
+    ExampleScore,
+    interval_of_difference,
+)
 from keras_iris.metrics.log_ratios import (
     Margin,
     MarginAccuracy,
@@ -22,6 +26,7 @@ from keras_iris.metrics.recent import RecentLogProbs
 __all__ = [
     "Alpha",
     "Divergence",
+    "ExampleScore",
     "Gap",
     "Margin",
     "MarginAccuracy",
@@ -36,6 +41,7 @@ __all__ = [
     "SyntheticLogRatio",
     "SyntheticNLL",
     "effective_sample_size",
+    "interval_of_difference",
     "self_play_metrics",
     "step_values",
 ]

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_iris import backend
 from keras_iris.data import Example, PairDataset, pad_pairs
+from keras_iris.metrics import ExampleScore
 from keras_iris.models.self_play_model import SelfPlayModel
 
 
@@ -69,8 +70,8 @@ class HeldOutNLL:
         log_probs = score_pairs(
             model, self.examples, self._responses, batch_size=self.batch_size
         )
-        num_tokens = sum(map(len, self._responses))
-        return {"nll_per_token": float(-log_probs[:, 0].sum() / num_tokens)}
+        num_tokens = [len(response) for response in self._responses]
+        return {"nll_per_token": ExampleScore(-log_probs[:, 0], num_tokens)}
 
 
 class TokenScorer:

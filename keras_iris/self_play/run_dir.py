@@ -12,6 +12,7 @@ import keras
 
 from keras_iris import backend
 from keras_iris.files import locked, remove_unfinished, replaced
+from keras_iris.metrics import ExampleScore
 from keras_iris.self_play.arrays import (
     Arrays,
     read_arrays,
@@ -42,6 +43,7 @@ class RunDir:
         best.safetensors          weights of the best iteration, if kept
         iteration_001/synthetic/  responses of the opponent, in shards
         iteration_001/opponent/   log-probs of the opponent, in shards
+        evaluations/              scores of single held-out examples
 
     It is made where it isn't there; one that can't be written to is refused.
     """
@@ -177,8 +179,12 @@ class RunDir:
             file.write(line + "\n")
 
     def log_scores(self, scores: Any, **where: float) -> dict[str, float]:
-        """Appends a line of what `evaluate` returned; gives it as numbers."""
+        """Appends a line of what `evaluate` returned; gives it as numbers.
+
+        Scores that remember their examples are kept with them.
+        """
         try:
+            self._keep_examples(scores, int(where["iteration"]))
             numbers = {name: float(value) for name, value in scores.items()}
             self.log("evaluation", **where, **numbers)
         except (AttributeError, TypeError, ValueError) as error:
@@ -187,6 +193,17 @@ class RunDir:
                 f"names than {sorted(['kind', *where])}. Received: {scores!r}"
             ) from error
         return numbers
+
+    def _keep_examples(self, scores: Any, iteration: int) -> None:
+        arrays = {
+            f"{name}.{part}": getattr(score, part)
+            for name, score in scores.items()
+            if isinstance(score, ExampleScore)
+            for part in ("values", "weights")
+        }
+        if arrays and is_first():
+            file = f"iteration_{iteration:03d}.safetensors"
+            write_arrays(self.path / "evaluations" / file, arrays, {})
 
     def shard_size(self, name: str, key: str) -> int | None:
         """How many responses the shards have that are there, as in `shard`."""

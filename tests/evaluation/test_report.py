@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from keras_iris.cli import main
 from keras_iris.evaluation import (
@@ -27,6 +28,7 @@ from keras_iris.evaluation.tables import (
     make_tables,
     what_came_out,
 )
+from keras_iris.metrics import ExampleScore
 
 STEPS = 4  # of an iteration
 # By iteration: 0 is before self-play.
@@ -242,39 +244,87 @@ def test_wrong_score_modes(modes):
         score_mode("nll", modes)
 
 
+def keep_examples(folder, iteration, **scores):
+    """What `SelfPlay` keeps of scores that remember their examples."""
+    arrays = {
+        f"{name}.{part}": getattr(ExampleScore(values), part)
+        for name, values in scores.items()
+        for part in ("values", "weights")
+    }
+    (folder / "evaluations").mkdir(parents=True, exist_ok=True)
+    file = f"evaluations/iteration_{iteration:03d}.safetensors"
+    save_file(arrays, folder / file)
+
+
 @pytest.mark.parametrize(
     "score, value, reference, expected",
     [
-        ("nll", 0.9, 1.0, ["better than other", "-0.1000", "-10.0%"]),
-        ("nll", 1.1, 1.0, ["worse than other", "+0.1000", "+10.0%"]),
-        ("nll", 1.009, 1.0, ["level with other", "+0.0090", "+0.9%"]),
-        ("f1", 0.9, 1.0, ["worse than other", "-0.1000", "-10.0%"]),
-        ("f1", -0.5, -1.0, ["better than other", "+0.5000", "+50.0%"]),
-        ("f1", 0.0, 0.0, ["level with other", "+0.0000", "-"]),
-        ("f1", 0.1, 0.0, ["better than other", "+0.1000", "-"]),
-        ("margin", 9.0, 1.0, ["no verdict", "+8.0000", "+800.0%"]),
-        ("length", 0.9, 1.0, ["no verdict", "-0.1000", "-10.0%"]),
+        ("nll", 0.9, 1.0, ["no verdict", "-0.1000", "-"]),
+        ("margin", 9.0, 1.0, ["no verdict", "+8.0000", "-"]),
         ("nll", math.nan, 1.0, ["not comparable", "-", "-"]),
         ("nll", 1.0, math.inf, ["not comparable", "-", "-"]),
     ],
 )
-def test_compare(score, value, reference, expected):
+def test_compare_without_examples(score, value, reference, expected):
     run = record(evaluation(1, **{score: value}))
     other = record(evaluation(1, **{score: reference}), name="other")
     assert compare(run, other, score) == expected
 
 
-def test_compare_with_the_users_mode():
-    lines = evaluation(0, length=4.0), evaluation(1, length=3.0)
+NOISE = np.random.default_rng(0).normal(size=(2, 400))
+
+
+@pytest.mark.parametrize(
+    "score, shift, expected",
+    [
+        ("nll", -0.5, "better than other"),
+        ("nll", 0.5, "worse than other"),
+        ("nll", 0.0, "can't be told from other"),
+        ("f1", -0.5, "worse than other"),
+        ("f1", 0.5, "better than other"),
+        ("length", 0.5, "no verdict"),
+    ],
+)
+def test_compare_by_examples(score, shift, expected, tmp_path):
+    ours, theirs = NOISE[0] + shift, NOISE[1]
+    keep_examples(tmp_path / "a", 1, **{score: ours})
+    keep_examples(tmp_path / "b", 1, **{score: theirs})
+    run = record(evaluation(1, **{score: ours.mean()}))
+    other = record(evaluation(1, **{score: theirs.mean()}), name="other")
+    run = run._replace(folder=tmp_path / "a")
+    other = other._replace(folder=tmp_path / "b")
+    verdict, difference, interval = compare(run, other, score)
+    assert verdict == expected
+    low, high = map(float, interval.split(" to "))
+    # The normal approximation is the oracle.
+    error = (ours - theirs).std() / np.sqrt(len(ours))
+    mean = (ours - theirs).mean()
+    np.testing.assert_allclose(float(difference), mean, atol=1e-4)
+    ends = [mean - 1.96 * error, mean + 1.96 * error]
+    np.testing.assert_allclose([low, high], ends, atol=0.3 * error)
+
+
+def test_scores_that_are_no_scores_of_examples():
+    assert ExampleScore([1.0, 5.0], [1, 2]) == 2.0
+    for values, weights in (([], None), ([1.0], [1.0, 2.0]), ([[1.0]], None)):
+        with pytest.raises(ValueError, match="value and weight for each"):
+            ExampleScore(values, weights)
+
+
+def test_compare_with_the_users_mode(tmp_path):
+    for i, values in enumerate(([4.0, 4.1], [3.0, 3.1])):
+        keep_examples(tmp_path, i, length=values)
+    lines = evaluation(0, length=4.05), evaluation(1, length=3.05)
     run = record(*lines, score_modes={"length": "min"})
-    expected = ["better than its start", "-1.0000", "-25.0%"]
+    expected = ["better than its start", "-1.0000", "-1.0000 to -1.0000"]
+    run = run._replace(folder=tmp_path)
     assert compare(run, run, "length") == expected
 
 
 def test_compare_at_the_last_common_iteration():
     run = record(*(evaluation(i, f1=0.1 * i) for i in range(4)))
     other = record(evaluation(0, f1=0.0), evaluation(1, f1=0.2), name="other")
-    expected = ["worse than other (iteration 1)", "-0.1000", "-50.0%"]
+    expected = ["no verdict (iteration 1)", "-0.1000", "-"]
     assert compare(run, other, "f1") == expected
     for behind in (record(evaluation(0, f1=0.2)), record()):
         assert compare(run, behind, "f1") == ["-", "-", "-"]
@@ -304,12 +354,12 @@ def test_tables(run_dir):
     scores, training, timing = make_tables(*read_runs(run_dir))
     assert scores.header[-3:] == ["0", "1", "2"]
     assert scores.rows[:2] == [
-        ["nll_per_token (lower is better)", "this run", "better than its start"]
-        + ["-0.1000", "-20.0%", "0.5000", "0.4500", "0.4000"],
-        ["", "control", "better than control"]
-        + ["-0.0400", "-9.1%", "0.5000", "0.4600", "0.4400"],
+        ["nll_per_token (lower is better)", "this run", "no verdict"]
+        + ["-0.1000", "-", "0.5000", "0.4500", "0.4000"],
+        ["", "control", "no verdict"]
+        + ["-0.0400", "-", "0.5000", "0.4600", "0.4400"],
     ]
-    assert scores.rows[3][1:4] == ["control", "worse than control", "-0.0400"]
+    assert scores.rows[3][1:4] == ["control", "no verdict", "-0.0400"]
     # Means of alpha, gap, margin at steps 1 to 4.
     assert training.header == [
         *("iteration", "alpha", "gap", "margin", "margin_accuracy"),
