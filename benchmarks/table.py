@@ -48,6 +48,25 @@ COLUMNS = {
         "x sorted",
         "peak MB",
     ),
+    "sharding": (
+        "layout",
+        "all-gather MB",
+        "all-reduce MB",
+        "x least of FSDP",
+        "temporary MB",
+        "x memory of one",
+    ),
+    "plan": (
+        "model",
+        "machine",
+        "trains",
+        "GiB a device (computed)",
+        "fits (computed)",
+        "generation h (computed from a measured rate)",
+        "training h (computed from a measured rate)",
+        "sending h (computed)",
+        "paper, 8 H100 (theirs), h",
+    ),
 }
 # What a figure of the README says, and where it stands: the record, the column
 # and what its rows have, beside a backend.

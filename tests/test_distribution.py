@@ -66,16 +66,17 @@ with open(target, "w") as file:
 """
 
 
-def run_on_four_devices(program, *arguments):
+def run_on_devices(number, program, *arguments):
     tests = Path(__file__).parent
     subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
         env={
             **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
             "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
         },
         check=True,
+        cwd=tests.parent,
         stdout=subprocess.DEVNULL,
     )
 
@@ -92,7 +93,7 @@ def run_on_four_devices(program, *arguments):
 def test_sharded(architecture, options, checkpoint, tmp_path):
     target = tmp_path / "results.json"
     options = json.dumps(options)
-    run_on_four_devices(PROGRAM, checkpoint(architecture), target, options)
+    run_on_devices(4, PROGRAM, checkpoint(architecture), target, options)
     one, four = json.loads(target.read_text())
     for expected, actual in zip(one[:2], four[:2], strict=True):
         np.testing.assert_allclose(
@@ -151,7 +152,7 @@ with open(sys.argv[1], "w") as file:
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
 def test_data_parallel_cuts_the_head_along_the_batch(tmp_path):
     target = tmp_path / "results.json"
-    run_on_four_devices(DATA_PARALLEL, target)
+    run_on_devices(4, DATA_PARALLEL, target)
     (expected, flops), (actual, flops_of_a_device) = json.loads(
         target.read_text()
     )
@@ -316,6 +317,27 @@ def test_several_devices_train_as_one(tmp_path):
         assert status == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
         run_one(8, run_dir=many, **TWO_D)
     assert_same(many, one)
+
+
+SENDING = """
+import json, sys
+sys.path.insert(0, "benchmarks")
+import sharding
+row = sharding.measure("8x1 fsdp", sharding.QUICK_MODEL, 2, 16)
+with open(sys.argv[1], "w") as file:
+    json.dump(row, file)
+"""
+
+
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_devices_send_no_more_than_they_need(tmp_path):
+    target = tmp_path / "row.json"
+    run_on_devices(8, SENDING, target)
+    row = json.loads(target.read_text())
+    # Weights are gathered twice, of a small model that is not all.
+    assert 0.5 < row["x least of FSDP"] < 1.3
+    assert row["all-gather MB"] < 2.5 * row["weights MB"]
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
 """The control of a run: the same steps from the same start, another loss."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,44 +14,96 @@ from keras_iris.generation.engine import Prompts
 from keras_iris.losses import SelfPlayLoss
 from keras_iris.models import SelfPlayModel
 from keras_iris.self_play.arrays import read_arrays, split_responses
-from keras_iris.self_play.options import Options
+from keras_iris.self_play.checkpoints import read_variables, write_variables
+from keras_iris.self_play.options import Options, control_loss
+from keras_iris.self_play.processes import from_first
+from keras_iris.self_play.run_dir import RunDir, read_manifest
 from keras_iris.self_play.seeds import combine_seeds
 
 
-def recompile(
-    model: SelfPlayModel,
-    optimizer: keras.optimizers.Optimizer,
-    loss: SelfPlayLoss,
-    loss_config: dict[str, Any] | None = None,
-) -> None:
-    """Compiles a model with another optimizer and loss, else as it was.
+class Control:
+    """The second arm of a run, which the run's own model trains afterwards.
 
     Args:
-        model: A compiled one. What its old optimizer kept is given up.
-        optimizer: The new one.
-        loss: The new loss.
-        loss_config: What the loss was once compiled with, where training has
-            changed its order since.
+        options: Of the run, with its model as it is before.
+        folder: Of the run.
     """
-    model.compile(
-        optimizer=optimizer,
-        loss=loss,
-        metrics=model.own_metrics,
-        micro_batch_size=model.micro_batch_size,
-        **model.compile_options,
-    )
-    if loss_config is not None:
-        model.loss_config = loss_config
+
+    def __init__(self, options: Options, folder: RunDir) -> None:
+        self.options = options
+        self.folder = folder
+        self.path = folder.path / "control"
+        self.loss = control_loss(options.control)
+        self._start = folder.path / "start.safetensors"
+        self._optimizer = new_optimizer(
+            options.model, options.control_learning_rate
+        )
+
+    def keep_start(self, weights: str) -> None:
+        """Keeps the weights that the run begins with, if they aren't yet.
+
+        Args:
+            weights: The hash of those that the model has.
+
+        Raises:
+            ValueError: They are others.
+        """
+        if from_first(self._start.exists):
+            return
+        there = read_manifest(self.folder.manifest)["settings"]["weights"]
+        if weights != there:
+            raise ValueError(
+                "The control needs the weights that the run began with, and "
+                "this model has others. Load the model it began with, or pass "
+                "another `run_dir`."
+            )
+        variables = self.options.model.trainable_variables
+        write_variables(self._start, variables, {"weights": there})
+
+    @contextmanager
+    def in_place(self) -> Iterator[dict[str, Any]]:
+        """While it lasts, the model is the control's at its start.
+
+        Yields:
+            The arguments of the control's `SelfPlay`, but model, data and
+            folder.
+        """
+        model = self.options.model
+        own = new_optimizer(model), model.loss
+        loss_config = model.loss_config
+        try:
+            read_variables(self._start, model.trainable_variables)
+            _recompile(model, self._optimizer, self.loss)
+            yield self._arguments()
+        finally:
+            _recompile(model, *own)
+            model.loss_config = loss_config
+            with model.device_scope():
+                model.optimizer.build(model.trainable_variables)
+
+    def _arguments(self) -> dict[str, Any]:
+        options = self.options
+        left_out = ("model", "callbacks", "control", "control_learning_rate")
+        arguments = {
+            field.name: getattr(options, field.name)
+            for field in dataclasses.fields(options)
+            if field.init and field.name not in left_out
+        }
+        if not self.loss.uses_synthetic:
+            arguments["engine"] = Recorded(options, self.folder.path)
+        title = f"Control of {options.title}: {type(self.loss).__name__}"
+        return arguments | {"title": title}
 
 
 def new_optimizer(
-    optimizer: keras.optimizers.Optimizer, learning_rate: Any = None
+    model: SelfPlayModel, learning_rate: Any = None
 ) -> keras.optimizers.Optimizer:
-    """One like it, of the same schedule unless told otherwise, not used yet.
+    """One like a model's, of the same schedule unless told otherwise, unused.
 
     Raises:
         ValueError: A learning rate for an optimizer that wraps another.
     """
+    optimizer = model.optimizer
     config = optimizer.get_config()
     if learning_rate is not None:
         if "learning_rate" not in config:
@@ -58,8 +112,25 @@ def new_optimizer(
                 ", which has none of its own. Leave it out."
             )
         config["learning_rate"] = learning_rate
-    new: keras.optimizers.Optimizer = type(optimizer).from_config(config)
+    with model.device_scope():
+        new: keras.optimizers.Optimizer = type(optimizer).from_config(config)
     return new
+
+
+def _recompile(
+    model: SelfPlayModel,
+    optimizer: keras.optimizers.Optimizer,
+    loss: SelfPlayLoss,
+) -> None:
+    """Compiles a model with another optimizer and loss, else as it was."""
+    with model.device_scope():
+        model.compile(
+            optimizer=optimizer,
+            loss=loss,
+            metrics=model.own_metrics,
+            micro_batch_size=model.micro_batch_size,
+            **model.compile_options,
+        )
 
 
 class Recorded(Engine):
@@ -107,25 +178,3 @@ class Recorded(Engine):
             )
             for ids in responses[first : first + len(prompts)]
         ]
-
-
-def control_options(
-    options: Options, loss: SelfPlayLoss, folder: Path
-) -> dict[str, Any]:
-    """The arguments of the control's `SelfPlay`, but model, data and folder.
-
-    Args:
-        options: Of the run.
-        loss: Of the control.
-        folder: Of the run.
-    """
-    left_out = ("model", "callbacks", "control", "control_learning_rate")
-    arguments = {
-        field.name: getattr(options, field.name)
-        for field in dataclasses.fields(options)
-        if field.init and field.name not in left_out
-    }
-    if not loss.uses_synthetic:
-        arguments["engine"] = Recorded(options, folder)
-    title = f"Control of {options.title}: {type(loss).__name__}"
-    return arguments | {"title": title}

@@ -19,29 +19,19 @@ from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import PairDataset
 from keras_iris.data.buckets import choose_bucket_lengths
 from keras_iris.generation import KerasEngine
-from keras_iris.losses import SelfPlayLoss
 from keras_iris.metrics import PairBatch, self_play_metrics
 from keras_iris.self_play.best import Best
-from keras_iris.self_play.checkpoints import (
-    Position,
-    read_variables,
-    write_variables,
-)
-from keras_iris.self_play.control import (
-    control_options,
-    new_optimizer,
-    recompile,
-)
+from keras_iris.self_play.checkpoints import Position
+from keras_iris.self_play.control import Control, new_optimizer
 from keras_iris.self_play.engine_checks import check_engine
 from keras_iris.self_play.examples import prepare_examples
 from keras_iris.self_play.opponent import Opponent
-from keras_iris.self_play.options import Options, control_loss
+from keras_iris.self_play.options import Options
 from keras_iris.self_play.processes import from_first
 from keras_iris.self_play.run_dir import (
     LostShard,
     Manifest,
     RunDir,
-    read_manifest,
 )
 from keras_iris.self_play.seeds import combine_seeds
 from keras_iris.self_play.settings import (
@@ -182,63 +172,28 @@ class SelfPlay(Options):
                 is damaged and can't be made again.
         """
         self.check_model()
-        optimizer = new_optimizer(
-            self.model.optimizer, self.control_learning_rate
-        )
+        has_control = self.control is not None
+        control = Control(self, self.folder) if has_control else None
         if self.compilation_cache is not None:
             folder = Path(self.compilation_cache).expanduser()
             backend.cache_compilations(folder)
         self._hash = WeightsHash(self.model.causal_lm)
         with self.folder.open(self._describe):
             try:
-                is_over = self._run()
+                is_over = self._run(control)
                 self.folder.checkpoints.wait()
             finally:
                 self._notify("on_run_end", {})
-        if is_over and self.control is not None:
-            self._run_control(optimizer, control_loss(self.control))
+        if is_over and control is not None:
+            print(f"Control: {type(control.loss).__name__} in the same steps")
+            try:
+                with control.in_place() as arguments:
+                    SelfPlay(
+                        self.model, self.examples, control.path, **arguments
+                    ).run()
+            finally:
+                self.folder.checkpoints.load(self._variables())
         return self.folder.path
-
-    def _run_control(
-        self, optimizer: keras.optimizers.Optimizer, loss: SelfPlayLoss
-    ) -> None:
-        """Trains the control; then the model is as before."""
-        model = self.model
-        own = new_optimizer(model.optimizer), model.loss, model.loss_config
-        print(f"Control: {type(loss).__name__} in the same steps")
-        try:
-            read_variables(self._start_file, model.trainable_variables)
-            recompile(model, optimizer, loss)
-            SelfPlay(
-                model,
-                self.examples,
-                self.folder.path / "control",
-                **control_options(self, loss, self.folder.path),
-            ).run()
-        finally:
-            recompile(model, *own)
-            with model.device_scope():
-                model.optimizer.build(model.trainable_variables)
-            self.folder.checkpoints.load(self._variables())
-
-    @property
-    def _start_file(self) -> Path:
-        return self.folder.path / "start.safetensors"
-
-    def _keep_start(self) -> None:
-        """Keeps the weights that the control begins with as well."""
-        there = read_manifest(self.folder.manifest)["settings"]["weights"]
-        if self._hash() != there:
-            raise ValueError(
-                "The control needs the weights that the run began with, and "
-                "this model has others. Load the model it began with, or pass "
-                "another `run_dir`."
-            )
-        write_variables(
-            self._start_file,
-            self.model.trainable_variables,
-            {"weights": there},
-        )
 
     def best(self) -> dict[str, Any]:
         """Of which iteration `keep_best` has kept the weights.
@@ -282,12 +237,14 @@ class SelfPlay(Options):
             "versions": versions(),
         }
 
-    def _run(self) -> bool:
+    def _run(self, control: Control | None) -> bool:
         """Runs all iterations; false where a callback stops training."""
         self.model.add_metrics(self_play_metrics())
         for callback in self.callbacks:
             callback.set_model(self.model)
         from_first(self._best.check)
+        if control is not None:
+            control.keep_start(self._hash())
         position = self._begin()
         while position["iteration"] <= self.iterations:
             try:
@@ -306,9 +263,6 @@ class SelfPlay(Options):
         variables = self.model.trainable_variables
         optimizer = self.model.optimizer
         is_used = optimizer.built
-        is_kept = from_first(self._start_file.exists)
-        if self.control is not None and not is_kept:
-            self._keep_start()
         with self.model.device_scope():
             optimizer.build(variables)
         position = self.folder.checkpoints.load(self._variables())
@@ -316,14 +270,22 @@ class SelfPlay(Options):
             # Nothing of another run of this model is left.
             self.model.reset_order()
             if is_used:
-                with self.model.device_scope():
-                    _reset(optimizer, variables)
+                self._reset_optimizer()
             scores = self._evaluate(0)
             if scores:
                 print(_line(0, scores))
             position = _start(1)
             self._save(position)
         return position
+
+    def _reset_optimizer(self) -> None:
+        """Gives the optimizer the state of a new one; its rate stays."""
+        new = new_optimizer(self.model)
+        with self.model.device_scope():
+            new.build(self.model.trainable_variables)
+        old = self.model.optimizer.variables
+        for variable, fresh in zip(old, new.variables, strict=True):
+            variable.assign(fresh)
 
     def _go_back(self, position: Position, error: LostShard) -> Position:
         """The start of an iteration, where lost shards can be made again."""
@@ -457,17 +419,6 @@ class SelfPlay(Options):
 
 def _start(iteration: int) -> Position:
     return {"iteration": iteration, "epoch": 0, "batch": 0}
-
-
-def _reset(
-    optimizer: keras.optimizers.Optimizer, variables: list[keras.Variable]
-) -> None:
-    """Gives an optimizer the state of a new one; the learning rate stays."""
-    new = new_optimizer(optimizer)
-    new.build(variables)
-    pairs = zip(optimizer.variables, new.variables, strict=True)
-    for variable, fresh in pairs:
-        variable.assign(fresh)
 
 
 def _line(iteration: int, values: dict[str, float]) -> str:
