@@ -128,7 +128,9 @@ def make_evaluate(causal_lm, held_out, tokenizer):
     """Held-out scores of a `SelfPlayModel` of this causal LM."""
     targets = [example.response_ids for example in held_out]
     num_tokens = [len(target) for target in targets]
-    nll = keras_iris.models.HeldOutNLL(held_out, batch_size=250)
+    likelihood = keras_iris.evaluation.HeldOut(
+        held_out, batch_size=250, max_new_tokens=MAX_PHONEMES
+    )
     greedy = keras_iris.generation.KerasEngine(
         causal_lm,
         end_token_ids=tokenizer.end_token_ids,
@@ -143,12 +145,11 @@ def make_evaluate(causal_lm, held_out, tokenizer):
             edit_distance(answer.token_ids, target)
             for answer, target in zip(answers, targets, strict=True)
         ]
-        return {
-            **nll(model),
-            # The end token is in both, and counts as a phoneme.
-            "phoneme_error_rate": ExampleScore(errors, num_tokens),
-            "word_accuracy": ExampleScore([error == 0 for error in errors]),
-        }
+        scores = likelihood(model)
+        # The end token is in both, and counts as a phoneme.
+        scores["phoneme_error_rate"] = ExampleScore(errors, num_tokens)
+        scores["word_accuracy"] = ExampleScore([e == 0 for e in errors])
+        return scores
 
     return evaluate
 

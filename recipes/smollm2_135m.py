@@ -26,7 +26,6 @@ import time
 from pathlib import Path
 
 import keras
-import keras_hub
 
 import keras_iris
 
@@ -85,36 +84,8 @@ def tokenize(conversations, causal_lm):
     )
 
 
-def make_answer(causal_lm, conversations):
-    """Greedy answers to the prompts of conversations, as texts."""
-    tokenizer = causal_lm.tokenizer
-    greedy = keras_iris.generation.KerasEngine(
-        causal_lm,
-        end_token_ids=tokenizer.end_token_ids,
-        max_new_tokens=MAX_RESPONSE_LENGTH,
-        batch_size=len(conversations),
-        sampler=keras_hub.samplers.GreedySampler(),
-    )
-    prompts = [
-        keras_iris.data.encode_prompt(
-            conversation.prompt, tokenizer, causal_lm.chat_template
-        )
-        for conversation in conversations
-    ]
-
-    def answer():
-        return [
-            tokenizer.decode(
-                [i for i in c.token_ids if i not in tokenizer.end_token_ids]
-            )
-            for c in greedy.generate(prompts, seed=0)
-        ]
-
-    return answer
-
-
 def main(arguments=None):
-    """Trains, and prints answers before and after."""
+    """Trains, and prints answers before and after each iteration."""
     start = time.perf_counter()
     options = read_options(arguments)
     keras.utils.set_random_seed(0)
@@ -125,8 +96,6 @@ def main(arguments=None):
     train = conversations[NUM_HELD_OUT:]
     causal_lm = keras_iris.load(options.preset, lora_rank=LORA_RANK)
     examples = tokenize(train, causal_lm)
-    answer = make_answer(causal_lm, held_out[:NUM_SAMPLES])
-    before = answer()
 
     model = keras_iris.SelfPlayModel(causal_lm)
     num_pairs = len(examples) * options.num_samples
@@ -148,20 +117,16 @@ def main(arguments=None):
         max_prompt_length=MAX_PROMPT_LENGTH,
         max_response_length=MAX_RESPONSE_LENGTH,
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
-        evaluate=keras_iris.models.HeldOutNLL(
-            tokenize(held_out, causal_lm), batch_size=BATCH_SIZE
+        evaluate=keras_iris.evaluation.HeldOut(
+            tokenize(held_out, causal_lm),
+            batch_size=BATCH_SIZE,
+            samples=NUM_SAMPLES,
+            max_new_tokens=MAX_RESPONSE_LENGTH,
         ),
         title="IRIS on SmolLM2-135M-Instruct",
     ).run()
 
-    for conversation, old, new in zip(held_out, before, answer(), strict=False):
-        prompt = conversation.prompt
-        if not isinstance(prompt, str):
-            prompt = prompt[-1]["content"]
-        print("\nPrompt:", prompt)
-        print("Annotated:", conversation.response)
-        print("Before:", old)
-        print("After:", new)
+    print(keras_iris.evaluation.samples(options.run_dir))
     model_folder = f"{options.run_dir}/model"
     print("\nModel:", keras_iris.export(causal_lm, model_folder))
     print("Report:", keras_iris.evaluation.report(options.run_dir))

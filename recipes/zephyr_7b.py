@@ -184,8 +184,10 @@ def main(arguments=None):
         num_samples=options.num_samples,
         max_response_length=options.max_new_tokens,
         engine=engine,
-        evaluate=keras_iris.models.HeldOutNLL(
-            held_out, batch_size=options.micro_batch_size
+        evaluate=keras_iris.evaluation.HeldOut(
+            held_out,
+            batch_size=options.micro_batch_size,
+            max_new_tokens=options.max_new_tokens,
         ),
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         title=f"IRIS on {Path(options.preset).name}",

@@ -20,8 +20,8 @@ import keras_iris
 from keras_iris import backend
 from keras_iris.callbacks import AlphaScheduler, SelfPlayCallback
 from keras_iris.data import Example
+from keras_iris.evaluation import HeldOut
 from keras_iris.models.lora import Lora, add_lora
-from keras_iris.models.score import HeldOutNLL
 
 END, VOCABULARY_SIZE, NUM_EXAMPLES = 1, 64, 24
 
@@ -122,7 +122,7 @@ def run(model, options):
         shard_size=8,
         checkpoint_every_steps=1,
         callbacks=[AlphaScheduler(), Killer(kill)],
-        evaluate=HeldOutNLL(make_examples(10, seed=1), batch_size=8),
+        evaluate=HeldOut(make_examples(10, seed=1), batch_size=8, samples=0),
         keep_best="nll_per_token",
     )
     self_play.run()

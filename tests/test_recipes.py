@@ -262,6 +262,7 @@ def test_smollm2(recipe, checkpoint, data, tmp_path, capsys, monkeypatch):  # no
     }
     module.main([*map(str, sum(options.items(), ()))])
     output = capsys.readouterr().out
-    positions = [output.index(f"\n{w}:") for w in ("Prompt", "Before", "After")]
+    names = ("prompt  ", "annotated  ", "before  ", "iteration 1  ")
+    positions = [output.index(name) for name in names]
     assert positions == sorted(positions)
     assert (run_dir / "model" / "config.json").exists()

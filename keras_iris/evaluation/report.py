@@ -5,7 +5,11 @@ from pathlib import Path
 
 from keras_iris.evaluation.plots import draw, draw_svg, make_plots
 from keras_iris.evaluation.run_record import read_runs
-from keras_iris.evaluation.tables import make_tables, what_came_out
+from keras_iris.evaluation.tables import (
+    make_answers,
+    make_tables,
+    what_came_out,
+)
 
 
 def report(run_dir: str | Path) -> Path:
@@ -36,6 +40,7 @@ def report(run_dir: str | Path) -> Path:
         manifest=run.manifest,
         sentences=what_came_out(run, others),
         tables=make_tables(run, others),
+        answers=make_answers(run, others),
         plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},
     )
     path = folder / "report.html"
@@ -67,3 +72,31 @@ def scores_table(run_dir: str | Path) -> str:
     run, others = read_runs(Path(run_dir).expanduser())
     texts = [table.text() for table in make_tables(run, others)]
     return "\n\n".join([*texts, "\n".join(what_came_out(run, others))])
+
+
+def samples(run_dir: str | Path) -> str:
+    """What the model answered to a few held-out prompts, for a terminal.
+
+    Args:
+        run_dir: Folder of a run that was evaluated by
+            `keras_iris.evaluation.HeldOut`.
+
+    Returns:
+        For each prompt the annotated response and the model's answers, before
+        self-play and after each iteration, and of a control at its end.
+
+    Raises:
+        ValueError: The folder isn't a run's, or has no answers.
+    """
+    run, others = read_runs(Path(run_dir).expanduser())
+    shown = make_answers(run, others)
+    if not shown:
+        raise ValueError(
+            f"{run_dir} has no answers to held-out prompts. Run with "
+            "`SelfPlay(evaluate=keras_iris.evaluation.HeldOut(examples))`."
+        )
+    blocks = [
+        "\n".join(f"{name:>12}  {text!r}" for name, text in lines)
+        for lines in shown
+    ]
+    return "\n\n".join(blocks)

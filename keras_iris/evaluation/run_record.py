@@ -50,6 +50,19 @@ class RunRecord(NamedTuple):
             return None
         return ExampleScore(*parts)
 
+    def answers(self) -> dict[int, dict[int, Line]]:
+        """Answers to held-out prompts, by prompt and iteration."""
+        file = self.folder and self.folder / "answers.jsonl"
+        found: dict[int, dict[int, Line]] = {}
+        texts = file.read_text().splitlines() if file and file.exists() else []
+        for text in texts:
+            try:
+                line = json.loads(text)
+                found.setdefault(line["number"], {})[line["iteration"]] = line
+            except (ValueError, KeyError, TypeError):
+                continue  # it was being written at a kill
+        return found
+
     def mode(self, score: str) -> str | None:
         """Which way a score is better, if that is known."""
         return score_mode(score, self.manifest.get("score_modes"))

@@ -176,3 +176,26 @@ def _means(
         means = [write(sum(v) / len(v)) if v else "-" for v in values]
         rows.append([str(iteration), *means])
     return ["iteration", *names], rows
+
+
+def make_answers(
+    run: RunRecord, others: Sequence[RunRecord]
+) -> list[list[tuple[str, str]]]:
+    """For each held-out prompt the names and texts to show.
+
+    Prompt, annotated response, and the answers before self-play, after each
+    iteration, and of other runs at their ends.
+    """
+    theirs = [(other.name, other.answers()) for other in others]
+    shown = []
+    for number, by_iteration in sorted(run.answers().items()):
+        first = by_iteration[min(by_iteration)]
+        lines = [("prompt", first["prompt"]), ("annotated", first["annotated"])]
+        for iteration, line in sorted(by_iteration.items()):
+            name = f"iteration {iteration}" if iteration else "before"
+            lines.append((name, line["answer"]))
+        for name, answers in theirs:
+            if own := answers.get(number):
+                lines.append((name, own[max(own)]["answer"]))
+        shown.append(lines)
+    return shown

@@ -2,11 +2,10 @@
 
 from keras_iris.models.log_probs import sequence_log_probs
 from keras_iris.models.lora import Lora, add_lora
-from keras_iris.models.score import HeldOutNLL, TokenScorer, score_pairs
+from keras_iris.models.score import TokenScorer, score_pairs
 from keras_iris.models.self_play_model import SelfPlayModel
 
 __all__ = [
-    "HeldOutNLL",
     "Lora",
     "SelfPlayModel",
     "TokenScorer",

@@ -8,7 +8,6 @@ import numpy as np
 
 from keras_iris import backend
 from keras_iris.data import Example, PairDataset, pad_pairs
-from keras_iris.metrics import ExampleScore
 from keras_iris.models.self_play_model import SelfPlayModel
 
 
@@ -44,34 +43,6 @@ def score_pairs(
         shuffle=False,
     )
     return np.asarray(model.predict(dataset, verbose=0))[: len(examples)]
-
-
-class HeldOutNLL:
-    """The negative log-likelihood of held-out responses: `nll_per_token`.
-
-    It is what `SelfPlay(evaluate=...)` takes.
-
-    Args:
-        examples: Prompts and annotated responses that aren't trained on.
-        batch_size: Examples of a forward pass.
-    """
-
-    def __init__(self, examples: list[Example], *, batch_size: int) -> None:
-        self.examples = examples
-        self.batch_size = batch_size
-        self._responses = [example.response_ids for example in examples]
-
-    def __call__(self, model: SelfPlayModel) -> dict[str, float]:
-        """The mean over all tokens of the responses, in nats.
-
-        Args:
-            model: The model.
-        """
-        log_probs = score_pairs(
-            model, self.examples, self._responses, batch_size=self.batch_size
-        )
-        num_tokens = [len(response) for response in self._responses]
-        return {"nll_per_token": ExampleScore(-log_probs[:, 0], num_tokens)}
 
 
 class TokenScorer:

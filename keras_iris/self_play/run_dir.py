@@ -44,6 +44,7 @@ class RunDir:
         iteration_001/synthetic/  responses of the opponent, in shards
         iteration_001/opponent/   log-probs of the opponent, in shards
         evaluations/              scores of single held-out examples
+        answers.jsonl             the model's answers to some held-out prompts
 
     It is made where it isn't there; one that can't be written to is refused.
     """
@@ -181,7 +182,8 @@ class RunDir:
     def log_scores(self, scores: Any, **where: float) -> dict[str, float]:
         """Appends a line of what `evaluate` returned; gives it as numbers.
 
-        Scores that remember their examples are kept with them.
+        Scores that remember their examples are kept with them, and so are
+        answers of `keras_iris.evaluation.HeldOut`.
         """
         try:
             self._keep_examples(scores, int(where["iteration"]))
@@ -195,6 +197,11 @@ class RunDir:
         return numbers
 
     def _keep_examples(self, scores: Any, iteration: int) -> None:
+        answers = getattr(scores, "answers", [])
+        for number, answer in enumerate(answers if is_first() else []):
+            line = {"iteration": iteration, "number": number, **answer}
+            with open(self.path / "answers.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
         arrays = {
             f"{name}.{part}": getattr(score, part)
             for name, score in scores.items()
@@ -202,8 +209,8 @@ class RunDir:
             for part in ("values", "weights")
         }
         if arrays and is_first():
-            file = f"iteration_{iteration:03d}.safetensors"
-            write_arrays(self.path / "evaluations" / file, arrays, {})
+            name = f"iteration_{iteration:03d}.safetensors"
+            write_arrays(self.path / "evaluations" / name, arrays, {})
 
     def shard_size(self, name: str, key: str) -> int | None:
         """How many responses the shards have that are there, as in `shard`."""

@@ -4,11 +4,14 @@ import re
 import runpy
 import sys
 
+import keras
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import keras_iris
 from keras_iris.cli import main
+from keras_iris.data import Example
 from keras_iris.evaluation import (
     read_metrics,
     report,
@@ -590,3 +593,79 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     assert output.out == ""
     (line,) = output.err.splitlines()
     assert line.startswith("error: Expected a run's folder")
+
+
+# --- answers
+
+
+def write_answers(folder, **texts):
+    folder.mkdir(exist_ok=True)
+    lines = [
+        {"iteration": i, "number": 0, "prompt": "p <b>", "annotated": "a"}
+        | {"answer": text}
+        for i, text in enumerate(texts.values())
+    ]
+    lines = [json.dumps(line) for line in lines] + ['{"iteration": 7, "num']
+    (folder / "answers.jsonl").write_text("\n".join(lines))
+
+
+def test_answers(run_dir, capsys):
+    assert main(["samples", str(run_dir)]) == 2
+    assert "has no answers" in capsys.readouterr().err
+    write_answers(run_dir, before="x", after="y\nz")
+    write_answers(run_dir / "control", before="x", after="w")
+    assert main(["samples", str(run_dir)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(maxsplit=1) for line in lines] == [
+        ["prompt", "'p <b>'"],
+        ["annotated", "'a'"],
+        ["before", "'x'"],
+        ["iteration", "1  'y\\nz'"],
+        ["control", "'w'"],
+    ]
+    page = report(run_dir).read_text()
+    assert "<td>p &lt;b&gt;</td>" in page and "<td>y\nz</td>" in page
+
+
+def test_held_out(checkpoint, tmp_path):
+    """NLL against a loop over examples; answers against `argmax`."""
+    causal_lm = keras_iris.load(checkpoint("qwen2"), dtype="float32")
+    tokenizer = causal_lm.tokenizer
+    rows = [("How are you?", "Fine."), ("And you, my friend?", "Very well.")]
+    examples = [
+        Example(*(np.array(tokenizer.encode(t), "int32") for t in row))
+        for row in rows
+    ]
+    model = keras_iris.SelfPlayModel(causal_lm)
+    held_out = keras_iris.evaluation.HeldOut(
+        examples, batch_size=2, max_new_tokens=3
+    )
+    scores = held_out(model)
+    total, count = 0.0, 0
+    for example, answer in zip(examples, scores.answers, strict=True):
+        ids = np.concatenate([example.prompt_ids, example.response_ids])
+        log_probs = _log_probs(causal_lm, ids)
+        start = len(example.prompt_ids)
+        for place in range(start, len(ids)):
+            total -= log_probs[place - 1, ids[place]]
+            count += 1
+        ids = example.prompt_ids
+        for _ in range(3):
+            ids = np.append(ids, _log_probs(causal_lm, ids)[-1].argmax())
+            if ids[-1] in tokenizer.end_token_ids:
+                break
+        assert answer["answer"] == tokenizer.decode(ids[start:].tolist())
+        assert answer["prompt"] == tokenizer.decode(example.prompt_ids)
+    np.testing.assert_allclose(scores["nll_per_token"], total / count, 1e-4)
+    causal_lm.tokenizer = None
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        held_out(model)
+
+
+def _log_probs(causal_lm, ids):
+    inputs = {
+        "token_ids": np.array([ids], "int32"),
+        "padding_mask": np.ones((1, len(ids)), "int32"),
+    }
+    logits = keras.ops.convert_to_numpy(causal_lm(inputs))[0].astype("float64")
+    return logits - np.log(np.exp(logits).sum(-1, keepdims=True))

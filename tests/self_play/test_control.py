@@ -10,13 +10,13 @@ from tiny_models import make_causal_lm
 
 import keras_iris
 from keras_iris.data import PairDataset
-from keras_iris.models import HeldOutNLL
+from keras_iris.evaluation import HeldOut
 from keras_iris.self_play.arrays import read_arrays, split_responses
 from keras_iris.self_play.seeds import combine_seeds
 
 
 def held_out():
-    return HeldOutNLL(make_examples(8, seed=5), batch_size=8)
+    return HeldOut(make_examples(8, seed=5), batch_size=8, samples=0)
 
 
 def weights_of(model):
