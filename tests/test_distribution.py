@@ -319,6 +319,43 @@ def test_several_devices_train_as_one(tmp_path):
     assert_same(many, one)
 
 
+REPORT = """
+import json, sys, warnings
+import keras
+import keras_iris
+from tiny_models import make_causal_lm
+
+found = []
+for vocabulary_size in (256, 255):
+    keras.distribution.set_distribution(
+        keras_iris.distribution.make_distribution()
+    )
+    causal_lm = make_causal_lm(
+        vocabulary_size=vocabulary_size, hidden_dim=128, intermediate_dim=256
+    )
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = keras_iris.distribution.sharding_report(causal_lm)
+    found.append(
+        [len(caught), report.whole_share, list(report.whole)[0], str(report)]
+    )
+with open(sys.argv[1], "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_a_report_tells_what_is_on_every_device(tmp_path):
+    target = tmp_path / "found.json"
+    run_on_devices(4, REPORT, target)
+    even, odd = json.loads(target.read_text())
+    assert even[0] == 0 and even[1] < 0.05
+    assert odd[0] == 1 and odd[1] > 0.05
+    assert "token_embedding/embeddings" in odd[2]
+    assert "the devices don't divide these" in odd[3]
+
+
 SENDING = """
 import json, sys
 sys.path.insert(0, "benchmarks")

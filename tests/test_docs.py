@@ -20,7 +20,11 @@ from keras_iris.data import Example, PairDataset
 ROOT = Path(__file__).parents[1]
 # Where a reader has a folder of their own, the test has this one.
 FOLDER = Path("path/to/folder")
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/benchmarks.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")),
+]
 
 
 def _blocks(text):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from typing import Any
 
 import keras
@@ -63,7 +64,8 @@ def sharding_report(model: keras.Model) -> ShardingReport:
 
     Returns:
         The report. A variable is whole if it is on every device, because
-        it is small or because the devices divide none of its dimensions.
+        it is small or because the devices divide none of its dimensions. If
+        these are more than 5% of all bytes, there is a warning.
     """
     optimizer = getattr(model, "optimizer", None)
     variables = [*model.variables, *(optimizer.variables if optimizer else [])]
@@ -81,7 +83,11 @@ def sharding_report(model: keras.Model) -> ShardingReport:
     if num_devices == 1:
         whole = {}
     ordered = sorted(whole.items(), key=lambda item: -item[1])
-    return ShardingReport(num_devices, total, here, dict(ordered))
+    report = ShardingReport(num_devices, total, here, dict(ordered))
+    # All of it is where the strategy cuts no weights.
+    if _LARGEST_WHOLE_SHARE < report.whole_share < 1:
+        warnings.warn(str(report), stacklevel=2)
+    return report
 
 
 def _mib(size: float) -> str:
