@@ -17,6 +17,7 @@ from keras_iris.backend.routers import (
     router_sums,
     split_sums,
 )
+from keras_iris.backend.tensorflow_processes import gather, gathered
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
@@ -105,14 +106,8 @@ def map_parts(
     """A function of a batch's parts: see `keras_iris.backend.jax.map_parts`."""
     num_rows = tf.shape(keras.tree.flatten(x)[0])[0]
 
-    def part(start: tf.Tensor) -> tf.Tensor:
-        rows = tf.minimum(start + tf.range(size), num_rows - 1)
-        return function(
-            keras.tree.map_structure(lambda a: tf.gather(a, rows), x)
-        )
-
     parts = tf.map_fn(
-        part,
+        lambda start: function(_take(x, start, size, num_rows)[0]),
         tf.range(0, num_rows, size),
         parallel_iterations=1,
         fn_output_signature=tf.float32,
@@ -180,7 +175,7 @@ class Trainer(keras.Model):
         # Without `y` the loss raises.
         if y is None or (is_whole and self._num_replicas == 1):
             return super().train_step(data)
-        whole = _gathered(x, y, sample_weight)
+        whole = gathered(x, y, sample_weight)
         variables = self.trainable_weights
         if has_routers(self):
             loss, y_pred, gradients = self._two_passes(x, whole)
@@ -203,8 +198,8 @@ class Trainer(keras.Model):
         if self._num_replicas == 1:
             return super().test_step(data)
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        y_pred = _gather(self(x, training=False))
-        whole = _gathered(x, y, sample_weight)
+        y_pred = gather(self(x, training=False))
+        whole = gathered(x, y, sample_weight)
         return self._log(
             whole, y_pred, self._whole_loss(whole, y_pred, training=False)
         )
@@ -244,11 +239,9 @@ class Trainer(keras.Model):
         starts = tf.range(0, num_rows, size)
 
         def call(start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-            rows = start + tf.range(size)
-            row_weights = tf.cast(rows < num_rows, "float32")[:, None]
-            rows = tf.minimum(rows, num_rows - 1)
-            part = keras.tree.map_structure(lambda a: tf.gather(a, rows), x)
-            with router_sums(self, tf.repeat(row_weights, num_responses, 1)):
+            part, _, is_row = _take(x, start, size, num_rows)
+            row_weights = tf.repeat(is_row[:, None], num_responses, 1)
+            with router_sums(self, row_weights):
                 y_pred = self(part, training=True)
             sums, others = split_sums(self.losses)
             refuse_layer_losses(self, others)
@@ -325,7 +318,7 @@ class Trainer(keras.Model):
             columns |= dict(
                 zip(stream.columns, tf.unstack(y_pred, axis=1), strict=True)
             )
-        return _gather(tf.stack([columns[0], columns[1]], axis=1)), sums
+        return gather(tf.stack([columns[0], columns[1]], axis=1)), sums
 
     def _accumulate(
         self, stream: Stream, x: Any, y: tf.Tensor, share: tf.Tensor
@@ -348,18 +341,17 @@ class Trainer(keras.Model):
             total: tf.Tensor,
             shift: tf.Tensor,
         ) -> tuple[Any, ...]:
-            rows = start + tf.range(size)
-            is_row = tf.cast(rows < num_rows, "float32")
-            rows = tf.minimum(rows, num_rows - 1)
+            (x_rows, y_rows, p), rows, is_row = _take(
+                (x, y, share), start, size, num_rows
+            )
             x_rows, y_rows = keras.tree.map_structure(
-                lambda a: tf.gather(tf.gather(a, rows), stream.columns, axis=1),
-                (x, y),
+                lambda a: tf.gather(a, stream.columns, axis=1), (x_rows, y_rows)
             )
             with tf.GradientTape() as tape:
                 y_pred = self(x_rows, training=True)
                 refuse_layer_losses(self)
                 objective, part, new_shift = stream.objective(
-                    y_rows, y_pred, tf.gather(share, rows) * is_row, shift
+                    y_rows, y_pred, p * is_row, shift
                 )
                 scaled = self.optimizer.scale_loss(objective)
             updates = tape.gradient(
@@ -388,7 +380,7 @@ class Trainer(keras.Model):
         )
         if count > 1:
             # The sums of other replicas count from other exponents.
-            shrink = tf.exp(shift - tf.reduce_max(_gather(shift[None])))
+            shrink = tf.exp(shift - tf.reduce_max(gather(shift[None])))
             total, *gradients = tf.distribute.get_replica_context().all_reduce(
                 tf.distribute.ReduceOp.SUM,
                 [total * shrink, *(g * shrink for g in gradients)],
@@ -398,19 +390,20 @@ class Trainer(keras.Model):
         ]
 
 
-def _gather(tensor: tf.Tensor) -> tf.Tensor:
-    """The rows of all replicas, in their order."""
-    replica = tf.distribute.get_replica_context()
-    if replica.num_replicas_in_sync == 1:
-        return tensor
-    return replica.all_gather(tensor, axis=0)
+def _take(
+    x: Any, start: tf.Tensor, size: int, num_rows: tf.Tensor
+) -> tuple[Any, tf.Tensor, tf.Tensor]:
+    """Rows of a batch, the last one again where there are no more.
 
-
-def _gathered(x: Any, y: tf.Tensor, sample_weight: tf.Tensor | None) -> Any:
-    """What loss and metrics see of a batch, of all replicas."""
-    mask = _gather(tf.cast(x["response_mask"], tf.float32))
-    weight = None if sample_weight is None else _gather(sample_weight)
-    return {**x, "response_mask": mask}, _gather(y), weight
+    Returns:
+        The rows of each tensor of `x`, their numbers, and 1 for those that
+        are rows of their own.
+    """
+    rows = start + tf.range(size)
+    is_row = tf.cast(rows < num_rows, "float32")
+    rows = tf.minimum(rows, num_rows - 1)
+    part = keras.tree.map_structure(lambda a: tf.gather(a, rows), x)
+    return part, rows, is_row
 
 
 def _add(

@@ -55,3 +55,18 @@ def is_cut() -> bool:
 def num_batch_shares() -> int:
     """Parts that a batch is cut in."""
     return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def gather(tensor: tf.Tensor) -> tf.Tensor:
+    """The rows of all replicas, in their order."""
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return tensor
+    return replica.all_gather(tensor, axis=0)
+
+
+def gathered(x: Any, y: tf.Tensor, sample_weight: tf.Tensor | None) -> Any:
+    """What loss and metrics see of a batch, of all replicas."""
+    mask = gather(tf.cast(x["response_mask"], tf.float32))
+    weight = None if sample_weight is None else gather(sample_weight)
+    return {**x, "response_mask": mask}, gather(y), weight
