@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
@@ -12,23 +12,12 @@ from keras_iris import backend
 from keras_iris.arguments import check_count
 from keras_iris.models.checks import check_causal_lm
 
-Request = tuple[list[int], list[int]]  # context, continuation
+Request: TypeAlias = tuple[list[int], list[int]]  # context, continuation
+Score: TypeAlias = tuple[float, bool]
 
 # Positions whose logits are held at a time.
 _TILE = 256
 _SHORTEST = 32
-
-
-class Score(NamedTuple):
-    """What a model says to a continuation.
-
-    Attributes:
-        log_prob: In nats, summed over its tokens.
-        is_greedy: Whether each of them is the likeliest of the vocabulary.
-    """
-
-    log_prob: float
-    is_greedy: bool
 
 
 class ContinuationScorer:
@@ -70,7 +59,9 @@ class ContinuationScorer:
                 that is too long loses its beginning.
 
         Yields:
-            The scores of a batch, by the place of the request.
+            The scores of a batch, by the place of the request: the log-prob of
+            the continuation, in nats, summed over its tokens, and whether
+            each of them is the likeliest of the vocabulary.
 
         Raises:
             ValueError: If a context or continuation is empty, or a
@@ -113,8 +104,9 @@ class ContinuationScorer:
             x["targets"][i, : len(row.targets)] = row.targets
         scores = np.asarray(self._network.predict_on_batch(x))
         return {
-            request: Score(
-                float(scores[i, part, 0].sum()), bool(scores[i, part, 1].all())
+            request: (
+                float(scores[i, part, 0].sum()),
+                bool(scores[i, part, 1].all()),
             )
             for i, row in enumerate(rows)
             for request, part in row.requests.items()

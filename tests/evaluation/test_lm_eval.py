@@ -1,7 +1,9 @@
 """The harness' own `hf` model on the same folder is the oracle."""
 
 import json
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import lm_eval
 import nltk
@@ -18,7 +20,9 @@ import keras_iris
 from keras_iris.evaluation import lm_eval as ours
 from keras_iris.evaluation.continuations import ContinuationScorer
 from keras_iris.evaluation.lm_eval import TEN, KerasLM, evaluate
+from keras_iris.generation import Completion
 
+ROOT = Path(__file__).parents[2]
 LOG_PROB_TOLERANCE = 1e-3  # nats
 # Shorter than some prompts and texts: they lose their beginning, or are cut
 # into windows.
@@ -170,6 +174,25 @@ def test_chat_template(checkpoint):
             ids = model.tok_encode(found)
             assert ids == reference.tok_encode(found)
         assert model.chat_template(True) == reference.chat_template(True)
+        ids = list(range(model.tokenizer.vocabulary_size))
+        assert model.tokenizer.decode(ids, skip_special=True) == (
+            reference.tok_decode(ids)
+        )
+
+
+def test_special_token_as_stop(checkpoint):
+    """Answers don't show special tokens, and yet stop at them."""
+    model = KerasLM(keras_iris.load(checkpoint("qwen2")))
+    ids = model.tokenizer.encode("yes<|im_start|>no")
+    drawn = Completion((*ids, *model.tokenizer.end_token_ids[:1]), "stop")
+    model._engine = lambda size: SimpleNamespace(
+        generate=lambda prompts, seed: [drawn] * len(prompts)
+    )
+    requests = [
+        Instance("generate_until", {}, ("A", {"until": until}), 0)
+        for until in ([], ["<|im_start|>"])
+    ]
+    assert model.generate_until(requests, disable_tqdm=True) == ["yesno", "yes"]
 
 
 def test_cache(checkpoint, tasks, manager, tmp_path, monkeypatch):
@@ -206,6 +229,28 @@ def test_cache(checkpoint, tasks, manager, tmp_path, monkeypatch):
         _same_scores(
             [resp for (resp,) in a["resps"]], [resp for (resp,) in b["resps"]]
         )
+
+
+def test_document(checkpoint, tasks, manager, monkeypatch):
+    """What docs/evaluation.md shows, with the tasks above."""
+    text = (ROOT / "docs/evaluation.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    folder = checkpoint("qwen2")
+    simple_evaluate = lm_eval.simple_evaluate
+    asked = []
+
+    def with_tasks(model, tasks, use_cache, **options):
+        asked.extend([tasks, use_cache])
+        return simple_evaluate(
+            model, tasks=local, task_manager=manager, **options
+        )
+
+    local = tasks[:1]
+    monkeypatch.setattr(lm_eval, "simple_evaluate", with_tasks)
+    names = {}
+    exec(block.replace("path/to/folder", str(folder)), names)
+    assert asked == [["hellaswag", "gsm8k"], "runs/own/harness"]
+    assert "letters" in names["results"]["results"]
 
 
 def test_requests_share_rows():
