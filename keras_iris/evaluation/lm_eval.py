@@ -3,32 +3,21 @@
 Nothing else of the package imports this module, or `lm_eval`.
 """
 
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import keras_hub
 import lm_eval
-import tqdm
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-)
+from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
 
-from keras_iris.evaluation.continuations import (
-    ContinuationScorer,
-    lengths_up_to,
-)
-from keras_iris.generation import KerasEngine
+from keras_iris.evaluation.answers import GreedyAnswers
+from keras_iris.evaluation.continuations import ContinuationScorer
 
-# Tokens between two looks for a stop string, and batches that are answered
-# before the harness' cache gets the answers.
-_STEP_TOKENS = 64
+# Batches that are computed before the harness' cache gets their results.
 _ROUND_BATCHES = 8
 # Where a model doesn't say: what the harness takes.
 _MAX_LENGTH = 2048
@@ -69,18 +58,20 @@ def evaluate(
         max_length: As in `KerasLM`.
         **options: Others of `simple_evaluate`, such as `limit=100`,
             `apply_chat_template=True` or, to go on after a crash,
-            `use_cache="runs/own/lm_eval"`.
+            `use_cache="runs/own/harness"`, which knows texts and not weights:
+            it is for one model.
 
     Returns:
         The harness' results; those of `TEN` have their scores, between 0 and
         1, as `results["ten"]`.
     """
+    model = KerasLM(causal_lm, batch_size=batch_size, max_length=max_length)
     is_ten = tasks == "ten"
     if is_ten:
         options["task_manager"] = options.get("task_manager") or TaskManager()
         tasks = _load_ten(options["task_manager"])
     results: dict[str, Any] = lm_eval.simple_evaluate(
-        model=KerasLM(causal_lm, batch_size=batch_size, max_length=max_length),
+        model=model,
         tasks=[tasks] if isinstance(tasks, str) else list(tasks),
         **options,
     )
@@ -142,16 +133,19 @@ class KerasLM(TemplateLM):
                 f"Received: {type(causal_lm).__name__} without one."
             )
         template = getattr(causal_lm, "chat_template", None)
-        longest = getattr(causal_lm, "max_position_embeddings", None)
-        self.causal_lm = causal_lm
+        if max_length is None:
+            longest = getattr(causal_lm, "max_position_embeddings", None)
+            max_length = longest or _MAX_LENGTH
         self.tokenizer = tokenizer
         self.template = template and template.bind(tokenizer)
-        self.max_length = max_length or longest or _MAX_LENGTH
+        self.max_length = max_length
         self._scorer = ContinuationScorer(
-            causal_lm, batch_size=batch_size, max_length=self.max_length
+            causal_lm, batch_size=batch_size, max_length=max_length
         )
         self.batch_size = self._scorer.batch_size
-        self._engine = functools.lru_cache(self._make_engine)
+        self._answers = GreedyAnswers(
+            causal_lm, batch_size=self.batch_size, max_length=max_length
+        )
 
     @property
     def eot_token_id(self) -> int:
@@ -232,7 +226,7 @@ class KerasLM(TemplateLM):
     ) -> list[tuple[float, bool]]:
         """Log-probs, in nats, of continuations, and whether they are greedy."""
         found: dict[int, tuple[float, bool]] = {}
-        with _progress("Log-probs", len(requests), disable_tqdm) as bar:
+        with tqdm(requests, "Log-probs", disable=disable_tqdm) as bar:
             for scores in self._scorer([request[1:] for request in requests]):
                 found |= scores
                 for i, score in scores.items():
@@ -248,7 +242,7 @@ class KerasLM(TemplateLM):
     ) -> list[float]:
         """Log-probs of whole texts, in nats, window by window."""
         results = []
-        with _progress("Texts", len(requests), disable_tqdm) as bar:
+        with tqdm(requests, "Texts", disable=disable_tqdm) as bar:
             for texts in self._rounds(
                 [request.args[0] for request in requests]
             ):
@@ -287,12 +281,16 @@ class KerasLM(TemplateLM):
             key=lambda i: (prompts[i].limit, -len(prompts[i].token_ids)),
         )
         found = {}
-        with _progress("Answers", len(requests), disable_tqdm) as bar:
+        with tqdm(requests, "Answers", disable=disable_tqdm) as bar:
             for limit, group in itertools.groupby(
                 order, key=lambda i: prompts[i].limit
             ):
                 for places in self._rounds(list(group)):
-                    texts = self._answer([prompts[i] for i in places], limit)
+                    texts = self._answers(
+                        [prompts[i].token_ids for i in places],
+                        [prompts[i].until for i in places],
+                        limit,
+                    )
                     for i, text in zip(places, texts, strict=True):
                         found[i] = text
                         self.cache_hook.add_partial(
@@ -321,53 +319,6 @@ class KerasLM(TemplateLM):
         token_ids = self.tok_encode(context) or [self.prefix_token_id]
         return _Prompt(token_ids[-room:], [u for u in until if u], limit)
 
-    def _answer(self, prompts: list["_Prompt"], limit: int) -> list[str]:
-        """The texts of answers of up to `limit` tokens."""
-        answers: list[list[int]] = [[] for _ in prompts]
-        active = list(range(len(prompts)))
-        for done in range(0, limit, _STEP_TOKENS):
-            engine = self._engine(min(_STEP_TOKENS, limit - done))
-            completions = engine.generate(
-                [prompts[i].token_ids + answers[i] for i in active], seed=0
-            )
-            unfinished = []
-            for i, completion in zip(active, completions, strict=True):
-                answers[i] += completion.token_ids
-                text = self.tokenizer.decode(answers[i])
-                is_over = any(stop in text for stop in prompts[i].until)
-                if completion.finish_reason == "length" and not is_over:
-                    unfinished.append(i)
-            active = unfinished
-            if not active:
-                break
-        return [
-            self._text(answer, prompt.until)
-            for answer, prompt in zip(answers, prompts, strict=True)
-        ]
-
-    def _text(self, token_ids: list[int], until: list[str]) -> str:
-        """An answer up to where it stops, without special tokens."""
-        tokenizer = self.tokenizer
-        ends = set(tokenizer.end_token_ids)
-        for stop in set(until) & set(tokenizer.special_tokens):
-            ends.add(tokenizer.encode(stop)[0])
-        token_ids = list(
-            itertools.takewhile(lambda i: i not in ends, token_ids)
-        )
-        text = tokenizer.decode(token_ids, skip_special=True)
-        return postprocess_generated_text(text, until, None)
-
-    def _make_engine(self, max_new_tokens: int) -> KerasEngine:
-        return KerasEngine(
-            self.causal_lm,
-            end_token_ids=self.tokenizer.end_token_ids,
-            max_new_tokens=max_new_tokens,
-            batch_size=self.batch_size,
-            pad_token_id=self.tokenizer.pad_token_id,
-            bucket_lengths=lengths_up_to(self.max_length - max_new_tokens),
-            sampler=keras_hub.samplers.GreedySampler(),
-        )
-
     def _rounds(self, items: list[Any]) -> Iterator[list[Any]]:
         """As many at a time as may be lost in a crash."""
         size = _ROUND_BATCHES * self.batch_size
@@ -381,7 +332,3 @@ class _Prompt(NamedTuple):
     token_ids: list[int]
     until: list[str]
     limit: int
-
-
-def _progress(name: str, total: int, disable: bool) -> Any:
-    return tqdm.tqdm(desc=name, total=total, disable=disable)

@@ -185,7 +185,7 @@ def test_special_token_as_stop(checkpoint):
     model = KerasLM(keras_iris.load(checkpoint("qwen2")))
     ids = model.tokenizer.encode("yes<|im_start|>no")
     drawn = Completion((*ids, *model.tokenizer.end_token_ids[:1]), "stop")
-    model._engine = lambda size: SimpleNamespace(
+    model._answers._engine = lambda size: SimpleNamespace(
         generate=lambda prompts, seed: [drawn] * len(prompts)
     )
     requests = [
