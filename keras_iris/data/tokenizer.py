@@ -100,10 +100,20 @@ class Tokenizer:
         )
         return [encoding.ids for encoding in found]
 
-    def decode(self, token_ids: Iterable[int]) -> str:
-        """The text of token ids, special tokens written as their strings."""
+    def decode(
+        self, token_ids: Iterable[int], *, skip_special: bool = False
+    ) -> str:
+        """The text of token ids.
+
+        Args:
+            token_ids: The ids.
+            skip_special: Whether the definition's special tokens are left
+                out; if not, they are written as their strings.
+        """
         ids = [int(token_id) for token_id in token_ids]
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False))
+        return str(
+            self._tokenizer.decode(ids, skip_special_tokens=skip_special)
+        )
 
     def token(self, token_id: int) -> str:
         """The string of one id, as the vocabulary has it."""
