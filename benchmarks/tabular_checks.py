@@ -103,7 +103,15 @@ class SecondOrder:
             "hessian error": float(np.abs(hessian - self.hessian(alpha)).max()),
             "error ratio": float(errors[1] / errors[0]),
             "newton step": self.newton(alpha),
+            "data over model": self.excess(),
         }
+
+    def excess(self):
+        """How much more the data's scores vary, along SFT's Newton step."""
+        step = np.linalg.pinv(self.observed) @ self.mean
+        return float(
+            (step @ self.of_data @ step) / (step @ self.of_model @ step)
+        )
 
     def errors(self, alpha, steps):
         """Loss minus its second-order view, that far in random directions.

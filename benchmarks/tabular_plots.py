@@ -48,7 +48,7 @@ def save(file, title, panels):
     The ground is white, for pages light and dark.
     """
     with rc_context(STYLE):
-        figure = Figure((9.4, 6.8), 160, facecolor="white")
+        figure = Figure((9.4, 6.8), 120, facecolor="white")
         figure.set_layout_engine("constrained", h_pad=0.1, w_pad=0.1)
         for number, panel in enumerate(panels):
             panel(figure.add_subplot(2, 2, number + 1))

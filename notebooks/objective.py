@@ -46,8 +46,8 @@ from keras_iris.metrics import PairBatch
 # %% [markdown]
 # ## Tilted risks
 #
-# A loss is usually a mean over examples. A tilted risk is a mean that looks more
-# at some examples than at others:
+# A loss is usually a mean over examples. A tilted risk is a mean that looks
+# more at some examples than at others:
 #
 # $$R_t(f) = \frac{1}{t} \log \frac{1}{n} \sum_i e^{t f_i}$$
 #
@@ -63,7 +63,8 @@ figure, axis = plt.subplots(figsize=(5, 2.6), layout="constrained")
 axis.plot(tilts, risks)
 axis.set(xlabel="tilt", ylabel="tilted risk of 1, 2 and 6")
 axis.axhline(values.mean(), color="lightgrey", zorder=0)
-axis.annotate("mean", (-6, 3.1), color="grey")
+_ = axis.annotate("mean", (-6, 3.1), color="grey")
+
 # %% [markdown]
 # Its gradient is a weighted mean of the examples' gradients. The weights are
 # proportional to $e^{t f_i}$:
@@ -80,9 +81,10 @@ for tilt in (-1, 0, 1):
 # was when it gave its answers, the policy is the model in training. At first
 # both are the same.
 #
-# A pair has an annotated symbol, drawn from the data, and a synthetic one, drawn
-# from the opponent. With 20 symbols there are 400 pairs. The loss gets them all,
-# each weighted by its probability: its value is then the exact expectation.
+# A pair has an annotated symbol, drawn from the data, and a synthetic one,
+# drawn from the opponent. With 20 symbols there are 400 pairs. The loss gets
+# them all, each weighted by its probability: its value is then the exact
+# expectation.
 
 # %%
 NUM_SYMBOLS = 20
@@ -122,12 +124,12 @@ f"{renyi(log_data, log_start, 1):.3f} nats between data and opponent (KL)"
 # ## IRIS
 #
 # The losses look at log-ratios: $r = \log p_{policy} - \log p_{opponent}$ of a
-# response. IRIS has two tilted risks: of $-r$ over annotated responses with tilt
-# $1 - \alpha$, and of $r$ over synthetic ones with tilt $\alpha$.
+# response. IRIS has two tilted risks: of $-r$ over annotated responses with
+# tilt $1 - \alpha$, and of $r$ over synthetic ones with tilt $\alpha$.
 #
-# Whatever the order $\alpha$, the loss is smallest where the policy is the data,
-# and what it is there is known: $-D_\alpha / \alpha$, with Rényi's divergence
-# of that order between data and opponent.
+# Whatever the order $\alpha$, the loss is smallest where the policy is the
+# data, and what it is there is known: $-D_\alpha / \alpha$, with Rényi's
+# divergence of that order between data and opponent.
 
 # %%
 print("alpha  loss at the data  -D / alpha")
@@ -174,7 +176,8 @@ draw_weights(axes[0], log_data, -1, lambda alpha: 1 - alpha)
 draw_weights(axes[1], log_start, 1, lambda alpha: alpha)
 axes[0].set(title="annotated", ylabel="weight, 1 if all count alike")
 axes[1].set(title="synthetic")
-figure.legend([f"alpha {a:g}" for a in ORDERS], loc="outside right")
+_ = figure.legend([f"alpha {a:g}" for a in ORDERS], loc="outside right center")
+
 # %% [markdown]
 # ## Limits
 #
@@ -204,11 +207,10 @@ for alpha, formula in formulas.items():
 # ## The other objectives
 #
 # SPIN, SPACE and SPIF are sums of tilted risks too, all of tilt 0: means of
-# other losses of an example. What they measure between data and opponent has its
-# counterpart among IRIS's orders: SPIN's is near order 1 (KL), SPACE's near order
-# 1/2 (Jensen-Shannon), SPIF's near order 2 (chi-squared). They are relatives of
-# those orders and not the same losses. SFT is the mean of $-\log p$ of the
-# annotated response alone.
+# other losses of an example. The divergences behind them are relatives of
+# IRIS's orders: of order 1 (KL) for SPIN, of 1/2 (Jensen-Shannon) for SPACE, of
+# 2 (chi-squared) for SPIF. They are not the same losses. SFT is the mean of
+# $-\log p$ of the annotated response alone.
 
 # %%
 y = np.zeros((1, 2), "float32")
@@ -242,7 +244,8 @@ class Table(keras.layers.Layer):
 def play(loss, learning_rate):
     """KL of the data from the policy, before each step and at the end."""
     table = Table()
-    model = keras.Sequential([table])
+    inputs = keras.Input((2,), dtype="int32")
+    model = keras.Model(inputs, table(inputs))
     model.compile(keras.optimizers.SGD(learning_rate), loss)
 
     def log_policy():
@@ -260,13 +263,13 @@ def play(loss, learning_rate):
 
 
 METHODS = {
-    "SFT": (SFT(), 8, "black"),
-    "SPIN": (SPIN(1.0), 16, "#d55e00"),
-    "SPACE": (SPACE(1.0), 16, "#007f5f"),
-    "SPIF": (SPIF(1.0), 2, "#a8487f"),
-    "IRIS 0.5": (IRIS(0.5), 8, "#4292c6"),
-    "IRIS 1": (IRIS(1), 8, "#f0c808"),
-    "IRIS 2": (IRIS(2), 8, "#e6550d"),
+    "SFT": (SFT(), 8.0, "black"),
+    "SPIN": (SPIN(1.0), 16.0, "grey"),
+    "SPACE": (SPACE(1.0), 16.0, "#007f5f"),
+    "SPIF": (SPIF(1.0), 2.0, "#a8487f"),
+    "IRIS 0.5": (IRIS(0.5), 8.0, "#4292c6"),
+    "IRIS 1": (IRIS(1), 8.0, "#f0c808"),
+    "IRIS 2": (IRIS(2), 8.0, "#e6550d"),
 }
 curves = {name: play(loss, rate) for name, (loss, rate, _) in METHODS.items()}
 
@@ -284,14 +287,15 @@ for name, curve in curves.items():
 for step in range(10, 50, 10):
     axis.axvline(step, color="lightgrey", zorder=0)
 axis.set(xlabel="step; a new opponent at each line", ylabel="KL, nats")
-figure.legend(loc="outside right")
+_ = figure.legend(loc="outside right center")
+
 # %% [markdown]
-# Order 1 lies on SFT: with exact expectations they are the same. At the start of
-# an iteration every order has SFT's gradient; they differ once the policy has
-# moved. Here orders below 1 are faster than SFT, larger ones slower. On sampled
-# batches the synthetic term adds noise, which this table doesn't have: so what
-# it shows is the objective, not what self-play is worth. The page
-# `docs/evidence.md` has what is measured.
+# Order 1 lies on SFT: with exact expectations they are the same. At the start
+# of an iteration every order has SFT's gradient; they differ once the policy
+# has moved. Here order 1/2 ends nearer to the data than SFT, and order 2
+# further away. On sampled batches the synthetic term adds noise, which this
+# table doesn't have: it shows the objective, and not what self-play is worth.
+# The page `docs/evidence.md` has what is measured.
 #
 # ## The gap
 #
