@@ -32,7 +32,8 @@ test-slow: .venv/installed-slow
 matrix: .venv/installed-dev
 	$(BIN)/python tests/make_matrix.py
 
-BENCHMARKS := startup remat log_probs micro_batch train_step generation scaling sharding plan
+BENCHMARKS := startup remat log_probs micro_batch train_step generation scaling \
+    sharding plan tabular
 
 bench: .venv/installed-bench
 	for name in $(BENCHMARKS); do \

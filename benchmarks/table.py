@@ -3,8 +3,8 @@
     python benchmarks/table.py           # between a document's two marks
     python benchmarks/table.py --check   # fails if a document differs
 
-All figures go to docs/benchmarks.md, five of them to README.md. Quick records
-don't count.
+Speed and memory go to docs/benchmarks.md, five of the figures to README.md, and
+what trains better to docs/evidence.md. Quick records don't count.
 """
 
 import argparse
@@ -41,6 +41,16 @@ COLUMNS = {
     ),
     "log_probs": ("size", "backend", "dtype", "time ratio", "memory ratio"),
     "log_probs_gpu": ("size", "backend", "dtype", "time ratio", "memory ratio"),
+    "tabular": (
+        "method",
+        "rate",
+        "KL 0",
+        "KL 1",
+        "KL 2",
+        "KL 5",
+        "solved 1",
+        "solved last",
+    ),
     "generation": (
         "contestant",
         "useful tokens/s",
@@ -68,6 +78,8 @@ COLUMNS = {
         "paper, 8 H100 (theirs), h",
     ),
 }
+# Benchmarks of what is learnt, not of how fast.
+EVIDENCE = ("tabular",)
 # What a figure of the README says, and where it stands: the record, the column
 # and what its rows have, beside a backend.
 FIGURES = (
@@ -188,6 +200,15 @@ def _rows(record, columns):
     ]
 
 
+def _kept(machines, is_evidence):
+    """The records that are evidence, or those that aren't."""
+    kept = [
+        {n: r for n, r in found.items() if (n in EVIDENCE) == is_evidence}
+        for found in machines
+    ]
+    return [found for found in kept if found]
+
+
 def insert(document, block):
     """The document with the block between its marks.
 
@@ -250,10 +271,13 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     machines = read_records(options.results)
-    blocks = {
-        "docs/benchmarks.md": "\n\n".join(map(make_block, machines)),
-        "README.md": make_figures(machines),
-    }
+    speed, evidence = (
+        "\n\n".join(map(make_block, _kept(machines, is_evidence)))
+        for is_evidence in (False, True)
+    )
+    blocks = {"docs/benchmarks.md": speed, "README.md": make_figures(machines)}
+    if evidence:
+        blocks["docs/evidence.md"] = evidence
     code = 0
     for name, block in blocks.items():
         file = options.root / name

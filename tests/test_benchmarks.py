@@ -201,6 +201,7 @@ def test_records_are_of_the_settings_of_the_scripts():
     import remat
     import scaling
     import table
+    import tabular_problem
     import train_step
 
     settings = {
@@ -217,6 +218,15 @@ def test_records_are_of_the_settings_of_the_scripts():
         races = {"races": train_step.RACES[name]}
         assert settings[name].items() >= (expected | races).items()
     assert settings["log_probs_gpu"].items() >= log_probs.SIZES.items()
+    assert settings["tabular"] == tabular_problem.SETTINGS
+
+
+def test_tabular_is_exact():
+    import records
+
+    record = json.loads((records.RESULTS / "tabular.json").read_text())
+    assert len(record["bars"]) == 6
+    assert all(bar["met"] for bar in record["bars"])
 
 
 def test_step_flops():

@@ -78,6 +78,15 @@ def test_quickstart_runs_and_goes_on_after_an_interrupt(execute):
     assert _has_picture(code)
 
 
+@pytest.mark.once
+def test_objective_runs(execute):
+    notebook = execute.read(FOLDER / "objective.py")
+    execute.make_client(notebook).execute()
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not _complaints(code)
+    assert _has_picture(code)
+
+
 def _interrupt(client, cell, method):
     """Executes a cell that is interrupted in a method."""
     patch = nbformat.v4.new_code_cell(INTERRUPT.format(method=method))

@@ -179,13 +179,16 @@ class Trainer(SafeModel):
         share = shares(sample_weight, y)
         with self._fixed_scope(fixed):
             streams = self.loss.streams()
-        terms = []
+        sums: Tree = []
         columns: dict[int, jax.Array] = {}
         for stream in streams:
             y_pred, gradients, fixed = self._accumulate(
                 stream, trainable, fixed, (x, y, share), scale
             )
-            terms.append(gradients)
+            # One by one, or the gradients of all terms are held at once.
+            if sums:
+                gradients = jax.tree.map(jnp.add, sums, gradients)
+            sums = gradients
             columns |= dict(zip(stream.columns, y_pred.T, strict=True))
         y_pred = jnp.stack([columns[0], columns[1]], axis=1)
 
@@ -197,7 +200,7 @@ class Trainer(SafeModel):
         direct, (loss, metrics_state) = jax.grad(direct_loss, has_aux=True)(
             trainable
         )
-        gradients = jax.tree.map(lambda *parts: sum(parts), direct, *terms)
+        gradients = jax.tree.map(jnp.add, direct, sums)
         return loss, y_pred, gradients, fixed, metrics_state
 
     def _two_passes(

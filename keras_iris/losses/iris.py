@@ -27,10 +27,12 @@ class IRIS(SelfPlayLoss):
         alpha: The order, a number in [0, 100] or a scalar Keras variable.
             `SelfPlayModel.compile` replaces it by `model.alpha`, which takes
             its value.
+        sft_weight: Weight of the anchor, see `SelfPlayLoss`. In micro-batches
+            it takes another pass over the annotated responses.
         name: Name of the loss.
 
     Raises:
-        ValueError: `alpha` is out of range.
+        ValueError: `alpha` or `sft_weight` is out of range.
 
     Example:
     >>> loss = IRIS(alpha=0.5)
@@ -45,9 +47,13 @@ class IRIS(SelfPlayLoss):
     is_separable = True
 
     def __init__(
-        self, alpha: float | keras.Variable = 1.0, *, name: str = "iris"
+        self,
+        alpha: float | keras.Variable = 1.0,
+        *,
+        sft_weight: float = 0.0,
+        name: str = "iris",
     ) -> None:
-        super().__init__(name=name)
+        super().__init__(name, sft_weight=sft_weight)
         self.alpha = check_alpha(alpha)
 
     def risks(self, y_true: Tensor, y_pred: Tensor) -> list[Risk]:
@@ -67,7 +73,7 @@ class IRIS(SelfPlayLoss):
 
     def get_config(self) -> dict[str, Any]:
         """The loss's configuration, with the present order as a number."""
-        return {"alpha": _number(self.alpha), "name": self.name}
+        return {"alpha": _number(self.alpha), **super().get_config()}
 
 
 def check_alpha(alpha: Any) -> float | keras.Variable:

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_iris.arguments import check_between
 from keras_iris.losses.risk import Risk, tilted_risk
 from keras_iris.losses.stream import Stream, flat_weights
 
@@ -16,9 +17,11 @@ Tensor = Any
 class SelfPlayLoss(keras.losses.Loss, abc.ABC):
     """Base of self-play objectives.
 
-    A subclass lists its terms in `risks`. The loss is a number for the whole
-    batch, computed in float32 (float64 where that is Keras' float type)
-    whatever the dtype policy.
+    A subclass lists its terms in `risks`, and an anchor may be added to them:
+    supervised fine-tuning, `sft_weight` times the mean of `-log p_policy(y)`
+    over annotated responses. The loss is a number for the whole batch, computed
+    in float32 (float64 where that is Keras' float type) whatever the dtype
+    policy.
 
     Call arguments:
         y_true: Opponent log-probs, shape `(batch, 2)`: annotated and
@@ -29,6 +32,11 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
 
     Args:
         name: Name of the loss; that of its class where there is none.
+        sft_weight: Weight of the anchor, in [0, 1000]; 0 for none. The NLL is
+            that of whole responses, in nats, as log-ratios are.
+
+    Raises:
+        ValueError: `sft_weight` is out of range.
     """
 
     # Whether the first risk depends on annotated and the second on synthetic
@@ -37,10 +45,13 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
     # Whether synthetic responses matter; if not, a control draws none.
     uses_synthetic = True
 
-    def __init__(self, name: str | None = None) -> None:
+    def __init__(
+        self, name: str | None = None, *, sft_weight: float = 0.0
+    ) -> None:
         is_wide = keras.config.floatx() == "float64"
         dtype = "float64" if is_wide else "float32"
         super().__init__(name=name, dtype=dtype)
+        self.sft_weight = check_between("sft_weight", sft_weight, 0, 1000)
 
     @abc.abstractmethod
     def risks(self, y_true: Tensor, y_pred: Tensor) -> list[Risk]:
@@ -58,25 +69,36 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         """The terms whose gradients add up to that of the loss.
 
         Each takes one pass over the responses that it depends on: one for
-        all risks of tilt 0, as means add up, else one for each risk.
+        all where tilts are 0, as means add up, else one for each term.
         """
         zeros = ops.zeros((1, 2), self.dtype)
         risks = self.risks(zeros, zeros)
         if all(isinstance(r.tilt, int | float) and r.tilt == 0 for r in risks):
             return [Stream((0, 1), self._mean_risk)]
+        anchors = [Stream((0,), self._anchor)] if self.sft_weight else []
         if self.is_separable:
             return [
                 Stream((column,), functools.partial(self._column_risk, column))
                 for column in range(len(risks))
-            ]
+            ] + anchors
         return [
             Stream((0, 1), functools.partial(self._nth_risk, number))
             for number in range(len(risks))
-        ]
+        ] + anchors
+
+    def _terms(self, y_true: Tensor, y_pred: Tensor) -> list[Risk]:
+        """The risks, and the anchor where there is one."""
+        anchors = [self._anchor(y_true, y_pred)] if self.sft_weight else []
+        return [*self.risks(y_true, y_pred), *anchors]
+
+    def _anchor(self, y_true: Tensor, y_pred: Tensor) -> Risk:
+        """Supervised fine-tuning; column 0 may be the only one."""
+        del y_true
+        return Risk(-y_pred[:, 0], weight=self.sft_weight)
 
     def _mean_risk(self, y_true: Tensor, y_pred: Tensor) -> Risk:
-        """All risks in one, where their tilts are 0."""
-        risks = self.risks(y_true, y_pred)
+        """All terms in one, where their tilts are 0."""
+        risks = self._terms(y_true, y_pred)
         return Risk(sum(risk.weight * risk.values for risk in risks))
 
     def _nth_risk(self, number: int, y_true: Tensor, y_pred: Tensor) -> Risk:
@@ -131,12 +153,12 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
             y_pred = ops.where(is_row, y_pred, 0.0)
         return sum(
             risk.weight * tilted_risk(risk.values, risk.tilt, sample_weight)
-            for risk in self.risks(y_true, y_pred)
+            for risk in self._terms(y_true, y_pred)
         )
 
     def get_config(self) -> dict[str, Any]:
         """The loss's configuration."""
-        return {"name": self.name}
+        return {"name": self.name, "sft_weight": self.sft_weight}
 
 
 def _check_shapes(y_true: Tensor, y_pred: Tensor) -> None:

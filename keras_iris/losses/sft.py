@@ -29,3 +29,7 @@ class SFT(SelfPlayLoss):
         """The one term."""
         del y_true
         return [Risk(-y_pred[:, 0])]
+
+    def get_config(self) -> dict[str, Any]:
+        """The loss's configuration; it needs no anchor."""
+        return {"name": self.name}

@@ -21,17 +21,24 @@ class SPACE(SelfPlayLoss):
 
     Args:
         mu: Ratio of synthetic to annotated responses, positive.
+        sft_weight: Weight of the anchor, see `SelfPlayLoss`.
         name: Name of the loss.
 
     Raises:
-        ValueError: `mu` isn't positive.
+        ValueError: `mu` isn't positive, or `sft_weight` is out of range.
 
     Reference:
         SPACE, arXiv 2512.07175.
     """
 
-    def __init__(self, mu: float = 1.0, *, name: str = "space") -> None:
-        super().__init__(name=name)
+    def __init__(
+        self,
+        mu: float = 1.0,
+        *,
+        sft_weight: float = 0.0,
+        name: str = "space",
+    ) -> None:
+        super().__init__(name, sft_weight=sft_weight)
         self.mu = check_positive("mu", mu)
 
     def risks(self, y_true: Tensor, y_pred: Tensor) -> list[Risk]:
@@ -45,4 +52,4 @@ class SPACE(SelfPlayLoss):
 
     def get_config(self) -> dict[str, Any]:
         """The loss's configuration."""
-        return {"mu": self.mu, "name": self.name}
+        return {"mu": self.mu, **super().get_config()}

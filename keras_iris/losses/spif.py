@@ -21,17 +21,24 @@ class SPIF(SelfPlayLoss):
 
     Args:
         c: Strength of the regularisation, positive.
+        sft_weight: Weight of the anchor, see `SelfPlayLoss`.
         name: Name of the loss.
 
     Raises:
-        ValueError: `c` isn't positive.
+        ValueError: `c` isn't positive, or `sft_weight` is out of range.
 
     Reference:
         SPIF, arXiv 2602.01357.
     """
 
-    def __init__(self, c: float = 1.0, *, name: str = "spif") -> None:
-        super().__init__(name=name)
+    def __init__(
+        self,
+        c: float = 1.0,
+        *,
+        sft_weight: float = 0.0,
+        name: str = "spif",
+    ) -> None:
+        super().__init__(name, sft_weight=sft_weight)
         self.c = check_positive("c", c)
 
     def risks(self, y_true: Tensor, y_pred: Tensor) -> list[Risk]:
@@ -44,4 +51,4 @@ class SPIF(SelfPlayLoss):
 
     def get_config(self) -> dict[str, Any]:
         """The loss's configuration."""
-        return {"c": self.c, "name": self.name}
+        return {"c": self.c, **super().get_config()}

@@ -17,17 +17,24 @@ class SPIN(SelfPlayLoss):
 
     Args:
         beta: Scale of the log-ratios, positive; 0.1 as in the paper's code.
+        sft_weight: Weight of the anchor, see `SelfPlayLoss`.
         name: Name of the loss.
 
     Raises:
-        ValueError: `beta` isn't positive.
+        ValueError: `beta` isn't positive, or `sft_weight` is out of range.
 
     Reference:
         SPIN, arXiv 2401.01335, equation 4.7.
     """
 
-    def __init__(self, beta: float = 0.1, *, name: str = "spin") -> None:
-        super().__init__(name=name)
+    def __init__(
+        self,
+        beta: float = 0.1,
+        *,
+        sft_weight: float = 0.0,
+        name: str = "spin",
+    ) -> None:
+        super().__init__(name, sft_weight=sft_weight)
         self.beta = check_positive("beta", beta)
 
     def risks(self, y_true: Tensor, y_pred: Tensor) -> list[Risk]:
@@ -38,4 +45,4 @@ class SPIN(SelfPlayLoss):
 
     def get_config(self) -> dict[str, Any]:
         """The loss's configuration."""
-        return {"beta": self.beta, "name": self.name}
+        return {"beta": self.beta, **super().get_config()}

@@ -32,6 +32,7 @@ OBJECTIVES = {
     "space": lambda: SPACE(mu=1.0),
     "spif": lambda: SPIF(c=1.0),
     "sft": SFT,
+    "anchored iris": lambda: IRIS(sft_weight=0.5),
 }
 
 

@@ -15,7 +15,13 @@ PAIRS = np.array([[-3.0, -2.0], [-4.0, -5.0]], "float32")
 
 @pytest.mark.parametrize(
     "loss",
-    [IRIS(0.5, name="a"), SPIN(0.3), SPACE(2.0), SPIF(4.0), SFT(name="b")],
+    [
+        IRIS(0.5, sft_weight=0.1, name="a"),
+        SPIN(0.3, sft_weight=0.2),
+        SPACE(2.0, sft_weight=3.0),
+        SPIF(4.0, sft_weight=0.4),
+        SFT(name="b"),
+    ],
 )
 def test_config_round_trip(loss):
     config = keras.saving.serialize_keras_object(loss)
@@ -29,7 +35,8 @@ def test_config_of_iris_holds_the_present_order():
     variable = keras.Variable(0.5, trainable=False)
     loss = IRIS(variable)
     variable.assign(1.5)
-    assert loss.get_config() == {"alpha": 1.5, "name": "iris"}
+    expected = {"alpha": 1.5, "name": "iris", "sft_weight": 0.0}
+    assert loss.get_config() == expected
     assert IRIS.from_config(loss.get_config()).alpha == 1.5
 
 
@@ -60,6 +67,8 @@ def test_other_losses_have_no_order():
     ("loss", "columns"),
     [
         (IRIS(), [(0,), (1,)]),
+        (IRIS(sft_weight=0.1), [(0,), (1,), (0,)]),
+        (SPIN(sft_weight=0.1), [(0, 1)]),
         (SPIN(), [(0, 1)]),
         (SPACE(), [(0, 1)]),
         (SPIF(), [(0, 1)]),
@@ -107,6 +116,13 @@ def test_variable_that_is_no_order():
 def test_hyper_parameter_out_of_range(cls, name, value):
     with pytest.raises(ValueError, match=f"`{name}` has to be a positive"):
         cls(value)
+
+
+@pytest.mark.parametrize("value", [-0.1, np.nan, np.inf, "1", None])
+@pytest.mark.parametrize("cls", [IRIS, SPIN, SPACE, SPIF])
+def test_weight_of_the_anchor_out_of_range(cls, value):
+    with pytest.raises(ValueError, match=r"`sft_weight` has to be a number in"):
+        cls(sft_weight=value)
 
 
 @pytest.mark.parametrize(

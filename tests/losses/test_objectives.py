@@ -76,6 +76,7 @@ LOSSES = [
     lambda: SPACE(2.0),
     lambda: SPIF(0.5),
     lambda: SFT(),
+    lambda: IRIS(2.0, sft_weight=0.3),
 ]
 each_loss = pytest.mark.parametrize("make_loss", LOSSES)
 
@@ -146,13 +147,17 @@ def test_vectors_of_large_log_ratios(alpha, expected):
 
 @pytest.mark.parametrize(("cls", "argument", "oracle"), OBJECTIVES)
 @pytest.mark.parametrize("weight", [None, [1.0, 0.5, 2.0, 0.0, 1.0, 3.0]])
-def test_oracle(cls, argument, oracle, weight):
+@pytest.mark.parametrize("sft_weight", [0, 0.3])
+def test_oracle(cls, argument, oracle, weight, sft_weight):
     y_true, y_pred = _random_pairs()
     real, synthetic = (y_pred - y_true).astype("float64").T
     kept = slice(None) if weight is None else np.flatnonzero(weight)
     given = None if weight is None else np.array(weight)[kept]
     expected = oracle(real[kept], synthetic[kept], argument, given)
-    value = _number(cls(argument)(y_true, y_pred, weight))
+    nll = -np.average(y_pred[kept, 0].astype("float64"), weights=given)
+    expected += sft_weight * nll
+    loss = cls(argument, sft_weight=sft_weight)
+    value = _number(loss(y_true, y_pred, weight))
     assert value == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
