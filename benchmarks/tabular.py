@@ -7,7 +7,7 @@ and the loss sees every pair of an annotated and a synthetic symbol, weighted by
 its probability: all expectations are exact, in float64. Losses, gap and order
 are the package's own; only the gradient step is this program's.
 
-- Equal steps: five iterations of 40 steps of gradient descent, for each method
+- Equal steps: five iterations of 10 steps of gradient descent, for each method
   at the rate of a grid that ends nearest to the data. SFT is the control.
 - Solved: each iteration goes on until the loss is at its minimum (natural
   gradient), to see where an objective leads and not how fast.
