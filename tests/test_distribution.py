@@ -320,6 +320,73 @@ def test_several_devices_train_as_one(tmp_path):
     assert_same(many, one)
 
 
+CHECKPOINTS = """
+import json, sys, shutil, warnings
+from pathlib import Path
+import keras, numpy as np
+import keras_iris
+from keras_iris.self_play.checkpoints import Checkpoints
+
+def position(iteration, epoch=0, batch=0):
+    return {"iteration": iteration, "epoch": epoch, "batch": batch}
+
+folder = Path(sys.argv[1])
+make_distribution = keras_iris.distribution.make_distribution
+keras.distribution.set_distribution(make_distribution())
+value = np.arange(64 * 32, dtype="float32").reshape(64, 32)
+variable = keras.Variable(value, name="kernel")
+assert not variable.value.is_fully_replicated
+checkpoints, found = Checkpoints(folder), []
+
+def load(**options):
+    found.append(checkpoints.load([variable], **options))
+    found.append(float(np.asarray(variable.value)[0, 0]))
+
+for number, place in enumerate(
+    [position(1), position(1, 0, 3), position(1, 1, 0), position(2),
+     position(2, 0, 1)]
+):
+    variable.assign(value + number)
+    checkpoints.save([variable], place)
+checkpoints.wait()
+found.append(sorted(f.name for f in folder.iterdir()))
+load()
+load(is_back=True)
+variable.assign(value + 7)
+checkpoints.save([variable], position(2))  # again
+load()
+shutil.rmtree(folder / "starts" / "iteration_002" / "arrays")
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    load()
+found.append([str(w.message) for w in caught])
+keras.distribution.set_distribution(None)
+variable = keras.Variable(value * 0)
+checkpoints = Checkpoints(folder)
+load(is_back=True)
+with open(sys.argv[2], "w") as file:
+    json.dump(found, file)
+"""
+
+
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_checkpoints_over_devices(tmp_path):
+    folder, target = tmp_path / "run", tmp_path / "found.json"
+    folder.mkdir()
+    run_on_devices(4, CHECKPOINTS, folder, target)
+    found = json.loads(target.read_text())
+    assert found[0] == ["checkpoint-002-0-00001", "starts"]
+    first = {"iteration": 1, "epoch": 0, "batch": 0}
+    second = first | {"iteration": 2}
+    assert found[1:3] == [second | {"batch": 1}, 4.0]
+    assert found[3:5] == [second, 3.0]
+    assert found[5:7] == [second, 7.0]
+    assert found[7:9] == [first, 0.0]  # the second start is damaged
+    assert len(found[9]) == 1 and "iteration_002" in found[9][0]
+    assert found[10:] == [first, 0.0]  # without a distribution
+
+
 REPORT = """
 import json, sys, warnings
 import keras

@@ -34,7 +34,8 @@ class ShardedCheckpoints:
         """Begins to write a checkpoint.
 
         Args:
-            folder: A new one, that all processes see.
+            folder: One that all processes see; an old one of that name, of a
+                run that has gone back since, is replaced.
             variables: Their values are taken.
             metadata: Kept beside them.
         """
@@ -47,6 +48,7 @@ class ShardedCheckpoints:
                     _METADATA: self._args.JsonSave(metadata),
                 }
             ),
+            force=True,
         )
 
     def wait(self) -> None:

@@ -140,12 +140,12 @@ class SelfPlayModel(backend.Trainer):
         micro_batch_size = check_micro_batch_size(micro_batch_size)
         optimizer = keras.optimizers.get(optimizer)
         check_optimizer(optimizer, self.trainable_variables)
+        self.micro_batch_size = micro_batch_size
         self.check_devices()
         if loss is not None:
             self.loss_config = loss.get_config()
             loss = copy.copy(loss)  # which may be another model's as well
             loss.bind_alpha(self.alpha)
-        self.micro_batch_size = micro_batch_size
         self.compile_options = kwargs
         metrics = _metric_list(metrics) + _metric_list(weighted_metrics)
         self._set_metrics(metrics)

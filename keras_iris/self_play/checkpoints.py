@@ -100,6 +100,7 @@ class Checkpoints:
             self._writer.wait()
         if is_first():
             useless = [*self.starts()[_NUM_STARTS:], *self._within()]
+            useless += self.folder.glob("starts/*tmp*")  # of a killed process
             for old in set(useless) - {self._latest}:
                 _remove(old)
         self._latest = None
