@@ -5,15 +5,17 @@ its train step, `map_parts`, a function of a batch's parts, `head_log_probs`,
 log-probs from hidden states, `write`, which puts keys and values into a cache,
 `dataset`, what `fit` takes for batches, `seed_step`, which seeds a step's
 random numbers where no variable of the model does, `cache_compilations`, which
-keeps compiled programs on disk, `is_on_cpu`, which tells
-where tensors are, and `prepare_remat`, what has to be done before layers are
-rematerialised. Of several processes: `start_processes`, `process_count` and
-`process_index`, `exchange` of texts, `read` and `cut`, arrays from and to the
-devices of all, `num_batch_shares`, parts of a batch, and `IS_ONE_PROGRAM`,
-whether they compute together or each on its own.
+keeps compiled programs on disk, `is_on_cpu`, which tells where tensors are, and
+`prepare_remat`, what has to be done before layers are rematerialised.
+
+Of several processes: `start_processes`, `process_count` and `process_index`,
+`exchange` of texts, `read` and `cut`, arrays from and to the devices of all,
+`num_batch_shares`, parts of a batch, `IS_ONE_PROGRAM`, whether they compute
+together or each on its own, `is_cut`, whether variables are cut over devices,
+and `sharded_checkpoints`, which writes such variables.
 """
 
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="no-redef"
 
 import keras
 
@@ -25,95 +27,48 @@ from keras_iris.backend.refusals import count_layer_losses, refuse_layer_losses
 
 match keras.backend.backend():
     case "jax":
-        from keras_iris.backend.jax import (
-            Trainer,
-            cache_compilations,
-            dataset,
-            device_names,
-            is_on_cpu,
-            map_parts,
-            prepare_remat,
-            seed_step,
-            write,
-        )
-        from keras_iris.backend.jax_checkpoint import ShardedCheckpoints
-        from keras_iris.backend.jax_head import head_log_probs
-        from keras_iris.backend.jax_processes import (
-            IS_ONE_PROGRAM,
-            cut,
-            exchange,
-            is_cut,
-            num_batch_shares,
-            process_count,
-            process_index,
-            read,
-            start_processes,
-        )
+        from keras_iris.backend import jax as _step
+        from keras_iris.backend import jax_head as _head
+        from keras_iris.backend import jax_processes as _processes
     case "tensorflow":
-        from keras_iris.backend.refusals import (
-            refuse_sharded_checkpoints as ShardedCheckpoints,
-        )
-        from keras_iris.backend.tensorflow import (
-            Trainer,
-            cache_compilations,
-            dataset,
-            device_names,
-            is_on_cpu,
-            map_parts,
-            prepare_remat,
-            seed_step,
-            write,
-        )
-        from keras_iris.backend.tensorflow_head import head_log_probs
-        from keras_iris.backend.tensorflow_processes import (
-            IS_ONE_PROGRAM,
-            cut,
-            exchange,
-            is_cut,
-            num_batch_shares,
-            process_count,
-            process_index,
-            read,
-            start_processes,
-        )
+        from keras_iris.backend import tensorflow as _step
+        from keras_iris.backend import tensorflow_head as _head
+        from keras_iris.backend import tensorflow_processes as _processes
     case "torch":
-        from keras_iris.backend.refusals import (
-            refuse_sharded_checkpoints as ShardedCheckpoints,
-        )
-        from keras_iris.backend.torch import (
-            Trainer,
-            cache_compilations,
-            dataset,
-            device_names,
-            is_on_cpu,
-            map_parts,
-            prepare_remat,
-            seed_step,
-            write,
-        )
-        from keras_iris.backend.torch_head import head_log_probs
-        from keras_iris.backend.torch_processes import (
-            IS_ONE_PROGRAM,
-            cut,
-            exchange,
-            is_cut,
-            num_batch_shares,
-            process_count,
-            process_index,
-            read,
-            start_processes,
-        )
+        from keras_iris.backend import torch as _step
+        from keras_iris.backend import torch_head as _head
+        from keras_iris.backend import torch_processes as _processes
     case name:
         raise ImportError(
             "keras_iris trains on JAX, TensorFlow and PyTorch; Keras runs on "
             f"{name!r}. Set KERAS_BACKEND to 'jax', 'tensorflow' or 'torch'."
         )
 
+Trainer = _step.Trainer
+cache_compilations = _step.cache_compilations
+dataset = _step.dataset
+device_names = _step.device_names
+is_on_cpu = _step.is_on_cpu
+map_parts = _step.map_parts
+prepare_remat = _step.prepare_remat
+seed_step = _step.seed_step
+write = _step.write
+head_log_probs = _head.head_log_probs
+IS_ONE_PROGRAM = _processes.IS_ONE_PROGRAM
+cut = _processes.cut
+exchange = _processes.exchange
+is_cut = _processes.is_cut
+num_batch_shares = _processes.num_batch_shares
+process_count = _processes.process_count
+process_index = _processes.process_index
+read = _processes.read
+sharded_checkpoints = _processes.sharded_checkpoints
+start_processes = _processes.start_processes
+
 __all__ = [
     "IS_ONE_PROGRAM",
     "AutocastScope",
     "HeadOptions",
-    "ShardedCheckpoints",
     "Trainer",
     "cache_compilations",
     "count_layer_losses",
@@ -132,6 +87,7 @@ __all__ = [
     "read",
     "refuse_layer_losses",
     "seed_step",
+    "sharded_checkpoints",
     "start_processes",
     "write",
 ]

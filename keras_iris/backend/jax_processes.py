@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
+from keras_iris.backend.jax_checkpoint import ShardedCheckpoints
 from keras_iris.backend.local_rows import LocalRows
 
 # A process that is gone ends the others after so long.
@@ -109,11 +110,16 @@ def num_batch_shares() -> int:
 
 
 def is_cut() -> bool:
-    """Whether variables are cut over devices, or there are processes."""
+    """Whether there is a distribution over several devices."""
     distribution = keras.distribution.distribution()
     return (
         distribution is not None and distribution.device_mesh.devices.size > 1
     )
+
+
+def sharded_checkpoints() -> ShardedCheckpoints:
+    """Writes and reads variables that are cut over devices."""
+    return ShardedCheckpoints()
 
 
 def local_rows(batches: Any) -> Any:

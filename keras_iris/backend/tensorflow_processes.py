@@ -6,6 +6,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_iris.backend.refusals import refuse_sharded_checkpoints
+
 IS_ONE_PROGRAM = True
 
 
@@ -50,6 +52,11 @@ def cut(array: np.ndarray) -> np.ndarray:
 def is_cut() -> bool:
     """No: every device has all variables."""
     return False
+
+
+def sharded_checkpoints() -> Any:
+    """Refuses: the checkpoint was written under a distribution, on JAX."""
+    refuse_sharded_checkpoints()
 
 
 def num_batch_shares() -> int:

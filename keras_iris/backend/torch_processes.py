@@ -9,6 +9,7 @@ import torch
 from torch import distributed
 
 from keras_iris.backend.local_rows import LocalRows
+from keras_iris.backend.refusals import refuse_sharded_checkpoints
 
 IS_ONE_PROGRAM = False
 
@@ -59,6 +60,11 @@ def cut(array: np.ndarray) -> np.ndarray:
 def is_cut() -> bool:
     """No: every device has all variables."""
     return False
+
+
+def sharded_checkpoints() -> Any:
+    """Refuses: the checkpoint was written under a distribution, on JAX."""
+    refuse_sharded_checkpoints()
 
 
 def num_batch_shares() -> int:

@@ -11,6 +11,7 @@ from keras import ops
 from keras_iris import backend
 from keras_iris.arguments import check_count
 from keras_iris.models.checks import check_causal_lm
+from keras_iris.models.score import divisible_batch_size
 
 Request: TypeAlias = tuple[list[int], list[int]]  # context, continuation
 Score: TypeAlias = tuple[float, bool]
@@ -42,9 +43,9 @@ class ContinuationScorer:
         self, causal_lm: Any, *, batch_size: int, max_length: int
     ) -> None:
         check_causal_lm(causal_lm)
-        shares = backend.num_batch_shares() if backend.IS_ONE_PROGRAM else 1
-        size = check_count("batch_size", batch_size)
-        self.batch_size = -(-size // shares) * shares
+        self.batch_size = divisible_batch_size(
+            check_count("batch_size", batch_size)
+        )
         self.max_length = check_count("max_length", max_length, at_least=2)
         self._lengths = lengths_up_to(max_length)
         self._network = _Network(causal_lm)

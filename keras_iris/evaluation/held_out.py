@@ -6,11 +6,11 @@ from typing import Any
 import keras_hub
 import numpy as np
 
-from keras_iris import backend
 from keras_iris.data import Example
 from keras_iris.generation import KerasEngine
 from keras_iris.metrics import ExampleScore
 from keras_iris.models import SelfPlayModel, score_pairs
+from keras_iris.models.score import divisible_batch_size
 
 
 class Scores(dict[str, float]):
@@ -84,13 +84,12 @@ class HeldOut:
                 "tokenizer. Load it with `keras_iris.load`, set "
                 "`causal_lm.tokenizer`, or pass samples=0."
             )
-        count = backend.num_batch_shares()
         if self._engine is None:
             self._engine = KerasEngine(
                 causal_lm,
                 end_token_ids=tokenizer.end_token_ids,
                 max_new_tokens=self.max_new_tokens,
-                batch_size=-(-self.samples // count) * count,
+                batch_size=divisible_batch_size(self.samples),
                 sampler=keras_hub.samplers.GreedySampler(),
             )
         examples = self.examples[: self.samples]

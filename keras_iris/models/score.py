@@ -11,6 +11,12 @@ from keras_iris.data import Example, PairDataset, pad_pairs
 from keras_iris.models.self_play_model import SelfPlayModel
 
 
+def divisible_batch_size(size: int) -> int:
+    """The next batch size that the devices which share a batch divide."""
+    count = backend.num_batch_shares() if backend.IS_ONE_PROGRAM else 1
+    return -(-size // count) * count
+
+
 def score_pairs(
     model: SelfPlayModel,
     examples: list[Example],
@@ -31,9 +37,7 @@ def score_pairs(
     Returns:
         Float32 array of shape `(examples, 2)`, in nats.
     """
-    # As many devices as cut a batch have to divide it.
-    count = backend.num_batch_shares() if backend.IS_ONE_PROGRAM else 1
-    size = -(-min(batch_size, len(examples)) // count) * count
+    size = divisible_batch_size(min(batch_size, len(examples)))
     missing = max(0, size - len(examples))
     dataset = PairDataset(
         [*examples, *examples[-1:] * missing],

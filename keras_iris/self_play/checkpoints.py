@@ -174,7 +174,7 @@ class Checkpoints:
 
     def _orbax(self) -> Any:
         if self._writer is None:
-            self._writer = backend.ShardedCheckpoints()
+            self._writer = backend.sharded_checkpoints()
         return self._writer
 
 

@@ -197,18 +197,20 @@ class RunDir:
         return numbers
 
     def _keep_examples(self, scores: Any, iteration: int) -> None:
-        answers = getattr(scores, "answers", [])
-        for number, answer in enumerate(answers if is_first() else []):
-            line = {"iteration": iteration, "number": number, **answer}
+        if not is_first():
+            return
+        if answers := getattr(scores, "answers", []):
             with open(self.path / "answers.jsonl", "a") as file:
-                file.write(json.dumps(line) + "\n")
+                for number, answer in enumerate(answers):
+                    line = {"iteration": iteration, "number": number, **answer}
+                    file.write(json.dumps(line) + "\n")
         arrays = {
             f"{name}.{part}": getattr(score, part)
             for name, score in scores.items()
             if isinstance(score, ExampleScore)
             for part in ("values", "weights")
         }
-        if arrays and is_first():
+        if arrays:
             name = f"iteration_{iteration:03d}.safetensors"
             write_arrays(self.path / "evaluations" / name, arrays, {})
 
