@@ -79,6 +79,14 @@ def spif(real, synthetic, c, weight=None):
     return -2 / c * bracket + 2 / c**2
 
 
+def tspin(policy, beta, proto_weight, weight=None):
+    """T-SPIN, arXiv 2601.08198, of three columns of log-probs."""
+    real, synthetic, proto = np.asarray(policy, "float64").T
+    first = -_log_sigmoid(beta * (real - synthetic))
+    second = -_log_sigmoid(beta * (synthetic - proto))
+    return _mean(first + proto_weight * second, weight)
+
+
 def renyi_divergence(p, q, alpha):
     """D_alpha(p || q) of two distributions, in nats."""
     p, q = np.asarray(p, "float64"), np.asarray(q, "float64")

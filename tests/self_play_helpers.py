@@ -44,8 +44,7 @@ def make_self_play(  # noqa: PLR0913
     )
     model.compile(
         optimizer=optimizer or keras.optimizers.Adam(learning_rate),
-        loss=keras_iris.losses.IRIS(),
-        **(compile_options or {}),
+        **{"loss": keras_iris.losses.IRIS(), **(compile_options or {})},
     )
     options = {
         "iterations": 2,

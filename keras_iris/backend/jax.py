@@ -176,9 +176,10 @@ class Trainer(SafeModel):
 
         if has_routers(self):
             return self._two_passes(trainable, fixed, x, batch_loss, scale)
+        self.loss.check_shapes(y, x["token_ids"][..., 0])
         share = shares(sample_weight, y)
         with self._fixed_scope(fixed):
-            streams = self.loss.streams()
+            streams = self.loss.streams(y.shape[1])
         sums: Tree = []
         columns: dict[int, jax.Array] = {}
         for stream in streams:
@@ -190,7 +191,7 @@ class Trainer(SafeModel):
                 gradients = jax.tree.map(jnp.add, sums, gradients)
             sums = gradients
             columns |= dict(zip(stream.columns, y_pred.T, strict=True))
-        y_pred = jnp.stack([columns[0], columns[1]], axis=1)
+        y_pred = jnp.stack([columns[i] for i in sorted(columns)], axis=1)
 
         def direct_loss(trainable: Tree) -> Tree:
             loss, metrics_state = batch_loss(trainable, y_pred)

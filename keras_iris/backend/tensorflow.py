@@ -303,9 +303,10 @@ class Trainer(keras.Model):
             num_rows = tf.shape(y)[0] // self._num_replicas
             first = replica.replica_id_in_sync_group * num_rows
             y, share = (a[first : first + num_rows] for a in (y, share))
+        self.loss.check_shapes(y, x["token_ids"][..., 0])
         sums: list[tf.Tensor] = []
         columns: dict[int, tf.Tensor] = {}
-        for stream in self.loss.streams():
+        for stream in self.loss.streams(y.shape[1]):
             # One after another, or TensorFlow runs both at once, and holds
             # the activations of two micro-batches.
             with tf.control_dependencies(sums):
@@ -318,7 +319,8 @@ class Trainer(keras.Model):
             columns |= dict(
                 zip(stream.columns, tf.unstack(y_pred, axis=1), strict=True)
             )
-        return gather(tf.stack([columns[0], columns[1]], axis=1)), sums
+        y_pred = tf.stack([columns[i] for i in sorted(columns)], axis=1)
+        return gather(y_pred), sums
 
     def _accumulate(
         self, stream: Stream, x: Any, y: tf.Tensor, share: tf.Tensor

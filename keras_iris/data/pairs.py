@@ -25,6 +25,8 @@ def pad_pairs(
     synthetic: Sequence[TokenIds],
     length: int,
     pad_token_id: int = 0,
+    *,
+    proto_synthetic: Sequence[TokenIds] | None = None,
 ) -> Inputs:
     """Pads pairs on the right into the inputs of a `SelfPlayModel`.
 
@@ -34,25 +36,33 @@ def pad_pairs(
             token if there is one.
         length: Number of tokens of every row.
         pad_token_id: The id of the padding.
+        proto_synthetic: The first policy's response ids of each example, for
+            `keras_iris.losses.TSPIN`.
 
     Returns:
         `{"token_ids": int32, "padding_mask": bool, "response_mask": bool}`,
         each of shape `(len(examples), 2, length)`. Index 0 of axis 1 is the
-        annotated, 1 the synthetic response. The padding mask is 1 where there
-        is a token, the response mask where that token is of the response.
+        annotated, 1 the synthetic response; where there are proto-synthetic
+        ones, axis 1 has three entries, and they are the last. The padding mask
+        is 1 where there is a token, the response mask where that token is of
+        the response.
 
     Raises:
         ValueError: If a pair is longer than `length`, or the numbers of
             examples and responses differ.
     """
     _check_number(examples, synthetic)
-    shape = (len(examples), 2, length)
+    others = [synthetic]
+    if proto_synthetic is not None:
+        _check_number(examples, proto_synthetic)
+        others.append(proto_synthetic)
+    shape = (len(examples), 1 + len(others), length)
     token_ids = np.full(shape, pad_token_id, np.int32)
     padding_mask = np.zeros(shape, bool)
     response_mask = np.zeros(shape, bool)
     for row, example in enumerate(examples):
         start = len(example.prompt_ids)
-        responses = (example.response_ids, synthetic[row])
+        responses = (example.response_ids, *(other[row] for other in others))
         for column, response in enumerate(responses):
             end = start + len(response)
             if end > length:
@@ -75,7 +85,8 @@ class PairDataset(keras.utils.PyDataset):
     """Length-bucketed batches of pairs, for `fit`, `evaluate` and `predict`.
 
     Yields `(x, y, sample_weight)`: `x` as `pad_pairs` makes it, `y` the
-    opponent's log-probs of shape `(batch_size, 2)` (nats; zeros if not given),
+    opponent's log-probs of shape `(batch_size, 2)`, or `(batch_size, 3)` with
+    proto-synthetic responses (nats; zeros if not given),
     `sample_weight` of shape `(batch_size,)`. All batches have `batch_size`
     rows; the incomplete one is filled with copies of its first row, of weight
     0. The order is a function of `seed` and `epoch` alone.
@@ -95,10 +106,13 @@ class PairDataset(keras.utils.PyDataset):
         synthetic: The ids of the synthetic responses, `num_samples` of the
             first example, then those of the next.
         opponent_log_probs: The opponent's log-probs in nats, of shape
-            `(len(synthetic), 2)`: annotated, synthetic.
+            `(len(synthetic), 2)`: annotated, synthetic; and proto-synthetic,
+            where there are such responses.
         batch_size: Number of pairs in a batch, a multiple of `num_samples`:
             there are `batch_size / num_samples` prompts in it.
         num_samples: Synthetic responses to each prompt.
+        proto_synthetic: The ids of as many responses of the first policy, for
+            `keras_iris.losses.TSPIN`.
         pad_token_id: The id of the padding.
         bucket_lengths: The sequence lengths that batches may have, in tokens.
             Defaults to at most four, from the quartiles of the data.
@@ -121,6 +135,7 @@ class PairDataset(keras.utils.PyDataset):
         *,
         batch_size: int,
         num_samples: int = 1,
+        proto_synthetic: Sequence[TokenIds] | None = None,
         pad_token_id: int = 0,
         bucket_lengths: Sequence[int] | None = None,
         shuffle: bool = True,
@@ -139,13 +154,23 @@ class PairDataset(keras.utils.PyDataset):
         self.epoch = epoch
         self._examples = examples
         self._synthetic = synthetic
-        self._log_probs = _check_log_probs(opponent_log_probs, len(synthetic))
+        self._proto_synthetic = proto_synthetic
+        generated = [synthetic]
+        if proto_synthetic is not None:
+            _check_number(examples, proto_synthetic, num_samples)
+            generated.append(proto_synthetic)
+        self._log_probs = _check_log_probs(
+            opponent_log_probs, (len(synthetic), 1 + len(generated))
+        )
         # Of an example, with the longest of its responses.
         prompt = _lengths([e.prompt_ids for e in examples], "prompt")
         real = _lengths([e.response_ids for e in examples], "response")
-        fake = _lengths(synthetic, "synthetic response", num_samples)
-        fake = fake.reshape(-1, num_samples).max(axis=1)
-        self._lengths = prompt + np.maximum(real, fake)
+        longest = real
+        for ids in generated:
+            fake = _lengths(ids, "synthetic response", num_samples)
+            fake = fake.reshape(-1, num_samples).max(axis=1)
+            longest = np.maximum(longest, fake)
+        self._lengths = prompt + longest
         if bucket_lengths is None:
             self.bucket_lengths = choose_bucket_lengths(self._lengths)
         else:
@@ -165,11 +190,13 @@ class PairDataset(keras.utils.PyDataset):
         pairs = np.where(indices < 0, indices[0], indices)
         examples = pairs // self.num_samples
         longest = self._lengths[examples].max()
+        proto = self._proto_synthetic
         x = pad_pairs(
             [self._examples[i] for i in examples],
             [self._synthetic[i] for i in pairs],
             next(b for b in self.bucket_lengths if b >= longest),
             self.pad_token_id,
+            proto_synthetic=proto and [proto[i] for i in pairs],
         )
         return x, self._log_probs[pairs], (indices >= 0).astype(np.float32)
 
@@ -261,15 +288,15 @@ def _check_number(
 
 
 def _check_log_probs(
-    log_probs: NDArray[np.floating[Any]] | None, num_pairs: int
+    log_probs: NDArray[np.floating[Any]] | None, shape: tuple[int, int]
 ) -> NDArray[np.float32]:
     if log_probs is None:
-        return np.zeros((num_pairs, 2), np.float32)
+        return np.zeros(shape, np.float32)
     values = np.asarray(log_probs, np.float32)
-    if values.shape != (num_pairs, 2):
+    if values.shape != shape:
         raise ValueError(
-            f"Expected `opponent_log_probs` of shape ({num_pairs}, 2), "
-            f"received {values.shape}."
+            f"Expected `opponent_log_probs` of shape {shape}, received "
+            f"{values.shape}."
         )
     bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
     if len(bad):

@@ -8,6 +8,7 @@ from keras_iris.losses.space import SPACE
 from keras_iris.losses.spif import SPIF
 from keras_iris.losses.spin import SPIN
 from keras_iris.losses.stream import Stream
+from keras_iris.losses.tspin import TSPIN
 
 __all__ = [
     "IRIS",
@@ -15,6 +16,7 @@ __all__ = [
     "SPACE",
     "SPIF",
     "SPIN",
+    "TSPIN",
     "Risk",
     "SelfPlayLoss",
     "Stream",

@@ -25,8 +25,10 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
 
     Call arguments:
         y_true: Opponent log-probs, shape `(batch, 2)`: annotated and
-            synthetic response, in nats.
-        y_pred: Policy log-probs, shape `(batch, 2)`, in nats.
+            synthetic response, in nats. A loss whose `max_responses` is 3
+            also takes `(batch, 3)`, with the proto-synthetic response, the
+            first policy's.
+        y_pred: Policy log-probs of the same shape, in nats.
         sample_weight: Weights of the pairs, shape `(batch,)` or `(batch, 1)`,
             normalised to sum to 1; None for equal weights.
 
@@ -44,6 +46,8 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
     is_separable = False
     # Whether synthetic responses matter; if not, a control draws none.
     uses_synthetic = True
+    # 3 where the response of the first policy matters as well.
+    max_responses = 2
 
     def __init__(
         self, name: str | None = None, *, sft_weight: float = 0.0
@@ -58,23 +62,28 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         """The terms of the objective.
 
         Args:
-            y_true: Opponent log-probs, shape `(batch, 2)`, in nats.
-            y_pred: Policy log-probs, shape `(batch, 2)`, in nats.
+            y_true: Opponent log-probs, shape `(batch, 2)` or, where
+                `max_responses` is 3, `(batch, 3)`, in nats.
+            y_pred: Policy log-probs, of the same shape, in nats.
 
         Returns:
             A list of `Risk`.
         """
 
-    def streams(self) -> list[Stream]:
+    def streams(self, num_responses: int = 2) -> list[Stream]:
         """The terms whose gradients add up to that of the loss.
 
         Each takes one pass over the responses that it depends on: one for
         all where tilts are 0, as means add up, else one for each term.
+
+        Args:
+            num_responses: Columns of the log-probs.
         """
-        zeros = ops.zeros((1, 2), self.dtype)
+        columns = tuple(range(num_responses))
+        zeros = ops.zeros((1, num_responses), self.dtype)
         risks = self.risks(zeros, zeros)
         if all(isinstance(r.tilt, int | float) and r.tilt == 0 for r in risks):
-            return [Stream((0, 1), self._mean_risk)]
+            return [Stream(columns, self._mean_risk)]
         anchors = [Stream((0,), self._anchor)] if self.sft_weight else []
         if self.is_separable:
             return [
@@ -82,7 +91,7 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
                 for column in range(len(risks))
             ] + anchors
         return [
-            Stream((0, 1), functools.partial(self._nth_risk, number))
+            Stream(columns, functools.partial(self._nth_risk, number))
             for number in range(len(risks))
         ] + anchors
 
@@ -143,7 +152,7 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
             )
         y_true = ops.cast(ops.convert_to_tensor(y_true), self.dtype)
         y_pred = ops.cast(ops.convert_to_tensor(y_pred), self.dtype)
-        _check_shapes(y_true, y_pred)
+        self.check_shapes(y_true, y_pred)
         if sample_weight is not None:
             sample_weight = flat_weights(sample_weight, y_pred.shape[0])
             sample_weight = ops.cast(sample_weight, self.dtype)
@@ -160,14 +169,28 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         """The loss's configuration."""
         return {"name": self.name, "sft_weight": self.sft_weight}
 
+    def check_shapes(self, y_true: Tensor, y_pred: Tensor) -> None:
+        """Refuses log-probs of shapes that the loss doesn't take.
 
-def _check_shapes(y_true: Tensor, y_pred: Tensor) -> None:
-    true, pred = tuple(y_true.shape), tuple(y_pred.shape)
-    is_pair = all(len(s) == 2 and s[1] in (2, None) for s in (true, pred))
-    # TensorFlow may not know the batch size when it traces.
-    if not is_pair or len({true[0], pred[0]} - {None}) > 1:
-        raise ValueError(
-            "Log-probs have to be of one shape (batch, 2): annotated and "
-            f"synthetic response. Received: y_true of shape {true}, y_pred of "
-            f"shape {pred}. `model.predict(pairs)` gives them in that shape."
-        )
+        Args:
+            y_true: Opponent log-probs, or any tensor of their shape.
+            y_pred: Policy log-probs, likewise.
+
+        Raises:
+            ValueError: The shapes differ, or aren't `(batch, 2)` or, where
+                `max_responses` is 3, `(batch, 3)`.
+        """
+        true, pred = tuple(y_true.shape), tuple(y_pred.shape)
+        allowed = (*range(2, self.max_responses + 1), None)
+        is_pair = all(len(s) == 2 and s[1] in allowed for s in (true, pred))
+        # TensorFlow may not know the batch size when it traces.
+        sizes = [{a, b} - {None} for a, b in zip(true, pred, strict=False)]
+        if not is_pair or any(len(size) > 1 for size in sizes):
+            shapes = "(batch, 2): annotated and synthetic response"
+            if self.max_responses > 2:
+                shapes += "; or (batch, 3): proto-synthetic response as well"
+            raise ValueError(
+                f"Log-probs have to be of one shape {shapes}. Received: "
+                f"y_true of shape {true}, y_pred of shape {pred}. "
+                "`model.predict(pairs)` gives them in that shape."
+            )

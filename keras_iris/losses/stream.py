@@ -22,7 +22,7 @@ class Stream:
 
     Attributes:
         columns: The responses that the term depends on: 0 for annotated, 1
-            for synthetic.
+            for synthetic, 2 for proto-synthetic.
         risk: Maps opponent and policy log-probs of shape
             `(part, len(columns))` to a `Risk`.
 
@@ -38,13 +38,13 @@ class Stream:
     first_shift: ClassVar[float] = -3e38
 
     def part_size(self, micro_batch_size: int, num_rows: int | None) -> int:
-        """Rows of a part that has as many responses as a micro-batch.
+        """Rows of a part: twice as many where each is one response.
 
         Args:
             micro_batch_size: Pairs of a micro-batch.
             num_rows: Rows of the whole batch, where it is known.
         """
-        size = 2 * micro_batch_size // len(self.columns)
+        size = micro_batch_size * (2 if len(self.columns) == 1 else 1)
         return min(size, num_rows or size)
 
     def objective(
@@ -111,7 +111,7 @@ def shares(sample_weight: Tensor | None, y: Tensor) -> Tensor:
 
     Args:
         sample_weight: `None` where all pairs weigh the same.
-        y: The opponent's log-probs, of shape `(batch, 2)`.
+        y: The opponent's log-probs, of shape `(batch, responses)`.
 
     Returns:
         Float32 tensor of shape `(batch,)`; zeros where all weights are zero.

@@ -17,13 +17,14 @@ def divisible_batch_size(size: int) -> int:
     return -(-size // count) * count
 
 
-def score_pairs(
+def score_pairs(  # noqa: PLR0913
     model: SelfPlayModel,
     examples: list[Example],
     synthetic: Sequence[np.ndarray],
     *,
     batch_size: int,
     bucket_lengths: Sequence[int] | None = None,
+    proto_synthetic: Sequence[np.ndarray] | None = None,
 ) -> np.ndarray:
     """Log-probs of annotated and synthetic responses under the model.
 
@@ -33,15 +34,19 @@ def score_pairs(
         synthetic: Token ids of a response to each prompt.
         batch_size: Pairs of a batch.
         bucket_lengths: As in `keras_iris.data.PairDataset`.
+        proto_synthetic: As there.
 
     Returns:
-        Float32 array of shape `(examples, 2)`, in nats.
+        Float32 array of shape `(examples, 2)`, or `(examples, 3)` with
+        `proto_synthetic`, in nats.
     """
     size = divisible_batch_size(min(batch_size, len(examples)))
     missing = max(0, size - len(examples))
     dataset = PairDataset(
         [*examples, *examples[-1:] * missing],
         [*synthetic, *[synthetic[-1]] * missing],
+        proto_synthetic=proto_synthetic
+        and [*proto_synthetic, *[proto_synthetic[-1]] * missing],
         batch_size=size,
         bucket_lengths=bucket_lengths,
         shuffle=False,

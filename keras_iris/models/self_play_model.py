@@ -40,7 +40,8 @@ class SelfPlayModel(backend.Trainer):
     checkpoints are Keras' own. The weights are those of `causal_lm`.
 
     Inputs are dictionaries of three tensors of shape `(batch, 2, time)`,
-    where the second axis is (annotated, synthetic):
+    where the second axis is (annotated, synthetic); or `(batch, 3, time)` with
+    a proto-synthetic response, of the first policy, for `losses.TSPIN`:
 
     - `token_ids`: integers, prompt and response, padded on the right;
     - `padding_mask`: 1 for tokens, 0 for padding;
@@ -249,7 +250,7 @@ class SelfPlayModel(backend.Trainer):
             **kwargs: The same by name.
 
         Returns:
-            Float32 array of shape `(pairs, 2)`, in nats.
+            Float32 array of shape `(pairs, 2)` or `(pairs, 3)`, in nats.
         """
         log_probs = super().predict(_fixed(x), *args, **kwargs)
         if not isinstance(x, PairDataset):
@@ -436,8 +437,17 @@ class SelfPlayModel(backend.Trainer):
         if sample_weight is None:
             sample_weight = ops.ones_like(num_tokens[:, 0])
         recent = self.recent
+        # Metrics are of annotated and synthetic responses.
+        opponent, policy, num_tokens = (
+            values[:, :2] for values in (y, y_pred, num_tokens)
+        )
         batch = PairBatch(
-            y, y_pred, num_tokens, sample_weight, recent.alpha, recent.gap
+            opponent,
+            policy,
+            num_tokens,
+            sample_weight,
+            recent.alpha,
+            recent.gap,
         ).to_tensors()
         if self._is_training:
             recent.update_state(batch)

@@ -82,6 +82,24 @@ def split_responses(shard: Arrays) -> list[np.ndarray]:
     return np.split(shard["token_ids"], np.cumsum(shard["lengths"])[:-1])
 
 
+def read_responses(run_dir: Path, iteration: int) -> list[np.ndarray]:
+    """The responses that a run has drawn in an iteration.
+
+    Args:
+        run_dir: The run's folder.
+        iteration: Number of the iteration, from 1.
+
+    Returns:
+        Token ids of each response that is there, in order.
+    """
+    name = f"iteration_{iteration:03d}/synthetic/*.safetensors"
+    return [
+        ids
+        for file in sorted(run_dir.glob(name))
+        for ids in split_responses(read_arrays(file)[0])
+    ]
+
+
 def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
     """A hash of the values, in the order of the names."""
     return _checksum(arrays, xxhash.xxh3_128())

@@ -13,7 +13,7 @@ from keras_iris.generation import Completion, Engine
 from keras_iris.generation.engine import Prompts
 from keras_iris.losses import SelfPlayLoss
 from keras_iris.models import SelfPlayModel
-from keras_iris.self_play.arrays import read_arrays, split_responses
+from keras_iris.self_play.arrays import read_responses
 from keras_iris.self_play.checkpoints import read_variables, write_variables
 from keras_iris.self_play.options import Options, control_loss
 from keras_iris.self_play.processes import from_first
@@ -163,12 +163,7 @@ class Recorded(Engine):
         """The responses of the shard that the seed belongs to."""
         iteration, first = self._places[seed]
         if iteration != self._iteration:
-            name = f"iteration_{iteration:03d}/synthetic/*.safetensors"
-            self._responses = [
-                ids
-                for file in sorted(self._folder.glob(name))
-                for ids in split_responses(read_arrays(file)[0])
-            ]
+            self._responses = read_responses(self._folder, iteration)
             self._iteration = iteration
         responses = self._responses
         return [

@@ -91,11 +91,12 @@ class SelfPlay(Options):
             first iteration and after each.
         score_modes: `"min"` or `"max"` by the name of a score, for those that
             `keras_iris.evaluation.score_mode` doesn't know.
-        control: The name of a loss (`"sft"`, `"spin"`, `"space"`, `"spif"`), or
-            one: after the run the same model is trained with it from the same
-            start, in the same steps and order, and evaluated at the same
-            points, in the folder `control`; the report compares the two. Then
-            the model is again as the run has left it. SFT draws no responses.
+        control: A loss, or the name of one (`"sft"`, `"spin"`, `"space"`,
+            `"spif"`, `"tspin"`): after the run the same model is trained with
+            it from the same start, in the same steps and order, and evaluated
+            at the same points, in the folder `control`; the report compares
+            the two. Then the model is again as the run has left it. SFT draws
+            no responses.
         control_learning_rate: A number or schedule; by default the run's.
         keep_best: Name of a score: the weights of the iteration that is best
             in it are kept. `load_best` assigns them.
@@ -344,8 +345,13 @@ class SelfPlay(Options):
         timing["generated_tokens"] = int(num_tokens.sum())
         if not is_started:
             self._notify("on_generate_end", iteration, responses, timing)
+        proto_synthetic = self.opponent.first_responses(iteration)
         log_probs = self.opponent.score(
-            iteration, key, answers, is_over=is_started
+            iteration,
+            key,
+            answers,
+            proto_synthetic=proto_synthetic,
+            is_over=is_started,
         )
         timing["score_seconds"] = round(time.perf_counter() - generated, 3)
         if not is_started:
@@ -357,6 +363,7 @@ class SelfPlay(Options):
             log_probs,
             batch_size=self.batch_size,
             num_samples=self.num_samples,
+            proto_synthetic=proto_synthetic,
             bucket_lengths=self.bucket_lengths,
             seed=combine_seeds(self.seed, iteration),
         )
@@ -369,7 +376,7 @@ class SelfPlay(Options):
             [len(example.response_ids) for example in self.examples],
             self.num_samples,
         )
-        log_probs = log_probs.astype("float64")
+        log_probs = log_probs[:, :2].astype("float64")
         return PairBatch(
             opponent=log_probs,
             policy=log_probs,

@@ -11,7 +11,12 @@ from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export, save_adapter
 from keras_iris.models import TokenScorer, score_pairs
-from keras_iris.self_play.arrays import Arrays, hash_arrays, split_responses
+from keras_iris.self_play.arrays import (
+    Arrays,
+    hash_arrays,
+    read_responses,
+    split_responses,
+)
 from keras_iris.self_play.engine_checks import check_completions
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.run_dir import RunDir
@@ -127,12 +132,22 @@ class Opponent:
         key: str,
         answers: Sequence[Answers],
         *,
+        proto_synthetic: Sequence[np.ndarray] | None,
         is_over: bool,
     ) -> np.ndarray:
-        """Log-probs `(pairs, 2)` of both responses, in nats.
+        """Log-probs of all responses of each pair, in nats.
 
-        They are of what `answer` gave, with the same arguments.
+        They are of what `answer` and `first_responses` gave, with the same
+        arguments.
+
+        Returns:
+            Array of shape `(pairs, 2)`, or `(pairs, 3)` with proto-synthetic
+            responses.
         """
+
+        def part(shard: Answers) -> Sequence[np.ndarray] | None:
+            end = shard.first + len(shard.responses)
+            return proto_synthetic and proto_synthetic[shard.first : end]
 
         def make(numbers: list[int]) -> Generator[Arrays, None, None]:
             for number in numbers:
@@ -143,6 +158,7 @@ class Opponent:
                     shard.responses,
                     batch_size=self._rows_at_once,
                     bucket_lengths=self.options.bucket_lengths,
+                    proto_synthetic=part(shard),
                 )
                 self._check_finite(log_probs, shard.first)
                 yield {"log_probs": log_probs}
@@ -152,7 +168,10 @@ class Opponent:
         shards = self.folder.shards(
             name,
             # Scores are of these responses, and of no others.
-            [f"{key}-{_hash(shard.responses)}" for shard in answers],
+            [
+                f"{key}-{_hash([*shard.responses, *(part(shard) or [])])}"
+                for shard in answers
+            ],
             size=len(answers[0].examples),
             make=None if is_over else make,
         )
@@ -169,6 +188,28 @@ class Opponent:
                 num_tokens[is_given],
             )
         return log_probs
+
+    def first_responses(self, iteration: int) -> list[np.ndarray] | None:
+        """The responses of iteration 1, where the loss learns from them.
+
+        Args:
+            iteration: The present one: there are none in the first.
+
+        Raises:
+            ValueError: They aren't all in the run's folder any more.
+        """
+        options = self.options
+        if iteration == 1 or options.model.loss.max_responses < 3:
+            return None
+        responses = read_responses(self.folder.path, 1)
+        if len(responses) != options.num_pairs:
+            raise ValueError(
+                f"{type(options.model.loss).__name__} learns from the "
+                f"responses of iteration 1 as well. {options.num_pairs} were "
+                f"expected in {self.folder.path}, {len(responses)} are there. "
+                "Put the files back, or start again with another `run_dir`."
+            )
+        return responses
 
     @property
     def _rows_at_once(self) -> int:

@@ -15,11 +15,12 @@ from keras_iris.data.rows import OnBadRow
 from keras_iris.data.tokenize import OnOverflow
 from keras_iris.evaluation.score_mode import score_mode
 from keras_iris.generation import Engine
-from keras_iris.losses import SFT, SPACE, SPIF, SPIN, SelfPlayLoss
+from keras_iris.losses import SFT, SPACE, SPIF, SPIN, TSPIN, SelfPlayLoss
 from keras_iris.models import SelfPlayModel
 
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
-_NAMED = {"sft": SFT, "spin": SPIN, "space": SPACE, "spif": SPIF}
+_LOSSES = (SFT, SPIN, SPACE, SPIF, TSPIN)
+_NAMED = {loss.__name__.lower(): loss for loss in _LOSSES}
 
 
 def control_loss(control: Any) -> SelfPlayLoss:

@@ -8,7 +8,16 @@ import pytest
 from tiny_models import make_causal_lm, make_pairs
 
 import keras_iris
-from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN, Risk, SelfPlayLoss
+from keras_iris.losses import (
+    IRIS,
+    SFT,
+    SPACE,
+    SPIF,
+    SPIN,
+    TSPIN,
+    Risk,
+    SelfPlayLoss,
+)
 
 RELATIVE_TOLERANCE = 1e-5  # float32, in the norm of each variable's change
 
@@ -33,12 +42,23 @@ OBJECTIVES = {
     "spif": lambda: SPIF(c=1.0),
     "sft": SFT,
     "anchored iris": lambda: IRIS(sft_weight=0.5),
+    "anchored tspin": lambda: TSPIN(0.2, 0.7, sft_weight=0.5),
 }
 
 
 # Log-probs near those of the random model, about -3.6 nats a token.
 PAIRS = make_pairs(batch_size=8)
-OPPONENT = -3.6 * PAIRS["response_mask"].sum(-1).astype("float32")
+# With a third response to the prompt: the one of another row.
+TRIPLES = {k: v[:, [0, 1, 1]].copy() for k, v in PAIRS.items()}
+for _tensor in TRIPLES.values():
+    _tensor[:, 2] = np.roll(_tensor[:, 1], 1, axis=0)
+
+
+def _opponent(inputs):
+    return -3.6 * inputs["response_mask"].sum(-1).astype("float32")
+
+
+OPPONENT = _opponent(PAIRS)
 
 
 def make_model(**options):
@@ -68,9 +88,11 @@ def _train(objective, micro_batch_size, *, alpha=1.0, weight=None, **options):
         variable.assign(value)
     model.alpha.assign(alpha)
     before = [v.numpy() for v in model.trainable_variables]
+    inputs = TRIPLES if model.loss.max_responses == 3 else PAIRS
+    opponent = _opponent(inputs)
     logs = [
         model.train_on_batch(
-            PAIRS, OPPONENT, sample_weight=weight, return_dict=True
+            inputs, opponent, sample_weight=weight, return_dict=True
         )
         for _ in range(3)
     ]

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 import keras_iris.losses
-from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN, Risk, SelfPlayLoss
+from keras_iris.losses import (
+    IRIS,
+    SFT,
+    SPACE,
+    SPIF,
+    SPIN,
+    TSPIN,
+    Risk,
+    SelfPlayLoss,
+)
 
 PAIRS = np.array([[-3.0, -2.0], [-4.0, -5.0]], "float32")
 
@@ -20,6 +29,7 @@ PAIRS = np.array([[-3.0, -2.0], [-4.0, -5.0]], "float32")
         SPIN(0.3, sft_weight=0.2),
         SPACE(2.0, sft_weight=3.0),
         SPIF(4.0, sft_weight=0.4),
+        TSPIN(0.5, 0.2, sft_weight=0.4),
         SFT(name="b"),
     ],
 )
@@ -73,6 +83,7 @@ def test_other_losses_have_no_order():
         (SPACE(), [(0, 1)]),
         (SPIF(), [(0, 1)]),
         (SFT(), [(0, 1)]),
+        (TSPIN(), [(0, 1)]),
     ],
 )
 def test_passes_over_the_batch(loss, columns):
@@ -111,7 +122,8 @@ def test_variable_that_is_no_order():
 
 @pytest.mark.parametrize("value", [0, -1.0, np.nan, np.inf, "1", None])
 @pytest.mark.parametrize(
-    ("cls", "name"), [(SPIN, "beta"), (SPACE, "mu"), (SPIF, "c")]
+    ("cls", "name"),
+    [(SPIN, "beta"), (SPACE, "mu"), (SPIF, "c"), (TSPIN, "beta")],
 )
 def test_hyper_parameter_out_of_range(cls, name, value):
     with pytest.raises(ValueError, match=f"`{name}` has to be a positive"):
@@ -119,7 +131,7 @@ def test_hyper_parameter_out_of_range(cls, name, value):
 
 
 @pytest.mark.parametrize("value", [-0.1, np.nan, np.inf, "1", None])
-@pytest.mark.parametrize("cls", [IRIS, SPIN, SPACE, SPIF])
+@pytest.mark.parametrize("cls", [IRIS, SPIN, SPACE, SPIF, TSPIN])
 def test_weight_of_the_anchor_out_of_range(cls, value):
     with pytest.raises(ValueError, match=r"`sft_weight` has to be a number in"):
         cls(sft_weight=value)

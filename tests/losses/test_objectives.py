@@ -6,7 +6,7 @@ import oracles
 import pytest
 from backend_helpers import gradient, precision
 
-from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN, tilted_risk
+from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN, TSPIN, tilted_risk
 
 TOLERANCE = {"float32": 1e-5, "float64": 1e-6}
 
@@ -293,3 +293,31 @@ def test_half_precision(make_loss, dtype, policy):
         keras.config.set_dtype_policy(before)
     assert keras.backend.standardize_dtype(value.dtype) == "float32"
     assert _number(value) == pytest.approx(expected, rel=1e-6)
+
+
+def test_tspin_of_three_responses():
+    policy = np.random.default_rng(0).normal(size=(6, 3)).astype("float32")
+    loss = TSPIN(0.7, 0.3)
+    opponent = np.full((6, 3), 7.0, "float32")  # which doesn't matter
+    for weight in (None, np.array([1, 0, 2, 0.5, 1, 3], "float32")):
+        expected = oracles.tspin(policy, 0.7, 0.3, weight)
+        assert _number(loss(opponent, policy, weight)) == pytest.approx(
+            expected, rel=1e-6
+        )
+    # Without responses of an earlier policy there is the first term alone.
+    expected = oracles.tspin(policy, 0.7, 0.0)
+    value = loss(opponent[:, :2], policy[:, :2])
+    assert _number(value) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("loss", "shapes", "allowed"),
+    [
+        (IRIS(), [(4, 3), (4, 3)], r"of one shape \(batch, 2\): annotated"),
+        (TSPIN(), [(4, 2), (4, 3)], r"or \(batch, 3\)"),
+        (TSPIN(), [(4, 4), (4, 4)], r"or \(batch, 3\)"),
+    ],
+)
+def test_numbers_of_responses_that_are_refused(loss, shapes, allowed):
+    with pytest.raises(ValueError, match=allowed):
+        loss(*(np.zeros(shape, "float32") for shape in shapes))
