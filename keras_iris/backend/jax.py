@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_iris.backend.gradients import gradient_norm
 from keras_iris.backend.jax_processes import local_rows, num_batch_shares
 from keras_iris.backend.jax_products import fold_products
 from keras_iris.backend.jax_state import SafeModel
@@ -131,12 +132,21 @@ class Trainer(SafeModel):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
         self.check_whole(num_rows)
-        if (self.micro_batch_size or num_rows) >= num_rows:
-            return super().train_step(state, data)
-        trainable, _, optimizer_state, _ = state
-        loss, y_pred, gradients, fixed, metrics_state = (
-            self._micro_batched_gradients(state, x, y, sample_weight)
+        is_whole = (self.micro_batch_size or num_rows) >= num_rows
+        differentiate = (
+            self._whole_gradients if is_whole else self._micro_batched_gradients
         )
+        trainable, _, optimizer_state, _ = state
+        loss, y_pred, gradients, fixed, metrics_state = differentiate(
+            state, x, y, sample_weight
+        )
+        norm = gradient_norm(gradients, self._scale_of(optimizer_state))
+        metrics_state = [
+            norm if variable is self.recent.gradient_norm else value
+            for variable, value in zip(
+                self.metrics_variables, metrics_state, strict=True
+            )
+        ]
         trainable, optimizer_state = self.optimizer.stateless_apply(
             optimizer_state, gradients, trainable
         )
@@ -145,6 +155,41 @@ class Trainer(SafeModel):
             metrics_state, loss, x, y, y_pred, sample_weight
         )
         return logs, (trainable, fixed, optimizer_state, metrics_state)
+
+    def _scale_of(
+        self, optimizer_state: Tree
+    ) -> Callable[[jax.Array], jax.Array]:
+        """How the optimizer scales the loss, as it is in this state."""
+
+        def scale(loss: jax.Array) -> jax.Array:
+            pairs = zip(self.optimizer.variables, optimizer_state, strict=True)
+            with keras.StatelessScope(state_mapping=list(pairs)):
+                return self.optimizer.scale_loss(loss)
+
+        return scale
+
+    def _whole_gradients(
+        self,
+        state: Tree,
+        x: Tree,
+        y: jax.Array,
+        sample_weight: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
+        """As `_micro_batched_gradients`, in one pass, as Keras does it."""
+        trainable, fixed, optimizer_state, metrics_state = state
+        (_, (loss, y_pred, fixed, metrics_state)), gradients = (
+            jax.value_and_grad(self.compute_loss_and_updates, has_aux=True)(
+                trainable,
+                fixed,
+                metrics_state,
+                x,
+                y,
+                sample_weight,
+                training=True,
+                optimizer_variables=optimizer_state,
+            )
+        )
+        return loss, y_pred, gradients, fixed, metrics_state
 
     def _micro_batched_gradients(
         self,
@@ -155,11 +200,7 @@ class Trainer(SafeModel):
     ) -> tuple[jax.Array, jax.Array, Tree, Tree, Tree]:
         """Loss, log-probs, gradients, new fixed and metric variables."""
         trainable, fixed, optimizer_state, metrics_state = state
-
-        def scale(loss: jax.Array) -> jax.Array:
-            pairs = zip(self.optimizer.variables, optimizer_state, strict=True)
-            with keras.StatelessScope(state_mapping=list(pairs)):
-                return self.optimizer.scale_loss(loss)
+        scale = self._scale_of(optimizer_state)
 
         def batch_loss(trainable: Tree, y_pred: jax.Array) -> Tree:
             loss, variables = self.stateless_compute_loss(

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_iris.backend.gradients import gradient_norm
 from keras_iris.backend.refusals import (
     refuse_distribution,
     refuse_layer_losses,
@@ -172,26 +173,42 @@ class Trainer(keras.Model):
         size = self.micro_batch_size
         num_rows = None if y is None else y.shape[0]  # None: not a fixed one
         is_whole = not size or (num_rows is not None and size >= num_rows)
+        variables = self.trainable_weights
         # Without `y` the loss raises.
         if y is None or (is_whole and self._num_replicas == 1):
-            return super().train_step(data)
-        whole = gathered(x, y, sample_weight)
-        variables = self.trainable_weights
-        if has_routers(self):
-            loss, y_pred, gradients = self._two_passes(x, whole)
-        else:
-            y_pred, gradients = self._micro_batched_gradients(x, *whole[1:])
-            # What the loss depends on beside them: weight regularisers.
+            whole = x, y, sample_weight
             with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
                 loss = self._whole_loss(whole, y_pred)
                 scaled = self.optimizer.scale_loss(loss)
-            direct = tape.gradient(scaled, variables)
-            gradients = [
-                g if d is None else g + d
-                for g, d in zip(gradients, direct, strict=True)
-            ]
+            gradients = tape.gradient(scaled, variables)
+        else:
+            whole = gathered(x, y, sample_weight)
+            loss, y_pred, gradients = self._gradients_of_parts(x, whole)
+        # Of an embedding's rows there may be several gradients.
+        dense = [g if g is None else tf.convert_to_tensor(g) for g in gradients]
+        norm = gradient_norm(dense, self.optimizer.scale_loss)
+        self.recent.gradient_norm.assign(norm)
         self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return self._log(whole, y_pred, loss)
+
+    def _gradients_of_parts(
+        self, x: Any, whole: Any
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """Loss, log-probs and gradients of the batch of all replicas."""
+        if has_routers(self):
+            return self._two_passes(x, whole)
+        y_pred, gradients = self._micro_batched_gradients(x, *whole[1:])
+        # What the loss depends on beside them: weight regularisers.
+        with tf.GradientTape() as tape:
+            loss = self._whole_loss(whole, y_pred)
+            scaled = self.optimizer.scale_loss(loss)
+        direct = tape.gradient(scaled, self.trainable_weights)
+        gradients = [
+            g if d is None else g + d
+            for g, d in zip(gradients, direct, strict=True)
+        ]
+        return loss, y_pred, gradients
 
     def test_step(self, data: Any) -> dict[str, Any]:
         """Keras' own; with replicas, the loss is that of the whole batch."""

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import keras
 import torch
 
+from keras_iris.backend.gradients import gradient_norm
 from keras_iris.backend.refusals import (
     refuse_distribution,
     refuse_layer_losses,
@@ -116,26 +117,23 @@ class Trainer(keras.Model):
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
         is_whole = (self.micro_batch_size or num_rows) >= num_rows
-        if is_whole and process_count() == 1:
-            return super().train_step(data)
-        whole = self._gathered(x, y, sample_weight)
-        if has_routers(self):
-            loss, y_pred, gradients = self._two_passes(x, whole)
-        else:
-            y_pred, gradients = self._micro_batched_gradients(x, *whole[1:])
-            loss = self._batch_loss(whole, y_pred)
         variables = self.trainable_weights[:]
-        # What the loss depends on beside the log-probs: weight regularisers.
-        if loss.requires_grad:
-            direct = torch.autograd.grad(
-                self.optimizer.scale_loss(loss),
-                [v.value for v in variables],
-                allow_unused=True,
-            )
-            gradients = _add(gradients, direct)
+        if is_whole and process_count() == 1:
+            whole = x, y, sample_weight
+            self.zero_grad()
+            y_pred = self(x, training=True)
+            loss = self._batch_loss(whole, y_pred)
+            self.optimizer.scale_loss(loss).backward()
+            gradients: Gradients = [v.value.grad for v in variables]
+        else:
+            whole = self._gathered(x, y, sample_weight)
+            loss, y_pred, gradients = self._gradients_of_parts(x, whole)
         x, y, sample_weight = whole
         self._loss_tracker.update_state(loss.detach(), sample_weight=y.shape[0])
         with torch.no_grad():
+            self.recent.gradient_norm.assign(
+                gradient_norm(gradients, self.optimizer.scale_loss)
+            )
             self.optimizer.apply(gradients, variables)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
 
@@ -148,6 +146,25 @@ class Trainer(keras.Model):
             sample_weight = gather(keras.ops.convert_to_tensor(sample_weight))
         mask = keras.ops.convert_to_tensor(x["response_mask"])
         return {"response_mask": gather(mask)}, gather(y), sample_weight
+
+    def _gradients_of_parts(
+        self, x: Any, whole: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
+        """Loss, log-probs and gradients of the batch of all processes."""
+        if has_routers(self):
+            loss, y_pred, gradients = self._two_passes(x, whole)
+        else:
+            y_pred, gradients = self._micro_batched_gradients(x, *whole[1:])
+            loss = self._batch_loss(whole, y_pred)
+        # What the loss depends on beside the log-probs: weight regularisers.
+        if loss.requires_grad:
+            direct = torch.autograd.grad(
+                self.optimizer.scale_loss(loss),
+                [v.value for v in self.trainable_weights],
+                allow_unused=True,
+            )
+            gradients = _add(gradients, direct)
+        return loss, y_pred, gradients
 
     def _batch_loss(self, batch: Any, y_pred: torch.Tensor) -> torch.Tensor:
         """The loss of a whole batch, and of what else there is."""

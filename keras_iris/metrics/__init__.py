@@ -18,16 +18,17 @@ from keras_iris.metrics.log_ratios import (
 )
 from keras_iris.metrics.monitor import self_play_metrics, step_values
 from keras_iris.metrics.nll import NLLGap, RealNLL, SyntheticNLL
-from keras_iris.metrics.order import Alpha, Gap
 from keras_iris.metrics.pair_batch import PairBatch
 from keras_iris.metrics.pair_metric import PairMetric
 from keras_iris.metrics.recent import RecentLogProbs
+from keras_iris.metrics.step import Alpha, Gap, GradientNorm
 
 __all__ = [
     "Alpha",
     "Divergence",
     "ExampleScore",
     "Gap",
+    "GradientNorm",
     "Margin",
     "MarginAccuracy",
     "NLLGap",

@@ -19,9 +19,9 @@ from keras_iris.metrics.log_ratios import (
     SyntheticLogRatio,
 )
 from keras_iris.metrics.nll import NLLGap, RealNLL, SyntheticNLL
-from keras_iris.metrics.order import Alpha, Gap
 from keras_iris.metrics.pair_batch import PairBatch
 from keras_iris.metrics.pair_metric import PairMetric
+from keras_iris.metrics.step import Alpha, Gap, GradientNorm
 
 
 def self_play_metrics() -> list[PairMetric]:
@@ -33,6 +33,7 @@ def self_play_metrics() -> list[PairMetric]:
     return [
         Alpha(),
         Gap(),
+        GradientNorm(),
         Margin(),
         MarginAccuracy(),
         RealEffectiveSampleSize(),

@@ -20,6 +20,7 @@ class PairBatch(NamedTuple):
         alpha: The order, a scalar.
         gap: The latest estimate of the gap, a scalar, in nats.
         num_samples: How many pairs each annotated response is in, a scalar.
+        gradient_norm: Of the step, a scalar; see `metrics.GradientNorm`.
     """
 
     opponent: Tensor
@@ -29,6 +30,7 @@ class PairBatch(NamedTuple):
     alpha: Tensor = 1.0
     gap: Tensor = 0.0
     num_samples: Tensor = 1
+    gradient_norm: Tensor = 0.0
 
     @property
     def log_ratio(self) -> Tensor:

@@ -28,13 +28,16 @@ class RecentLogProbs(keras.metrics.Metric):
     ) -> None:
         super().__init__(name=name, dtype="float32")
         self.num_rows = num_rows
-        # opponent (2), policy (2), tokens (2), weight, rows of the batch
-        self.rows = self._keep((num_rows, 8), "zeros", "rows")
+        # opponent (2), policy (2), tokens (2), weight; and of the batch: the
+        # norm of its gradient, its rows
+        self.rows = self._keep((num_rows, 9), "zeros", "rows")
         self.count = self._keep((), "zeros", "count", "int")
         # Alpha and gap of the model: on JAX, metrics see no variables but
         # their own.
         self.alpha = self._keep((), "ones", "alpha")
         self.gap = self._keep((), "zeros", "gap")
+        # Of the latest step, which sets it.
+        self.gradient_norm = self._keep((), "zeros", "gradient_norm")
         self.num_samples = 1  # of `PairBatch`
 
     def _keep(
@@ -59,7 +62,8 @@ class RecentLogProbs(keras.metrics.Metric):
         weight = batch.sample_weight[:, None]
         ones = ops.ones_like(weight)
         columns = [batch.opponent, batch.policy, batch.num_tokens, weight]
-        new = ops.concatenate([*columns, ones * ops.sum(ones)], axis=1)
+        scalars = [ones * batch.gradient_norm, ones * ops.sum(ones)]
+        new = ops.concatenate([*columns, *scalars], axis=1)
         kept = ops.concatenate([self.rows.value, new], axis=0)
         self.rows.assign(kept[-self.num_rows :])
 
@@ -94,7 +98,7 @@ class RecentLogProbs(keras.metrics.Metric):
         rows = ops.convert_to_numpy(self.rows).astype("float64")
         batches: list[PairBatch] = []
         for _ in range(self.num_batches - num_seen):
-            size = int(rows[-1, 7]) if len(rows) else 0
+            size = int(rows[-1, 8]) if len(rows) else 0
             if not 0 < size <= len(rows):
                 raise ValueError(
                     f"The log-probs of {self.num_rows} pairs are kept, and "
@@ -106,12 +110,13 @@ class RecentLogProbs(keras.metrics.Metric):
         return batches
 
     def _batch(self, rows: np.ndarray) -> PairBatch:
+        norm = float(rows[-1, 7])
         rows = rows[rows[:, 6] > 0]
         alpha, gap = (
             float(ops.convert_to_numpy(v)) for v in (self.alpha, self.gap)
         )
         columns = rows[:, 0:2], rows[:, 2:4], rows[:, 4:6], rows[:, 6]
-        return PairBatch(*columns, alpha, gap, self.num_samples)
+        return PairBatch(*columns, alpha, gap, self.num_samples, norm)
 
     def get_config(self) -> dict[str, Any]:
         """The metric's configuration."""

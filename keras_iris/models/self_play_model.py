@@ -446,8 +446,9 @@ class SelfPlayModel(backend.Trainer):
             policy,
             num_tokens,
             sample_weight,
-            recent.alpha,
-            recent.gap,
+            alpha=recent.alpha,
+            gap=recent.gap,
+            gradient_norm=recent.gradient_norm,
         ).to_tensors()
         if self._is_training:
             recent.update_state(batch)

@@ -129,6 +129,44 @@ def test_micro_batches_train_as_the_whole_batch(objective, alpha):
                 )
 
 
+@pytest.mark.parametrize("size", [None, 3])
+def test_gradient_norm_is_that_of_the_batch_before_clipping(size):
+    changes = {}
+    rate = 1e-3
+    model = make_model()
+    start = [v.numpy() for v in model.trainable_variables]
+    optimizers = {
+        "plain": keras.optimizers.SGD(rate),
+        "clipped": keras.optimizers.SGD(rate, global_clipnorm=0.1),
+        "scaled": keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(rate)
+        ),
+    }
+    for name, optimizer in optimizers.items():
+        for variable, value in zip(
+            model.trainable_variables, start, strict=True
+        ):
+            variable.assign(value)
+        model.compile(
+            optimizer,
+            IRIS(),
+            micro_batch_size=size,
+            metrics=[keras_iris.metrics.GradientNorm()],
+        )
+        logs = model.train_on_batch(PAIRS, OPPONENT, return_dict=True)
+        squares = [
+            np.sum((v.numpy().astype("float64") - s) ** 2)
+            for v, s in zip(model.trainable_variables, start, strict=True)
+        ]
+        changes[name] = np.sqrt(sum(squares)) / rate
+        # Of SGD's first step the norm is known from the weights.
+        expected = changes["plain"]
+        assert float(logs["gradient_norm"]) == pytest.approx(expected, 1e-3)
+        latest = model.recent.latest().gradient_norm
+        assert latest == pytest.approx(expected, 1e-3)
+    assert changes["clipped"] == pytest.approx(0.1, 1e-2)
+
+
 def _float32(variables):
     return [
         keras.ops.convert_to_numpy(keras.ops.cast(v.value, "float32"))

@@ -12,7 +12,7 @@ from keras_iris.metrics import PairBatch
 
 TOLERANCE = 1e-5
 WEIGHT = np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0], "float32")
-ALPHA, GAP = 1.75, 0.4
+ALPHA, GAP, NORM = 1.75, 0.4, 3.5
 OF_BATCHES = ("real_ess", "synthetic_ess", "divergence")
 
 
@@ -22,12 +22,20 @@ def _batch(num_rows=6, seed=0, weight=None):
     policy = opponent + rng.normal(size=(num_rows, 2)).astype("float32")
     num_tokens = rng.integers(1, 9, (num_rows, 2))
     weight = np.ones(num_rows) if weight is None else weight
-    return PairBatch(opponent, policy, num_tokens, weight, ALPHA, GAP)
+    return PairBatch(
+        opponent,
+        policy,
+        num_tokens,
+        weight,
+        ALPHA,
+        GAP,
+        gradient_norm=NORM,
+    )
 
 
 def _join(*batches):
     fields = [np.concatenate(f) for f in list(zip(*batches, strict=True))[:4]]
-    return PairBatch(*fields, ALPHA, GAP)
+    return PairBatch(*fields, ALPHA, GAP, gradient_norm=NORM)
 
 
 def _number(tensor):
@@ -62,6 +70,7 @@ def _expected(batch):
         "nll_gap": nll[0] - nll[1],
         "alpha": ALPHA,
         "gap": GAP,
+        "gradient_norm": NORM,
     }
 
 
@@ -181,6 +190,7 @@ def test_names():
         "alpha",
         "divergence",
         "gap",
+        "gradient_norm",
         "margin",
         "margin_accuracy",
         "nll_gap",

@@ -1,4 +1,4 @@
-"""The order of IRIS, and the gap that it follows."""
+"""What a step has one of: the order, the gap, the norm of the gradient."""
 
 from typing import Any
 
@@ -44,3 +44,18 @@ class Gap(_Latest):
     def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         """The gap, and 1."""
         return batch.gap, ops.ones(())
+
+
+@keras.saving.register_keras_serializable(package="keras_iris")
+class GradientNorm(_Latest):
+    """The norm of the gradient in all trainable variables at the latest step.
+
+    It is that of the whole batch, before any clipping. In `evaluate` it is
+    that of the latest step of training.
+    """
+
+    default_name = "gradient_norm"
+
+    def terms(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+        """The norm, and 1."""
+        return batch.gradient_norm, ops.ones(())
