@@ -3,6 +3,7 @@
 from importlib.resources import files
 from pathlib import Path
 
+from keras_iris.evaluation.alarms import alarm_texts
 from keras_iris.evaluation.plots import draw, draw_svg, make_plots
 from keras_iris.evaluation.run_record import read_runs
 from keras_iris.evaluation.tables import (
@@ -39,6 +40,7 @@ def report(run_dir: str | Path) -> Path:
         folder=folder,
         manifest=run.manifest,
         sentences=what_came_out(run, others),
+        alarms=alarm_texts(run),
         tables=make_tables(run, others),
         answers=make_answers(run, others),
         plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},
@@ -64,14 +66,16 @@ def scores_table(run_dir: str | Path) -> str:
         run_dir: Folder of a run, finished or not.
 
     Returns:
-        The tables of scores, training and timing, then the outcome in words.
+        The tables of scores, training and timing, then the outcome in words,
+        and the alarms.
 
     Raises:
         ValueError: The folder isn't a run's, or a file can't be read.
     """
     run, others = read_runs(Path(run_dir).expanduser())
     texts = [table.text() for table in make_tables(run, others)]
-    return "\n\n".join([*texts, "\n".join(what_came_out(run, others))])
+    words = [*what_came_out(run, others), *alarm_texts(run)]
+    return "\n\n".join([*texts, "\n".join(words)])
 
 
 def samples(run_dir: str | Path) -> str:

@@ -13,7 +13,12 @@ from keras_iris.metrics import ExampleScore
 
 Line = dict[str, Any]
 _PLACE = ("iteration", "step")
-_COUNTS = {"step": _PLACE, "evaluation": _PLACE, "iteration": _PLACE[:1]}
+_COUNTS = {
+    "step": _PLACE,
+    "evaluation": _PLACE,
+    "alarm": _PLACE,
+    "iteration": _PLACE[:1],
+}
 
 
 class RunRecord(NamedTuple):
@@ -25,7 +30,7 @@ class RunRecord(NamedTuple):
     folder: Path | None = None
 
     def of_kind(self, kind: str) -> list[Line]:
-        """The lines of a kind: `step`, `evaluation` or `iteration`."""
+        """The lines of a kind: `step`, `evaluation`, `iteration`, `alarm`."""
         return [line for line in self.lines if line.get("kind") == kind]
 
     def score_names(self) -> list[str]:

@@ -18,6 +18,8 @@ from keras_iris import backend
 from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import PairDataset
 from keras_iris.data.buckets import choose_bucket_lengths
+from keras_iris.evaluation.alarms import Alarms
+from keras_iris.evaluation.run_record import read_metrics
 from keras_iris.generation import KerasEngine
 from keras_iris.metrics import PairBatch, self_play_metrics
 from keras_iris.self_play.best import Best
@@ -244,6 +246,7 @@ class SelfPlay(Options):
         for callback in self.callbacks:
             callback.set_model(self.model)
         from_first(self._best.check)
+        self._alarms = Alarms(self.folder.log, read_metrics(self.folder.path))
         if control is not None:
             control.keep_start(self._hash())
         position = self._begin()
@@ -314,7 +317,15 @@ class SelfPlay(Options):
             def save(new: Position) -> None:
                 self._save({**new, "key": key})
 
-            training = Training(self, dataset, position, self.folder.log, save)
+            real = sum(len(example.response_ids) for example in self.examples)
+            self._alarms.begin(
+                iteration,
+                self._num_steps(iteration - 1),
+                (real * self.num_samples, int(timing["generated_tokens"])),
+            )
+            training = Training(
+                self, dataset, position, self.folder.log, self._alarms, save
+            )
             start = time.perf_counter()
             if not training.run():
                 return False

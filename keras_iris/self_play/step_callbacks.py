@@ -12,6 +12,7 @@ import numpy as np
 from keras_iris import backend
 from keras_iris.callbacks.self_play_callback import Logs
 from keras_iris.data import PairDataset
+from keras_iris.evaluation.alarms import Alarms
 from keras_iris.metrics import step_values
 from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.options import Options
@@ -79,12 +80,16 @@ class Steps(keras.callbacks.Callback):
     Args:
         log: Takes the kind of line and its values.
         progress: How far the run is; the epoch is kept up to date.
+        alarms: See every step.
     """
 
-    def __init__(self, log: Callable[..., None], progress: Progress) -> None:
+    def __init__(
+        self, log: Callable[..., None], progress: Progress, alarms: Alarms
+    ) -> None:
         super().__init__()
         self.log = log
         self.progress = progress
+        self.alarms = alarms
         self.num_tokens = 0
         self._start = time.perf_counter()
         self._num_seen = 0
@@ -140,6 +145,7 @@ class Steps(keras.callbacks.Callback):
                 seconds=round(time.perf_counter() - self._start, 3),
                 **values,
             )
+            self.alarms.watch(here.iteration, step, values)
 
     def means(self) -> dict[str, float]:
         """Means over the steps of what a person looks at first."""

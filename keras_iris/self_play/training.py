@@ -7,6 +7,7 @@ import keras
 
 from keras_iris import backend
 from keras_iris.data import PairDataset
+from keras_iris.evaluation.alarms import Alarms
 from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.step_callbacks import (
@@ -25,21 +26,23 @@ class Training:
         dataset: The pairs.
         position: Where to begin.
         log: Takes the kind of a line and its values.
+        alarms: See every step.
         save: Writes a checkpoint of a position.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         options: Options,
         dataset: PairDataset,
         position: Position,
         log: Callable[..., None],
+        alarms: Alarms,
         save: Callable[[Position], None],
     ) -> None:
         self.model = options.model
         self.position = position
         self.progress = Progress(options, dataset, position["iteration"])
-        self.steps = Steps(log, self.progress)
+        self.steps = Steps(log, self.progress, alarms)
         # The checkpoint last: with all that the others have set.
         self.callbacks = [
             self.steps,
