@@ -203,9 +203,9 @@ for completion in engine.generate([train[0].prompt_ids] * 3, seed=0):
 # ## Both in a run
 #
 # `SelfPlay` compares the engine's log-probabilities with those of the model in
-# training, and stops with an error where they are of another model. The control
-# is SFT with the same steps from the same start. What a run prints on its way is
-# left out here.
+# training, and stops with an error where they are of another model. The
+# control is SFT with the same steps from the same start. What a run prints on
+# its way is left out here.
 
 # %%
 run_dir = tempfile.mkdtemp()

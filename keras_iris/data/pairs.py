@@ -152,8 +152,8 @@ class PairDataset(keras.utils.PyDataset):
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = epoch
-        self._examples = examples
-        self._synthetic = synthetic
+        self.examples = examples
+        self.synthetic = synthetic
         self._proto_synthetic = proto_synthetic
         generated = [synthetic]
         if proto_synthetic is not None:
@@ -182,7 +182,7 @@ class PairDataset(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self._synthetic) // self.batch_size)
+        return -(-len(self.synthetic) // self.batch_size)
 
     def __getitem__(self, batch_index: int) -> Batch:
         """The batch `(x, y, sample_weight)`."""
@@ -192,8 +192,8 @@ class PairDataset(keras.utils.PyDataset):
         longest = self._lengths[examples].max()
         proto = self._proto_synthetic
         x = pad_pairs(
-            [self._examples[i] for i in examples],
-            [self._synthetic[i] for i in pairs],
+            [self.examples[i] for i in examples],
+            [self.synthetic[i] for i in pairs],
             next(b for b in self.bucket_lengths if b >= longest),
             self.pad_token_id,
             proto_synthetic=proto and [proto[i] for i in pairs],

@@ -42,6 +42,9 @@ class HeldOut:
         samples: Prompts that are answered; 0 for none. The causal LM needs a
             tokenizer for it, as that from `keras_iris.load` has.
         max_new_tokens: Tokens of an answer.
+
+    Raises:
+        ValueError: There are no examples.
     """
 
     def __init__(
@@ -52,6 +55,11 @@ class HeldOut:
         samples: int = 8,
         max_new_tokens: int = 256,
     ) -> None:
+        if not examples:
+            raise ValueError(
+                "HeldOut needs examples to score. Received: none. Rows that "
+                "are too long may have been dropped from them."
+            )
         self.examples = examples
         self.batch_size = batch_size
         self.samples = min(samples, len(examples))

@@ -41,6 +41,7 @@ def report(run_dir: str | Path) -> Path:
         manifest=run.manifest,
         sentences=what_came_out(run, others),
         alarms=alarm_texts(run),
+        weighted_rows=run.weighted_rows(),
         tables=make_tables(run, others),
         answers=make_answers(run, others),
         plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},

@@ -57,7 +57,17 @@ class RunRecord(NamedTuple):
 
     def answers(self) -> dict[int, dict[int, Line]]:
         """Answers to held-out prompts, by prompt and iteration."""
-        file = self.folder and self.folder / "answers.jsonl"
+        return self._texts("answers")
+
+    def weighted_rows(self) -> list[Line]:
+        """Responses that counted most and least in the last iteration."""
+        found = self._texts("weights")
+        last = max((i for rows in found.values() for i in rows), default=0)
+        return [rows[last] for rows in found.values() if last in rows]
+
+    def _texts(self, name: str) -> dict[int, dict[int, Line]]:
+        """The lines of a file of texts, by number and iteration."""
+        file = self.folder and self.folder / f"{name}.jsonl"
         found: dict[int, dict[int, Line]] = {}
         texts = file.read_text().splitlines() if file and file.exists() else []
         for text in texts:

@@ -335,6 +335,9 @@ class SelfPlay(Options):
             timing["tokens_per_second"] = round(tokens_per_second, 1)
             means = training.steps.means()
             self.folder.log("iteration", iteration=iteration, **timing)
+            if tokenizer := getattr(self.model.causal_lm, "tokenizer", None):
+                lines = training.steps.rows.lines(dataset, tokenizer)
+                self.folder.log_texts("weights", iteration, lines)
             save({**position, "epoch": self.epochs, "batch": 0})
         scores = self._evaluate(iteration)
         self._notify("on_iteration_end", iteration, scores | timing)

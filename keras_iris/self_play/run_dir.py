@@ -45,6 +45,7 @@ class RunDir:
         iteration_001/opponent/   log-probs of the opponent, in shards
         evaluations/              scores of single held-out examples
         answers.jsonl             the model's answers to some held-out prompts
+        weights.jsonl             responses that counted most and least
 
     It is made where it isn't there; one that can't be written to is refused.
     """
@@ -196,14 +197,27 @@ class RunDir:
             ) from error
         return numbers
 
+    def log_texts(
+        self, name: str, iteration: int, lines: Sequence[dict[str, Any]]
+    ) -> None:
+        """Appends lines with texts, of an iteration, to a file of their own.
+
+        Args:
+            name: Of the file, without its ending.
+            iteration: Number of the iteration.
+            lines: Texts and numbers by name.
+        """
+        if not (lines and is_first()):
+            return
+        with open(self.path / f"{name}.jsonl", "a") as file:
+            for number, line in enumerate(lines):
+                place = {"iteration": iteration, "number": number}
+                file.write(json.dumps({**place, **line}) + "\n")
+
     def _keep_examples(self, scores: Any, iteration: int) -> None:
         if not is_first():
             return
-        if answers := getattr(scores, "answers", []):
-            with open(self.path / "answers.jsonl", "a") as file:
-                for number, answer in enumerate(answers):
-                    line = {"iteration": iteration, "number": number, **answer}
-                    file.write(json.dumps(line) + "\n")
+        self.log_texts("answers", iteration, getattr(scores, "answers", []))
         arrays = {
             f"{name}.{part}": getattr(score, part)
             for name, score in scores.items()

@@ -17,6 +17,7 @@ from keras_iris.metrics import step_values
 from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.seeds import combine_seeds
+from keras_iris.self_play.weighted_rows import WeightedRows
 
 
 @dataclass
@@ -90,6 +91,7 @@ class Steps(keras.callbacks.Callback):
         self.log = log
         self.progress = progress
         self.alarms = alarms
+        self.rows = WeightedRows()
         self.num_tokens = 0
         self._start = time.perf_counter()
         self._num_seen = 0
@@ -122,9 +124,10 @@ class Steps(keras.callbacks.Callback):
         for number, pairs in enumerate(steps, first):
             epochs = here.first_epoch + here.epoch
             step = epochs * len(here.dataset) + number + 1
+            indices = here.dataset.indices(number)
+            indices = indices[indices >= 0]
             if not np.isfinite(pairs.policy).all():
-                indices = here.dataset.indices(number)
-                indices = indices[indices >= 0] // here.dataset.num_samples
+                indices = indices // here.dataset.num_samples
                 raise FloatingPointError(
                     "Training stopped: a log-prob of the batch with examples "
                     f"{np.unique(indices).tolist()} is not finite (step "
@@ -146,6 +149,9 @@ class Steps(keras.callbacks.Callback):
                 **values,
             )
             self.alarms.watch(here.iteration, step, values)
+            has_order = hasattr(self.model.loss, "alpha")
+            if has_order and here.epoch + 1 == here.options.epochs:
+                self.rows.add(indices, pairs)
 
     def means(self) -> dict[str, float]:
         """Means over the steps of what a person looks at first."""

@@ -669,3 +669,8 @@ def _log_probs(causal_lm, ids):
     }
     logits = keras.ops.convert_to_numpy(causal_lm(inputs))[0].astype("float64")
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def test_held_out_without_examples():
+    with pytest.raises(ValueError, match="needs examples .* Received: none"):
+        keras_iris.evaluation.HeldOut([], batch_size=8)
