@@ -43,6 +43,7 @@ from keras_iris.self_play.settings import (
     result_settings,
     versions,
 )
+from keras_iris.self_play.termination import Termination
 from keras_iris.self_play.training import Training
 
 
@@ -171,6 +172,8 @@ class SelfPlay(Options):
         Raises:
             FloatingPointError: A log-prob or weight is NaN or infinite; the
                 checkpoint on disk is of before.
+            MemoryError: A training step doesn't fit into memory.
+            SystemExit: SIGTERM came; there is a checkpoint.
             ValueError: Another process runs in the folder, or what is there
                 is damaged and can't be made again.
         """
@@ -181,7 +184,8 @@ class SelfPlay(Options):
             folder = Path(self.compilation_cache).expanduser()
             backend.cache_compilations(folder)
         self._hash = WeightsHash(self.model.causal_lm)
-        with self.folder.open(self._describe):
+        self._termination = Termination()
+        with self._termination.handled(), self.folder.open(self._describe):
             try:
                 is_over = self._run(control)
                 self.folder.checkpoints.wait()
@@ -324,10 +328,17 @@ class SelfPlay(Options):
                 (real * self.num_samples, int(timing["generated_tokens"])),
             )
             training = Training(
-                self, dataset, position, self.folder.log, self._alarms, save
+                self,
+                dataset,
+                position,
+                self.folder.log,
+                self._alarms,
+                self._termination,
+                save,
             )
             start = time.perf_counter()
             if not training.run():
+                self._termination.check()
                 return False
             seconds = time.perf_counter() - start
             tokens_per_second = training.steps.num_tokens / seconds
@@ -339,6 +350,7 @@ class SelfPlay(Options):
                 lines = training.steps.rows.lines(dataset, tokenizer)
                 self.folder.log_texts("weights", iteration, lines)
             save({**position, "epoch": self.epochs, "batch": 0})
+            self._termination.check()
         scores = self._evaluate(iteration)
         self._notify("on_iteration_end", iteration, scores | timing)
         print(_line(iteration, scores | means | timing))

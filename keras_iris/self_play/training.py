@@ -16,6 +16,7 @@ from keras_iris.self_play.step_callbacks import (
     ShortProgress,
     Steps,
 )
+from keras_iris.self_play.termination import StopIfAsked, Termination
 
 
 class Training:
@@ -27,6 +28,7 @@ class Training:
         position: Where to begin.
         log: Takes the kind of a line and its values.
         alarms: See every step.
+        termination: Tells whether SIGTERM came.
         save: Writes a checkpoint of a position.
     """
 
@@ -37,10 +39,12 @@ class Training:
         position: Position,
         log: Callable[..., None],
         alarms: Alarms,
+        termination: Termination,
         save: Callable[[Position], None],
     ) -> None:
         self.model = options.model
         self.position = position
+        self.termination = termination
         self.progress = Progress(options, dataset, position["iteration"])
         self.steps = Steps(log, self.progress, alarms)
         # The checkpoint last: with all that the others have set.
@@ -48,6 +52,7 @@ class Training:
             self.steps,
             ShortProgress(),
             *options.callbacks,
+            StopIfAsked(termination),
             CheckpointWriter(save, self.progress),
         ]
 
@@ -81,13 +86,44 @@ class Training:
         here = self.progress
         here.epoch = here.dataset.epoch = epoch
         first = here.first_epoch + epoch
-        self.model.fit(
-            backend.dataset(batches, is_training=True),
-            shuffle=False,
-            initial_epoch=first,
-            epochs=first + num_epochs,
-            callbacks=self.callbacks,
+        try:
+            with self.termination.in_fit():
+                self.model.fit(
+                    backend.dataset(batches, is_training=True),
+                    shuffle=False,
+                    initial_epoch=first,
+                    epochs=first + num_epochs,
+                    callbacks=self.callbacks,
+                )
+        except Exception as error:
+            if _is_out_of_memory(error):
+                raise MemoryError(self._what_to_do()) from error
+            raise
+
+    def _what_to_do(self) -> str:
+        batch_size = self.progress.options.batch_size
+        size = self.model.micro_batch_size
+        smaller = (size or batch_size) // 2
+        advice = (
+            f"Compile the model with micro_batch_size={smaller}, which gives "
+            "the same gradient"
+            if smaller
+            else "Load the model with remat=True, lora_rank= or quantize=, or "
+            "cut the data to shorter responses"
         )
+        return (
+            f"A training step has run out of memory, with {batch_size=} and "
+            f"micro_batch_size={size}. {advice}. The run goes on from its last "
+            "checkpoint."
+        )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it is what one of the backends raises then."""
+    names = ("OutOfMemoryError", "ResourceExhaustedError")
+    texts = ("RESOURCE_EXHAUSTED", "can't allocate memory", "OOM when")
+    is_named = type(error).__name__ in names
+    return is_named or any(text in str(error) for text in texts)
 
 
 class _Rest(keras.utils.PyDataset):
