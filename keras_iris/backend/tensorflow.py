@@ -323,6 +323,12 @@ class Trainer(keras.Model):
         self.loss.check_shapes(y, x["token_ids"][..., 0])
         sums: list[tf.Tensor] = []
         columns: dict[int, tf.Tensor] = {}
+        if y.shape[1] is None:
+            raise ValueError(
+                "The step was traced for another number of responses. Set "
+                "`model.train_function = None` before a `fit` with 3 "
+                "responses that follows one with 2."
+            )
         for stream in self.loss.streams(y.shape[1]):
             # One after another, or TensorFlow runs both at once, and holds
             # the activations of two micro-batches.
