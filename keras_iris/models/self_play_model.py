@@ -13,7 +13,8 @@ from keras import ops
 from keras_iris import backend
 from keras_iris.data import PairDataset
 from keras_iris.losses import SelfPlayLoss
-from keras_iris.metrics import PairBatch, PairMetric, RecentLogProbs
+from keras_iris.metrics import PairBatch, PairMetric
+from keras_iris.metrics.recent import RecentLogProbs
 from keras_iris.models.checks import (
     check_causal_lm,
     check_fit,
@@ -57,17 +58,17 @@ class SelfPlayModel(backend.Trainer):
         ValueError: `causal_lm` has no such backbone and output layer, or a
             quantized one.
 
-    Example:
-    ```python
-    model = keras_iris.SelfPlayModel(causal_lm)
-    opponent = model.predict(inputs)
-    model.compile(
-        optimizer=keras.optimizers.AdamW(5e-7),
-        loss=keras_iris.losses.IRIS(alpha=1.0),
-        micro_batch_size=4,
-    )
-    model.fit(inputs, opponent, batch_size=64)
-    ```
+    Examples:
+        ```python
+        model = keras_iris.SelfPlayModel(causal_lm)
+        opponent = model.predict(inputs)
+        model.compile(
+            optimizer=keras.optimizers.AdamW(5e-7),
+            loss=keras_iris.losses.IRIS(alpha=1.0),
+            micro_batch_size=4,
+        )
+        model.fit(inputs, opponent, batch_size=64)
+        ```
     """
 
     def __init__(
