@@ -58,10 +58,13 @@ def project(tmp_path_factory, checkpoint):
     edit(folder / "generation_config.json", eos_token_id=ends)
     rows = [
         {"prompt": f"How are you, {i}?", "response": "Fine, thanks."}
-        for i in range(64)
+        for i in range(10, 74)  # of one length: less to compile
     ]
     lines = "\n".join(json.dumps(row) for row in rows)
     (path / "data.jsonl").write_text(lines)
+    (path / "runs/watched").mkdir(parents=True)
+    step = {"kind": "step", "iteration": 1, "step": 1, "real_ess": 0.9}
+    (path / "runs/watched/metrics.jsonl").write_text(json.dumps(step))
     return path
 
 
@@ -118,7 +121,8 @@ def test_links_and_commands_lead_to_files(page):
     text = page.read_text()
     links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text)
     assert not [link for link in links if not (page.parent / link).exists()]
-    targets = re.findall(r"^(?:KERAS\w+ )?make (\w[\w-]*)", text, re.M)
+    blocks = "".join(re.findall(r"```\n(.*?)```", text, re.S))
+    targets = re.findall(r"^(?:KERAS\w+ )?make (\w[\w-]*)", blocks, re.M)
     makefile = (ROOT / "Makefile").read_text()
     assert not [t for t in targets if f"\n{t}:" not in makefile]
     commands = re.findall(r"\bpython ((?:\w+/)+\w+\.py)([^\n`&]*)", text)
@@ -140,7 +144,9 @@ def test_site_has_no_link_that_leads_nowhere(tmp_path, monkeypatch):
     pages = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
     assert "<h2" in pages
     # It is read offline.
-    assert not re.findall(r"<(?:script|link)[^>]*(?:src|href)=\"?https?:", pages)
+    assert not re.findall(
+        r"<(?:script|link)[^>]*(?:src|href)=\"?https?:", pages
+    )
 
 
 def test_troubleshooting_quotes_real_messages():
