@@ -96,6 +96,8 @@ def names(project, monkeypatch):
     keras.distribution.set_distribution(None)
 
 
+# An alarm: the random model's answers are long.
+@pytest.mark.filterwarnings("ignore:Synthetic responses have")
 @pytest.mark.parametrize(
     "path",
     [
@@ -161,6 +163,12 @@ def test_troubleshooting_quotes_real_messages():
     quotes.remove("Out of memory")  # the backend's
     assert quotes
     assert not [q for q in quotes if not any(q in s for s in strings)]
+
+
+def test_concepts_tell_what_every_value_is():
+    text = (ROOT / "docs/concepts.md").read_text()
+    names = [m.name for m in keras_iris.metrics.self_play_metrics()]
+    assert not [name for name in names if f"`{name}`" not in text]
 
 
 def test_every_folder_has_its_line():
