@@ -198,7 +198,7 @@ class SelfPlayModel(backend.Trainer):
         """Trains the model, as `keras.Model.fit`.
 
         Args:
-            x: As there. A `keras_iris.data.PairDataset` shuffles itself: its
+            x: As in Keras. A `keras_iris.data.PairDataset` shuffles itself: its
                 order is that of the epoch that Keras counts.
             *args: Other arguments of `keras.Model.fit`.
             **kwargs: The same by name.
@@ -225,7 +225,7 @@ class SelfPlayModel(backend.Trainer):
         """Loss and metrics, as `keras.Model.evaluate`.
 
         Args:
-            x: As there. A `keras_iris.data.PairDataset` is taken in the order
+            x: As in Keras. A `keras_iris.data.PairDataset` is taken in the order
                 of its epoch 0.
             *args: Other arguments of `keras.Model.evaluate`.
             **kwargs: The same by name.
@@ -245,7 +245,7 @@ class SelfPlayModel(backend.Trainer):
         """Log-probs of pairs, as `keras.Model.predict`.
 
         Args:
-            x: As there. The rows of a `keras_iris.data.PairDataset` are given
+            x: As in Keras. The rows of a `keras_iris.data.PairDataset` are given
                 in the order of its synthetic responses.
             *args: Other arguments of `keras.Model.predict`.
             **kwargs: The same by name.

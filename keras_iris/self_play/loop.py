@@ -170,7 +170,7 @@ class SelfPlay(Options):
 
         Raises:
             FloatingPointError: A log-prob or weight is NaN or infinite; the
-                checkpoint on disk is of before.
+                checkpoint on disk is older than that.
             ValueError: Another process runs in the folder, or what is there
                 is damaged and can't be made again.
         """

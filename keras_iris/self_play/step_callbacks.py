@@ -131,7 +131,7 @@ class Steps(keras.callbacks.Callback):
                 raise FloatingPointError(
                     "Training stopped: a log-prob of the batch with examples "
                     f"{np.unique(indices).tolist()} is not finite (step "
-                    f"{step}). The checkpoint is of before. Lower the learning "
+                    f"{step}). The checkpoint is older. Lower the learning "
                     "rate, clip gradients, or use a wider dtype."
                 )
             self.num_tokens += int(pairs.num_tokens.sum())
