@@ -225,8 +225,8 @@ class SelfPlayModel(backend.Trainer):
         """Loss and metrics, as `keras.Model.evaluate`.
 
         Args:
-            x: As in Keras. A `keras_iris.data.PairDataset` is taken in the order
-                of its epoch 0.
+            x: As in Keras; a `keras_iris.data.PairDataset` is taken in
+                the order of its epoch 0.
             *args: Other arguments of `keras.Model.evaluate`.
             **kwargs: The same by name.
 
@@ -245,8 +245,8 @@ class SelfPlayModel(backend.Trainer):
         """Log-probs of pairs, as `keras.Model.predict`.
 
         Args:
-            x: As in Keras. The rows of a `keras_iris.data.PairDataset` are given
-                in the order of its synthetic responses.
+            x: As in Keras; the rows of a `keras_iris.data.PairDataset` are
+                given in the order of its synthetic responses.
             *args: Other arguments of `keras.Model.predict`.
             **kwargs: The same by name.
 
