@@ -10,7 +10,8 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 \
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart test test-slow matrix bench notebooks lint clean
+.PHONY: quickstart test test-slow matrix bench notebooks docs docs-test \
+    lint clean
 
 quickstart: .venv/installed-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
@@ -44,6 +45,16 @@ bench: .venv/installed-bench
 notebooks: .venv/installed-dev
 	$(BIN)/python notebooks/execute.py
 
+# Into site/; a link that leads nowhere is an error.
+docs: .venv/installed-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
+
+# The site, and every example of README, docs/ and docstrings.
+docs-test: .venv/installed-dev
+	$(BIN)/python -m mkdocs build --strict --quiet
+	KERAS_BACKEND=jax $(BIN)/python -m pytest -q tests/test_docs.py \
+	    tests/test_public_api.py
+
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -61,4 +72,4 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv .jax_cache .smollm2 .vllm runs
+	rm -rf .venv .jax_cache .smollm2 .vllm runs site

@@ -79,8 +79,9 @@ class Steps:
         import keras
 
         import keras_iris
+        from keras_iris.losses.stream import Stream
 
-        class Alone(keras_iris.losses.Stream):
+        class Alone(Stream):
             """Takes every micro-batch for a batch."""
 
             def objective(self, y_true, y_pred, p, shift):

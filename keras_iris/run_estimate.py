@@ -66,10 +66,10 @@ def estimate(  # noqa: PLR0913 (by keyword only)
             `keras_iris.data.tokenize` the conversations, or the disk of
             `run_dir` has too little room.
 
-    Example:
-    ```python
-    print(keras_iris.estimate("path/to/folder", lora_rank=16))
-    ```
+    Examples:
+        ```python
+        print(keras_iris.estimate("path/to/folder", lora_rank=16))
+        ```
     """
     config, tokenizer, template = inspect(
         preset, revision=revision, default_template=default_template

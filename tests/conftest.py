@@ -21,6 +21,7 @@ ONCE = (
     "test_architecture.py",
     "test_benchmarks.py",
     "test_docs.py",
+    "test_public_api.py",
     "test_run_estimate.py",
 )
 

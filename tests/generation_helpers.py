@@ -4,6 +4,7 @@ import numpy as np
 
 import keras_iris
 from keras_iris.data import Example
+from keras_iris.models.score import score_pairs
 
 
 def trainer_log_probs(causal_lm, prompts, completions):
@@ -12,7 +13,7 @@ def trainer_log_probs(causal_lm, prompts, completions):
         Example(np.array(prompt, "int32"), np.array(c.token_ids, "int32"))
         for prompt, c in zip(prompts, completions, strict=True)
     ]
-    scores = keras_iris.models.score_pairs(
+    scores = score_pairs(
         keras_iris.SelfPlayModel(causal_lm),
         examples,
         [example.response_ids for example in examples],

@@ -76,12 +76,3 @@ def test_import_is_silent():
         check=True,
     )
     assert result.stdout == ""
-
-
-def test_public_names_have_docstrings():
-    import keras_iris
-
-    for folder in keras_iris.__all__:
-        module = getattr(keras_iris, folder)
-        for name in getattr(module, "__all__", []):
-            assert getattr(module, name).__doc__, f"{folder}.{name}"

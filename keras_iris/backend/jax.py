@@ -96,7 +96,7 @@ class Trainer(SafeModel):
 
     The gradient of a batch-coupled loss weighs every example against all
     others of the batch. The loss is a sum of terms whose gradients are
-    quotients of two sums over the batch (`keras_iris.losses.Stream`), which
+    quotients of two sums over the batch (`losses/stream.py`), which
     are added up one micro-batch at a time. So each response goes through the
     model once for each term that it is in, which for the objectives of this
     package is once. Where there is more than one term, a second set of

@@ -22,12 +22,12 @@ class AlphaSchedule(keras.callbacks.Callback):
         ValueError: `schedule` isn't a function, or gives an order outside of
             [0, 100].
 
-    Example:
-    ```python
-    # Geometric annealing, from 2 to half of it every 1,000 steps.
-    schedule = keras.optimizers.schedules.ExponentialDecay(2.0, 1000, 0.5)
-    model.fit(pairs, callbacks=[keras_iris.callbacks.AlphaSchedule(schedule)])
-    ```
+    Examples:
+        ```python
+        # Geometric annealing, from 2 to half of it every 1,000 steps.
+        schedule = keras.optimizers.schedules.ExponentialDecay(2.0, 1000, 0.5)
+        model.fit(pairs, callbacks=[AlphaSchedule(schedule)])
+        ```
 
     Reference:
         IRIS, arXiv 2604.20933, for geometric annealing.

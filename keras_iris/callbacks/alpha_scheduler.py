@@ -57,11 +57,11 @@ class AlphaScheduler(SelfPlayCallback):
     Raises:
         ValueError: An argument is out of its range.
 
-    Example:
-    ```python
-    model.compile(optimizer="adam", loss=keras_iris.losses.IRIS())
-    model.fit(pairs, shuffle=False, callbacks=[AlphaScheduler()])
-    ```
+    Examples:
+        ```python
+        model.compile(optimizer="adam", loss=keras_iris.losses.IRIS())
+        model.fit(pairs, shuffle=False, callbacks=[AlphaScheduler()])
+        ```
 
     Reference:
         IRIS, arXiv 2604.20933, equation 9, for the rule and its bounds. The

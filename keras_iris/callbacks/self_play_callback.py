@@ -23,12 +23,12 @@ class SelfPlayCallback(keras.callbacks.Callback):
     A callback with arguments that change the result tells what they are by a
     method `get_config`: then a run doesn't go on with others.
 
-    Example:
-    ```python
-    class Announce(keras_iris.callbacks.SelfPlayCallback):
-        def on_generate_end(self, iteration, responses, logs=None):
-            print(iteration, "first answer:", responses[0])
-    ```
+    Examples:
+        ```python
+        class Announce(keras_iris.callbacks.SelfPlayCallback):
+            def on_generate_end(self, iteration, responses, logs=None):
+                print(iteration, "first answer:", responses[0])
+        ```
     """
 
     def on_iteration_begin(self, iteration: int, logs: Logs = None) -> None:

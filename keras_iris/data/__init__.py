@@ -4,13 +4,9 @@ Importing it takes neither `datasets` nor Jinja nor `tokenizers`.
 """
 
 from keras_iris.data.chat_template import ChatTemplate
-from keras_iris.data.conversations import (
-    Conversation,
-    Message,
-    read_conversations,
-)
+from keras_iris.data.conversations import Conversation, read_conversations
 from keras_iris.data.encoder import encode_prompt
-from keras_iris.data.example import Example, check_vocabulary
+from keras_iris.data.example import Example
 from keras_iris.data.pairs import PairDataset, pad_pairs
 from keras_iris.data.sources import cmudict, load_dataset
 from keras_iris.data.tokenize import tokenize
@@ -20,11 +16,9 @@ __all__ = [
     "ChatTemplate",
     "Conversation",
     "Example",
-    "Message",
     "PairDataset",
     "SymbolTokenizer",
     "Tokenizer",
-    "check_vocabulary",
     "cmudict",
     "encode_prompt",
     "load_dataset",

@@ -53,10 +53,10 @@ class ChatTemplate:
         other_tokens: Strings of further tokens that the source sees, by name,
             such as `{"pad_token": "<pad>"}`.
 
-    Example:
-    >>> template = ChatTemplate.named("spin")
-    >>> template.render_prompt([{"role": "user", "content": "Hello"}])
-    '### Instruction: Hello\n\n### Response: '
+    Examples:
+        >>> template = ChatTemplate.named("spin")
+        >>> template.render_prompt([{"role": "user", "content": "Hello"}])
+        '### Instruction: Hello\n\n### Response: '
     """
 
     def __init__(

@@ -86,9 +86,9 @@ def read_conversations(
         ValueError: If there are no rows, or a row is bad. The message names
             the row, of a file with its line.
 
-    Example:
-    >>> read_conversations([{"prompt": "2 + 2 =", "response": "4"}])
-    [Conversation(prompt='2 + 2 =', response='4')]
+    Examples:
+        >>> read_conversations([{"prompt": "2 + 2 =", "response": "4"}])
+        [Conversation(prompt='2 + 2 =', response='4')]
     """
     bad_rows = BadRows(on_bad_row)
     conversations = list(read_rows(source, read_conversation, bad_rows))

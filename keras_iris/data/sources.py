@@ -71,9 +71,9 @@ def cmudict() -> list[tuple[str, tuple[str, ...]]]:
     Returns:
         (word, phonemes) for each word, phonemes in ARPAbet with stress digits.
 
-    Example:
-    >>> dict(cmudict())["self"]
-    ('S', 'EH1', 'L', 'F')
+    Examples:
+        >>> dict(cmudict())["self"]
+        ('S', 'EH1', 'L', 'F')
     """
     file = importlib.resources.files(__package__) / "cmudict.dict.xz"
     text = lzma.decompress(file.read_bytes()).decode("utf-8")

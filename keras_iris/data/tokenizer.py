@@ -143,12 +143,12 @@ class SymbolTokenizer(Tokenizer):
     Raises:
         ValueError: If a symbol is repeated, reserved or has whitespace.
 
-    Example:
-    >>> tokenizer = SymbolTokenizer(["a", "b", "=>", "AA1", "B"])
-    >>> tokenizer.encode("a b =>")
-    [2, 3, 4]
-    >>> tokenizer.decode([5, 6, 1])
-    'AA1 B <end>'
+    Examples:
+        >>> tokenizer = SymbolTokenizer(["a", "b", "=>", "AA1", "B"])
+        >>> tokenizer.encode("a b =>")
+        [2, 3, 4]
+        >>> tokenizer.decode([5, 6, 1])
+        'AA1 B <end>'
     """
 
     def __init__(self, symbols: Iterable[str]):

@@ -7,14 +7,11 @@ model and a share of each batch. On TensorFlow the model is made under a
 batch.
 """
 
-from keras_iris.backend import process_index
-from keras_iris.distribution.launch import initialize
+from keras_iris.distribution.launch import initialize, process_index
 from keras_iris.distribution.make import make_distribution, read_mesh
 from keras_iris.distribution.report import ShardingReport, sharding_report
-from keras_iris.distribution.sharded_parallel import ShardedParallel
 
 __all__ = [
-    "ShardedParallel",
     "ShardingReport",
     "initialize",
     "make_distribution",

@@ -108,6 +108,16 @@ def read_environment(variables: Mapping[str, str]) -> Launch | None:
     return None
 
 
+def process_index() -> int:
+    """The number of this process among those of the run.
+
+    Returns:
+        A number from 0 on; 0 where there is one process. What one process is
+        to do alone, such as to write a file, is done by number 0.
+    """
+    return backend.process_index()
+
+
 def _number(variables: Mapping[str, str], name: str) -> int | None:
     text = variables.get(name)
     if text is None:

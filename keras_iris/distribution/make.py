@@ -22,6 +22,9 @@ def read_mesh(text: str) -> dict[str, int]:
         text: `"data=8"`, `"data=2,model=4"`, or `"auto"` for all devices as
             `{"data": n}`.
 
+    Returns:
+        Numbers of devices by the names of the axes.
+
     Raises:
         ValueError: It is something else.
     """

@@ -9,8 +9,8 @@ import numpy as np
 from keras_iris.data import Example
 from keras_iris.generation import KerasEngine
 from keras_iris.metrics import ExampleScore
-from keras_iris.models import SelfPlayModel, score_pairs
-from keras_iris.models.score import divisible_batch_size
+from keras_iris.models import SelfPlayModel
+from keras_iris.models.score import divisible_batch_size, score_pairs
 
 
 class Scores(dict[str, float]):

@@ -17,6 +17,8 @@ from tqdm import tqdm
 from keras_iris.evaluation.answers import GreedyAnswers
 from keras_iris.evaluation.continuations import ContinuationScorer
 
+__all__ = ["TEN", "KerasLM", "evaluate"]
+
 # Batches that are computed before the harness' cache gets their results.
 _ROUND_BATCHES = 8
 # Where a model doesn't say: what the harness takes.

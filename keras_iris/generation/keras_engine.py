@@ -58,12 +58,12 @@ class KerasEngine(Engine):
     Raises:
         ValueError: If an argument can't be used.
 
-    Example:
-    ```python
-    engine = KerasEngine(causal_lm, end_token_ids=(2,), max_new_tokens=64)
-    completions = engine.generate([[1, 5, 9], [1, 7]], seed=0)
-    completions[0].token_ids
-    ```
+    Examples:
+        ```python
+        engine = KerasEngine(causal_lm, end_token_ids=(2,), max_new_tokens=64)
+        completions = engine.generate([[1, 5, 9], [1, 7]], seed=0)
+        completions[0].token_ids
+        ```
     """
 
     def __init__(  # noqa: PLR0913 (by keyword only)

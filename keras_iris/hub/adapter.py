@@ -57,13 +57,13 @@ def save_adapter(causal_lm: keras.Model, folder: str | Path) -> Path:
     Raises:
         ValueError: As `check_adapter`, or `folder` holds something else.
 
-    Example:
-    ```python
-    causal_lm = keras_iris.load(preset, lora_rank=16)
-    keras_iris.hub.save_adapter(causal_lm, "adapter")
-    again = keras_iris.load(preset)
-    keras_iris.hub.load_adapter(again, "adapter")
-    ```
+    Examples:
+        ```python
+        causal_lm = keras_iris.load(preset, lora_rank=16)
+        keras_iris.hub.save_adapter(causal_lm, "adapter")
+        again = keras_iris.load(preset)
+        keras_iris.hub.load_adapter(again, "adapter")
+        ```
     """
     folder = Path(folder).expanduser().absolute()
     lora = check_adapter(causal_lm)

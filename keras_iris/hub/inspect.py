@@ -50,10 +50,10 @@ def inspect(
         ValueError: If the preset isn't found or of another kind, or
             `keras_iris.load` would refuse it.
 
-    Example:
-    ```python
-    config, tokenizer, template = keras_iris.hub.inspect("path/to/folder")
-    ```
+    Examples:
+        ```python
+        config, tokenizer, template = keras_iris.hub.inspect("path/to/folder")
+        ```
     """
     folder = find_folder(preset, revision, with_weights=False)
     content = {} if folder is None else read_json(folder / "config.json")

@@ -79,12 +79,12 @@ def load(  # noqa: PLR0913 (by keyword only)
         ValueError: If an argument is out of range, the preset isn't found or
             incomplete, or its parts don't fit each other.
 
-    Example:
-    ```python
-    causal_lm = keras_iris.load("path/to/folder", dtype="mixed_bfloat16")
-    prompt = causal_lm.chat_template.render_prompt(messages)
-    token_ids = causal_lm.tokenizer.encode(prompt)
-    ```
+    Examples:
+        ```python
+        causal_lm = keras_iris.load("path/to/folder", dtype="mixed_bfloat16")
+        prompt = causal_lm.chat_template.render_prompt(messages)
+        token_ids = causal_lm.tokenizer.encode(prompt)
+        ```
     """
     lora = None
     if lora_rank is not None:

@@ -7,7 +7,6 @@ from keras_iris.losses.sft import SFT
 from keras_iris.losses.space import SPACE
 from keras_iris.losses.spif import SPIF
 from keras_iris.losses.spin import SPIN
-from keras_iris.losses.stream import Stream
 from keras_iris.losses.tspin import TSPIN
 
 __all__ = [
@@ -19,7 +18,6 @@ __all__ = [
     "TSPIN",
     "Risk",
     "SelfPlayLoss",
-    "Stream",
     "tilted_risk",
     "tilted_weights",
 ]

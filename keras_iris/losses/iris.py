@@ -34,11 +34,11 @@ class IRIS(SelfPlayLoss):
     Raises:
         ValueError: `alpha` or `sft_weight` is out of range.
 
-    Example:
-    >>> loss = IRIS(alpha=0.5)
-    >>> opponent = [[-3.0, -2.0], [-4.0, -5.0]]
-    >>> float(loss(opponent, opponent))
-    0.0
+    Examples:
+        >>> loss = IRIS(alpha=0.5)
+        >>> opponent = [[-3.0, -2.0], [-4.0, -5.0]]
+        >>> float(loss(opponent, opponent))
+        0.0
 
     Reference:
         IRIS, arXiv 2604.20933; Birrell et al., arXiv 2007.03814.

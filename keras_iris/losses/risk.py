@@ -47,12 +47,12 @@ def tilted_risk(
     Returns:
         A scalar, float32 or wider.
 
-    Example:
-    >>> values = [1.0, 2.0, 6.0]
-    >>> round(float(tilted_risk(values, 0.0)), 4)
-    3.0
-    >>> round(float(tilted_risk(values, 2.0)), 4)
-    5.4509
+    Examples:
+        >>> values = [1.0, 2.0, 6.0]
+        >>> round(float(tilted_risk(values, 0.0)), 4)
+        3.0
+        >>> round(float(tilted_risk(values, 2.0)), 4)
+        5.4509
 
     Reference:
         Li et al., "Tilted empirical risk minimization", arXiv 2007.01162,

@@ -34,11 +34,11 @@ class TSPIN(SelfPlayLoss):
     Raises:
         ValueError: `beta` isn't positive, or a weight is out of range.
 
-    Example:
-    >>> loss = TSPIN()
-    >>> policy = [[-3.0, -3.0, -3.0]]
-    >>> round(float(loss(policy, policy)), 4)
-    0.7625
+    Examples:
+        >>> loss = TSPIN()
+        >>> policy = [[-3.0, -3.0, -3.0]]
+        >>> round(float(loss(policy, policy)), 4)
+        0.7625
 
     Reference:
         T-SPIN, arXiv 2601.08198.

@@ -16,11 +16,10 @@ from keras_iris.metrics.log_ratios import (
     RealLogRatio,
     SyntheticLogRatio,
 )
-from keras_iris.metrics.monitor import self_play_metrics, step_values
+from keras_iris.metrics.monitor import self_play_metrics
 from keras_iris.metrics.nll import NLLGap, RealNLL, SyntheticNLL
 from keras_iris.metrics.pair_batch import PairBatch
 from keras_iris.metrics.pair_metric import PairMetric
-from keras_iris.metrics.recent import RecentLogProbs
 from keras_iris.metrics.step import Alpha, Gap, GradientNorm
 
 __all__ = [
@@ -37,12 +36,10 @@ __all__ = [
     "RealEffectiveSampleSize",
     "RealLogRatio",
     "RealNLL",
-    "RecentLogProbs",
     "SyntheticEffectiveSampleSize",
     "SyntheticLogRatio",
     "SyntheticNLL",
     "effective_sample_size",
     "interval_of_difference",
     "self_play_metrics",
-    "step_values",
 ]

@@ -17,9 +17,9 @@ class ExampleScore(float):
         weights: What the sum of `values` is divided by, such as each example's
             tokens, of the same shape; by default 1 for each.
 
-    Example:
-    >>> float(ExampleScore([2.0, 1.0], weights=[4, 2]))
-    0.5
+    Examples:
+        >>> float(ExampleScore([2.0, 1.0], weights=[4, 2]))
+        0.5
     """
 
     values: np.ndarray

@@ -64,9 +64,9 @@ def token_log_probs(
 
     Args:
         hidden_states: As in `sequence_log_probs`.
-        token_ids: As there.
-        response_mask: As there.
-        head: As there.
+        token_ids: As in `sequence_log_probs`.
+        response_mask: As in `sequence_log_probs`.
+        head: As in `sequence_log_probs`.
 
     Returns:
         Float32 tensor of shape `(rows, time - 1)`, for the tokens from the

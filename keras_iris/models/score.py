@@ -34,7 +34,7 @@ def score_pairs(  # noqa: PLR0913
         synthetic: Token ids of a response to each prompt.
         batch_size: Pairs of a batch.
         bucket_lengths: As in `keras_iris.data.PairDataset`.
-        proto_synthetic: As there.
+        proto_synthetic: As in `PairDataset`.
 
     Returns:
         Float32 array of shape `(examples, 2)`, or `(examples, 3)` with

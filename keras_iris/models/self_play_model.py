@@ -13,7 +13,8 @@ from keras import ops
 from keras_iris import backend
 from keras_iris.data import PairDataset
 from keras_iris.losses import SelfPlayLoss
-from keras_iris.metrics import PairBatch, PairMetric, RecentLogProbs
+from keras_iris.metrics import PairBatch, PairMetric
+from keras_iris.metrics.recent import RecentLogProbs
 from keras_iris.models.checks import (
     check_causal_lm,
     check_fit,
@@ -57,17 +58,17 @@ class SelfPlayModel(backend.Trainer):
         ValueError: `causal_lm` has no such backbone and output layer, or a
             quantized one.
 
-    Example:
-    ```python
-    model = keras_iris.SelfPlayModel(causal_lm)
-    opponent = model.predict(inputs)
-    model.compile(
-        optimizer=keras.optimizers.AdamW(5e-7),
-        loss=keras_iris.losses.IRIS(alpha=1.0),
-        micro_batch_size=4,
-    )
-    model.fit(inputs, opponent, batch_size=64)
-    ```
+    Examples:
+        ```python
+        model = keras_iris.SelfPlayModel(causal_lm)
+        opponent = model.predict(inputs)
+        model.compile(
+            optimizer=keras.optimizers.AdamW(5e-7),
+            loss=keras_iris.losses.IRIS(alpha=1.0),
+            micro_batch_size=4,
+        )
+        model.fit(inputs, opponent, batch_size=64)
+        ```
     """
 
     def __init__(
@@ -197,7 +198,7 @@ class SelfPlayModel(backend.Trainer):
         """Trains the model, as `keras.Model.fit`.
 
         Args:
-            x: As there. A `keras_iris.data.PairDataset` shuffles itself: its
+            x: As in Keras. A `keras_iris.data.PairDataset` shuffles itself: its
                 order is that of the epoch that Keras counts.
             *args: Other arguments of `keras.Model.fit`.
             **kwargs: The same by name.
@@ -224,8 +225,8 @@ class SelfPlayModel(backend.Trainer):
         """Loss and metrics, as `keras.Model.evaluate`.
 
         Args:
-            x: As there. A `keras_iris.data.PairDataset` is taken in the order
-                of its epoch 0.
+            x: As in Keras; a `keras_iris.data.PairDataset` is taken in
+                the order of its epoch 0.
             *args: Other arguments of `keras.Model.evaluate`.
             **kwargs: The same by name.
 
@@ -244,8 +245,8 @@ class SelfPlayModel(backend.Trainer):
         """Log-probs of pairs, as `keras.Model.predict`.
 
         Args:
-            x: As there. The rows of a `keras_iris.data.PairDataset` are given
-                in the order of its synthetic responses.
+            x: As in Keras; the rows of a `keras_iris.data.PairDataset` are
+                given in the order of its synthetic responses.
             *args: Other arguments of `keras.Model.predict`.
             **kwargs: The same by name.
 

@@ -5,12 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_iris.data import (
-    Example,
-    Tokenizer,
-    check_vocabulary,
-    tokenize,
-)
+from keras_iris.data import Example, Tokenizer, tokenize
+from keras_iris.data.example import check_vocabulary
 from keras_iris.data.pairs import check_one_batch
 from keras_iris.hub.convert_tokenizer import convert_keras_hub
 from keras_iris.self_play.options import Options

@@ -171,7 +171,7 @@ class SelfPlay(Options):
 
         Raises:
             FloatingPointError: A log-prob or weight is NaN or infinite; the
-                checkpoint on disk is of before.
+                checkpoint on disk is older than that.
             MemoryError: A training step doesn't fit into memory.
             SystemExit: SIGTERM came; there is a checkpoint.
             ValueError: Another process runs in the folder, or what is there

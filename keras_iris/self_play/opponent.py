@@ -10,7 +10,7 @@ import numpy as np
 from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export, save_adapter
-from keras_iris.models import TokenScorer, score_pairs
+from keras_iris.models.score import TokenScorer, score_pairs
 from keras_iris.self_play.arrays import (
     Arrays,
     hash_arrays,

@@ -159,7 +159,7 @@ def check_finite(variable: keras.Variable) -> None:
 
 def _not_finite(variable: keras.Variable) -> FloatingPointError:
     return FloatingPointError(
-        f"{variable.path} is not finite. What is on disk is of before. Load "
+        f"{variable.path} is not finite. What is on disk is older. Load "
         "the model again if it is new; else lower the learning rate, clip "
         "gradients, or use a wider dtype."
     )

@@ -13,7 +13,7 @@ from keras_iris import backend
 from keras_iris.callbacks.self_play_callback import Logs
 from keras_iris.data import PairDataset
 from keras_iris.evaluation.alarms import Alarms
-from keras_iris.metrics import step_values
+from keras_iris.metrics.monitor import step_values
 from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.seeds import combine_seeds
@@ -131,7 +131,7 @@ class Steps(keras.callbacks.Callback):
                 raise FloatingPointError(
                     "Training stopped: a log-prob of the batch with examples "
                     f"{np.unique(indices).tolist()} is not finite (step "
-                    f"{step}). The checkpoint is of before. Lower the learning "
+                    f"{step}). The checkpoint is older. Lower the learning "
                     "rate, clip gradients, or use a wider dtype."
                 )
             self.num_tokens += int(pairs.num_tokens.sum())

@@ -14,11 +14,11 @@ from keras_iris.data import (
     Example,
     SymbolTokenizer,
     Tokenizer,
-    check_vocabulary,
     encode_prompt,
     token_cache,
     tokenize,
 )
+from keras_iris.data.example import check_vocabulary
 
 # The function of the same name hides it.
 tokenize_module = importlib.import_module("keras_iris.data.tokenize")

@@ -9,6 +9,8 @@ import pytest
 
 from keras_iris import metrics
 from keras_iris.metrics import PairBatch
+from keras_iris.metrics.monitor import step_values
+from keras_iris.metrics.recent import RecentLogProbs
 
 TOLERANCE = 1e-5
 WEIGHT = np.array([1.0, 0.5, 2.0, 0.0, 1.0, 3.0], "float32")
@@ -95,16 +97,16 @@ def test_one_batch(weight):
 
 def test_on_the_host_a_batch_has_the_same_values():
     batch = _batch(weight=WEIGHT)
-    values = metrics.step_values(batch)
+    values = step_values(batch)
     assert values == _approx(_expected(batch))
     assert list(values) == [m.name for m in metrics.self_play_metrics()]
 
 
 def test_that_is_soon_done():
-    metrics.step_values(_batch())
+    step_values(_batch())
     start = time.perf_counter()
     for seed in range(20):
-        metrics.step_values(_batch(seed=seed))
+        step_values(_batch(seed=seed))
     assert (time.perf_counter() - start) / 20 < 0.1
 
 
@@ -113,7 +115,7 @@ def test_rows_of_weight_zero_may_hold_nan():
     expected = _expected(batch)
     batch.policy[WEIGHT == 0] = np.nan
     assert _values(batch) == _approx(expected)
-    assert metrics.step_values(batch) == _approx(expected)
+    assert step_values(batch) == _approx(expected)
 
 
 def test_over_batches_sums_or_means():
@@ -204,7 +206,7 @@ def test_names():
 
 
 def test_recent_batches():
-    recent = metrics.RecentLogProbs(num_rows=10)
+    recent = RecentLogProbs(num_rows=10)
     assert recent.since(0) == []
     batches = [
         _batch(n, seed=n, weight=np.r_[0, np.ones(n - 1)]) for n in (3, 4, 5)

@@ -7,6 +7,7 @@ from tiny_models import make_causal_lm, make_pairs
 
 import keras_iris
 from keras_iris.metrics import Margin, PairMetric, RealNLL, self_play_metrics
+from keras_iris.metrics.monitor import step_values
 
 PAIRS, OPPONENT = make_pairs(), np.full((8, 2), -20.0, "float32")
 NAMES = {"loss", *(metric.name for metric in self_play_metrics())}
@@ -63,7 +64,7 @@ def test_the_logs_of_every_batch_carry_them():
     )
     _fit(model, callbacks=[callback], shuffle=False)
     assert [set(logs) for logs in seen] == [NAMES] * 2
-    values = keras_iris.metrics.step_values(model.recent.latest())
+    values = step_values(model.recent.latest())
     # The mean over two batches, the second of which is seen on the host.
     for name in ("margin", "real_ess"):
         second = 2 * float(seen[1][name]) - float(seen[0][name])

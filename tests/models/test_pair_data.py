@@ -8,7 +8,7 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 import keras_iris
 from keras_iris import backend
 from keras_iris.data import Example, PairDataset
-from keras_iris.models import score_pairs
+from keras_iris.models.score import score_pairs
 
 NUM_PAIRS = 11
 

@@ -33,7 +33,7 @@ def test_nan_in_the_opponent(tmp_path):
     variable = self_play.model.trainable_variables[-1]
     variable.assign(np.full(variable.shape, np.nan, "float32"))
     with pytest.raises(
-        FloatingPointError, match="is not finite. What .* is of before"
+        FloatingPointError, match="is not finite. What .* is older"
     ):
         self_play.run()
 

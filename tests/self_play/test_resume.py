@@ -276,7 +276,7 @@ def test_nan_weights_do_not_replace_the_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     self_play = make_self_play(run_dir, iterations=1, epochs=1)
     self_play.callbacks = [Break()]
-    with pytest.raises(FloatingPointError, match="not finite.*is of before"):
+    with pytest.raises(FloatingPointError, match="not finite.*is older"):
         self_play.run()
     assert all(np.isfinite(a).all() for a in final_arrays(run_dir).values())
 
