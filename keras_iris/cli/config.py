@@ -80,20 +80,15 @@ def read_config(path: Path, settings: Sequence[str] = ()) -> Config:
         ValueError: It can't be read, or has names or values that its functions
             don't take. All such are told at once.
     """
-    content = _parse(path.read_text(encoding="utf-8"), str(path))
+    content = _parse(path.read_bytes(), str(path))
     for setting in settings:
         name, is_there, text = setting.partition("=")
         if not is_there:
             raise ValueError(
                 "Expected --set section.name=value. Received: " + setting
             )
-        *parents, last = name.split(".")
-        inner = content
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise ValueError(f"--set {name}: {parent!r} isn't a section.")
-        inner[last] = _parse(f"value: {text}", f"--set {setting}")["value"]
+        value = _parse(f"value: {text}", f"--set {setting}")["value"]
+        _set(content, name.split("."), value)
     problems: list[str] = []
     functions = _functions()
     _check_names(content, functions, "The configuration", problems)
@@ -108,6 +103,17 @@ def read_config(path: Path, settings: Sequence[str] = ()) -> Config:
     if problems:
         raise ValueError("\n  ".join([f"{path} can't be run:", *problems]))
     return Config(sections, yaml.safe_dump(content, sort_keys=False))
+
+
+def _set(content: Section, names: Sequence[str], value: Any) -> None:
+    *parents, last = names
+    for name in parents:
+        inner = content.setdefault(name, {})
+        if not isinstance(inner, dict):  # a plain name gets arguments
+            key = "name" if name in _ROWS else "class_name"
+            inner = content[name] = {key: inner}
+        content = inner
+    content[last] = value
 
 
 def arguments_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -169,7 +175,7 @@ def _share(value: Any, num_steps: int) -> Any:
     return value
 
 
-def _parse(text: str, where: str) -> dict[str, Any]:
+def _parse(text: str | bytes, where: str) -> dict[str, Any]:
     """Plain values only: what JSON has."""
     try:
         content = yaml.load(text, _Loader)
@@ -212,12 +218,14 @@ def _classes() -> dict[str, type]:
 def _check_names(
     values: Any, names: Mapping[str, Any], where: str, problems: list[str]
 ) -> None:
-    for name in values.keys() - names.keys():
-        near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-        hint = f"Did you mean {near[0]!r}?" if near else ""
-        problems.append(
-            f"{where} has no {name!r}. {hint or f'It has {sorted(names)}.'}"
-        )
+    for name in values:
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+            known = near or sorted(names)
+            hint = "Did you mean" if near else "Is it one of"
+            problems.append(
+                f"{where}: {name!r} isn't known. {hint} {', '.join(known)}?"
+            )
 
 
 def _check(
@@ -240,7 +248,7 @@ def _check(
         if p.default is p.empty and name not in (*values, *KNOWN)
     ]
     found = {}
-    for name in values.keys() & names.keys():
+    for name in (name for name in values if name in names):
         place, hint = f"{where}.{name}", names[name].annotation
         if name in _ROWS:
             found[name] = _check_rows(values[name], place, problems)

@@ -1,5 +1,6 @@
 """Commands on a model: `generate`, `evaluate`."""
 
+import difflib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -77,7 +78,9 @@ def generate(  # noqa: PLR0913 (the options of a command)
 
 def _read_prompts(file: str) -> list[Any]:
     if Path(file).suffix.lower() not in (".jsonl", ".parquet"):
-        text = sys.stdin.read() if file == "-" else Path(file).read_text()
+        text = (
+            sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+        )
         return [line for line in text.splitlines() if line.strip()]
     from keras_iris.data.conversations import read_conversation
     from keras_iris.data.rows import BadRows, read_rows
@@ -126,7 +129,11 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
     import keras_iris
     from keras_iris.evaluation.lm_eval import evaluate
 
-    names: str | Sequence[str] = tasks if tasks == "ten" else tasks.split(",")
+    manager = TaskManager(include_path=include and str(include))
+    names: str | Sequence[str] = "ten"
+    if tasks != "ten":
+        names = tasks.split(",")
+        _check_tasks(names, manager.all_tasks)
     found = evaluate(
         keras_iris.load(preset, dtype=dtype),
         names,
@@ -135,9 +142,20 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
         limit=limit,
         use_cache=cache,
         apply_chat_template=chat,
-        task_manager=TaskManager(include_path=include and str(include)),
+        task_manager=manager,
     )
     ten = found.get("ten", {})
     text = "\n".join(f"{name:12} {score:.4f}" for name, score in ten.items())
     data = {"results": found["results"], **({"ten": ten} if ten else {})}
     return Result(data, text or make_table(found))
+
+
+def _check_tasks(names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known and not Path(name).exists():
+            near = difflib.get_close_matches(name, known, cutoff=0.5)
+            raise ValueError(
+                f"There is no task {name!r}. Similar ones: {near}. Expected "
+                "`ten`, tasks of the harness (`lm_eval ls tasks`), or of a "
+                "folder that --include names."
+            )

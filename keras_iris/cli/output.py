@@ -47,7 +47,9 @@ def shown(command: Callable[..., Result]) -> Callable[..., None]:
             if as_json:  # runs and Keras print what they do
                 stack.enter_context(contextlib.redirect_stdout(sys.stderr))
             result = command(**options)
-        print(json.dumps(result.data) if as_json else result.text)
+        text = json.dumps(result.data) if as_json else result.text
+        if text:
+            print(text)
         if result.status:
             raise typer.Exit(result.status)
 

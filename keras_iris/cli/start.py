@@ -22,6 +22,7 @@ Settings = Annotated[
 _SMALL = {
     "POOL_SIZE": 1_000,
     "NUM_HELD_OUT": 20,
+    "NUM_LAYERS": 1,
     "SFT_EPOCHS": 1,
     "ITERATIONS": 1,
     "EPOCHS": 1,
@@ -31,12 +32,8 @@ _SMALL = {
 def _find_recipe() -> Path:
     """`recipes/quickstart.py`, which a wheel has inside of the package."""
     package = Path(__file__).parents[1]
-    places = [folder / "recipes/quickstart.py" for folder in package.parents]
-    return next(
-        file
-        for file in (package / "recipes/quickstart.py", *places[:1])
-        if file.exists()
-    )
+    places = [f / "recipes/quickstart.py" for f in (package, package.parent)]
+    return next(filter(Path.exists, places))
 
 
 @shown
@@ -54,7 +51,7 @@ def quickstart(
         folder = recipe.RUN_DIR.with_name(recipe.RUN_DIR.name + "_small")
         vars(recipe).update(_SMALL, RUN_DIR=folder)
     recipe.main()
-    return _result(recipe.RUN_DIR)
+    return _result(recipe.RUN_DIR)._replace(text="")  # it has told
 
 
 @shown
@@ -62,11 +59,17 @@ def run(config: ConfigFile, settings: Settings = None) -> Result:
     """Train a model as a YAML file says, or go on with it."""
     from keras_iris.cli.config import read_config
     from keras_iris.cli.training import train
+    from keras_iris.distribution import process_index
     from keras_iris.evaluation import report
 
     run_dir = train(read_config(config, settings or ()))
+    if process_index() > 0:
+        return Result({"run_dir": str(run_dir)}, "")
     report(run_dir)
-    return _result(run_dir)
+    data, text, _ = _result(run_dir)
+    return Result(
+        data, f"{text}\nIts model: keras-iris export {run_dir} --out FOLDER"
+    )
 
 
 def _result(run_dir: Path) -> Result:
