@@ -30,7 +30,6 @@ ANNOTATED_SHARE = 0.13
 NUM_HELD_OUT = 500
 BATCH_SIZE = 64
 MAX_PHONEMES = 12  # with the end token
-NUM_LAYERS = 2
 SFT_EPOCHS = 8
 SFT_LEARNING_RATE = 2e-3
 ITERATIONS = 3
@@ -69,7 +68,7 @@ def make_causal_lm(vocabulary_size):
     """A small decoder of the Qwen 2 architecture, not trained."""
     backbone = keras_hub.models.QwenBackbone(
         vocabulary_size=vocabulary_size,
-        num_layers=NUM_LAYERS,
+        num_layers=2,
         num_query_heads=4,
         num_key_value_heads=2,
         hidden_dim=128,

@@ -22,7 +22,6 @@ Settings = Annotated[
 _SMALL = {
     "POOL_SIZE": 1_000,
     "NUM_HELD_OUT": 20,
-    "NUM_LAYERS": 1,
     "SFT_EPOCHS": 1,
     "ITERATIONS": 1,
     "EPOCHS": 1,
