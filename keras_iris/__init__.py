@@ -1,20 +1,35 @@
-"""Self-play fine-tuning of language models in Keras 3."""
+"""Self-play fine-tuning of language models in Keras 3.
 
-from keras_iris import (
-    callbacks,
-    data,
-    distribution,
-    evaluation,
-    generation,
-    hub,
-    losses,
-    metrics,
-    models,
-)
-from keras_iris.hub import export, load
-from keras_iris.models import SelfPlayModel
-from keras_iris.run_estimate import estimate
-from keras_iris.self_play import SelfPlay
+What is listed below is imported when it is first used, as Keras and its backend
+take seconds.
+"""
+
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+# KerasHub imports TensorFlow on every backend, which then tells what devices it
+# finds. Whoever has set the variable has the last word.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+if TYPE_CHECKING:
+    from keras_iris import (
+        callbacks,
+        data,
+        distribution,
+        evaluation,
+        generation,
+        hub,
+        losses,
+        metrics,
+        models,
+    )
+    from keras_iris.hub.export import export
+    from keras_iris.hub.load import load
+    from keras_iris.models import SelfPlayModel
+    from keras_iris.run_estimate import estimate
+    from keras_iris.self_play import SelfPlay
 
 __version__ = "0.1.0"
 
@@ -34,3 +49,30 @@ __all__ = [
     "metrics",
     "models",
 ]
+
+# The modules of those that aren't modules themselves.
+_MODULES = {
+    "SelfPlay": "self_play",
+    "SelfPlayModel": "models",
+    "estimate": "run_estimate",
+    "export": "hub",
+    "load": "hub",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is listed."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_MODULES.get(name, name)}")
+    return getattr(module, name) if name in _MODULES else module
+
+
+def __dir__() -> list[str]:
+    """The names, for completion."""
+    return sorted({*globals(), *__all__})
+
+
+if "keras" in sys.modules:
+    # `keras.saving.load_model` finds the classes of those that are imported.
+    importlib.import_module(f"{__name__}.models")

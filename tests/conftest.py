@@ -20,6 +20,7 @@ ONCE = (
     "self_play/test_settings.py",
     "test_architecture.py",
     "test_benchmarks.py",
+    "test_cli.py",
     "test_docs.py",
     "test_public_api.py",
     "test_run_estimate.py",

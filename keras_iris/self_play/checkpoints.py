@@ -10,6 +10,7 @@ from typing import Any
 import keras
 
 from keras_iris import backend
+from keras_iris.models import SelfPlayModel
 from keras_iris.self_play.arrays import (
     Source,
     read_arrays,
@@ -176,6 +177,16 @@ class Checkpoints:
         if self._writer is None:
             self._writer = backend.sharded_checkpoints()
         return self._writer
+
+
+def state_of(model: SelfPlayModel) -> list[keras.Variable]:
+    """All that training changes; the optimizer has to be built."""
+    own = ("alpha", "gap", "gap_sums", "seed_generator_state")
+    return [
+        *model.trainable_variables,
+        *(v for v in model.non_trainable_variables if v.name in own),
+        *model.optimizer.variables,
+    ]
 
 
 def write_variables(

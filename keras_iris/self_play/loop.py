@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_iris import backend
@@ -23,7 +22,7 @@ from keras_iris.evaluation.run_record import read_metrics
 from keras_iris.generation import KerasEngine
 from keras_iris.metrics import PairBatch, self_play_metrics
 from keras_iris.self_play.best import Best
-from keras_iris.self_play.checkpoints import Position
+from keras_iris.self_play.checkpoints import Position, state_of
 from keras_iris.self_play.control import Control, new_optimizer
 from keras_iris.self_play.engine_checks import check_engine
 from keras_iris.self_play.examples import prepare_examples
@@ -129,6 +128,7 @@ class SelfPlay(Options):
     def __post_init__(self, data: Any, run_dir: str | Path) -> None:
         """Checks all arguments, and that the run may go on in its folder."""
         self.check()
+        self.check_model()
         causal_lm = self.model.causal_lm
         self.examples, self.end_token_ids, fingerprint = prepare_examples(
             data, self, Path(run_dir) / "tokens"
@@ -199,7 +199,7 @@ class SelfPlay(Options):
                         self.model, self.examples, control.path, **arguments
                     ).run()
             finally:
-                self.folder.checkpoints.load(self._variables())
+                self.folder.checkpoints.load(state_of(self.model))
         return self.folder.path
 
     def best(self) -> dict[str, Any]:
@@ -273,7 +273,7 @@ class SelfPlay(Options):
         is_used = optimizer.built
         with self.model.device_scope():
             optimizer.build(variables)
-        position = self.folder.checkpoints.load(self._variables())
+        position = self.folder.checkpoints.load(state_of(self.model))
         if position is None:
             # Nothing of another run of this model is left.
             self.model.reset_order()
@@ -297,7 +297,7 @@ class SelfPlay(Options):
 
     def _go_back(self, position: Position, error: LostShard) -> Position:
         """The start of an iteration, where lost shards can be made again."""
-        start = self.folder.checkpoints.load(self._variables(), is_back=True)
+        start = self.folder.checkpoints.load(state_of(self.model), is_back=True)
         if start is None:
             raise error
         warnings.warn(
@@ -435,19 +435,10 @@ class SelfPlay(Options):
         )
         return scores
 
-    def _variables(self) -> list[keras.Variable]:
-        """All that training changes."""
-        own = ("alpha", "gap", "gap_sums", "seed_generator_state")
-        return [
-            *self.model.trainable_variables,
-            *(v for v in self.model.non_trainable_variables if v.name in own),
-            *self.model.optimizer.variables,
-        ]
-
     def _save(self, position: Position) -> None:
         is_start = position["epoch"] == position["batch"] == 0
         self.folder.checkpoints.save(
-            self._variables(),
+            state_of(self.model),
             position,
             **({"weights": self._hash()} if is_start else {}),
         )

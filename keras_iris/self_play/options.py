@@ -81,7 +81,7 @@ class Options:
         return len(self.examples) * self.num_samples
 
     def check(self) -> None:
-        """Refuses arguments out of their range, and a model as it is."""
+        """Refuses arguments out of their range, whatever the model."""
         for name in (
             "iterations",
             "epochs",
@@ -121,7 +121,6 @@ class Options:
                     f"Received: {callback!r}"
                 )
         self.callbacks = flat
-        self.check_model()
 
     def check_model(self) -> None:
         """Refuses a model without a loss, or whose steps can't be logged."""
