@@ -7,13 +7,13 @@ take seconds.
 import importlib
 import os
 import sys
-from typing import TYPE_CHECKING, Any
+import typing
 
 # KerasHub imports TensorFlow on every backend, which then tells what devices it
 # finds. Whoever has set the variable has the last word.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from keras_iris import (
         callbacks,
         data,
@@ -60,7 +60,7 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> typing.Any:
     """Imports what is listed."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
