@@ -6,6 +6,7 @@ from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
@@ -99,8 +100,12 @@ class Opponent:
                 self.engine.generate_shards(requests[n] for n in numbers)
             )
             # Engines may have asked for more than was taken.
+            total = sum(len(parts[number]) for number in numbers)
             with (
-                closing(answers) if hasattr(answers, "close") else nullcontext()
+                closing(answers)
+                if hasattr(answers, "close")
+                else nullcontext(),
+                _progress(total, "answers") as progress,
             ):
                 for number in numbers:
                     completions: Any = next(answers, None)
@@ -115,6 +120,7 @@ class Opponent:
                         self._check_tokens(
                             iteration, completions, parts[number]
                         )
+                    progress.update(len(completions))
                     yield _arrays(completions)
 
         print(name)
@@ -150,18 +156,21 @@ class Opponent:
             return proto_synthetic and proto_synthetic[shard.first : end]
 
         def make(numbers: list[int]) -> Generator[Arrays, None, None]:
-            for number in numbers:
-                shard = answers[number]
-                log_probs = score_pairs(
-                    self.model,
-                    shard.examples,
-                    shard.responses,
-                    batch_size=self._rows_at_once,
-                    bucket_lengths=self.options.bucket_lengths,
-                    proto_synthetic=part(shard),
-                )
-                self._check_finite(log_probs, shard.first)
-                yield {"log_probs": log_probs}
+            total = sum(len(answers[number].responses) for number in numbers)
+            with _progress(total, "pairs") as progress:
+                for number in numbers:
+                    shard = answers[number]
+                    log_probs = score_pairs(
+                        self.model,
+                        shard.examples,
+                        shard.responses,
+                        batch_size=self._rows_at_once,
+                        bucket_lengths=self.options.bucket_lengths,
+                        proto_synthetic=part(shard),
+                    )
+                    self._check_finite(log_probs, shard.first)
+                    progress.update(len(log_probs))
+                    yield {"log_probs": log_probs}
 
         name = f"iteration_{iteration:03d}/opponent"
         print(name)
@@ -277,6 +286,11 @@ class Opponent:
         print(f"Writing the {reads} to {path}")
         write = export if reads == "export" else save_adapter
         self.engine.update(write(self.model.causal_lm, path))
+
+
+def _progress(total: int, unit: str) -> Any:
+    """A bar with what is done a second; none where nobody looks at it."""
+    return tqdm(total=total, unit=f" {unit}", disable=None)
 
 
 def _arrays(completions: Sequence[Completion]) -> Arrays:

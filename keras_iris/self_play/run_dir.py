@@ -8,8 +8,6 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import keras
-
 from keras_iris import backend
 from keras_iris.files import locked, remove_unfinished, replaced
 from keras_iris.metrics import ExampleScore
@@ -283,15 +281,12 @@ class RunDir:
         count, index = backend.process_count(), backend.process_index()
         own = missing[index::count]
         made = missing if backend.IS_ONE_PROGRAM else own
-        progress = keras.utils.Progbar(len(keys), unit_name="shard")
-        progress.update(len(keys) - len(missing))
         with closing(make(made) if make and made else _nothing()) as parts:
             for number, part in zip(made, parts, strict=True):
                 found[number] = part
                 if number in own:
                     metadata = {"key": keys[number], "shard_size": str(size)}
                     write_arrays(self._shard_path(name, number), part, metadata)
-                progress.add(1)
         backend.exchange("")  # all are written
         return [
             part if isinstance(part, dict) else self._others(name, i, keys[i])
