@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import keras
 import numpy as np
+from keras import ops
 
 from keras_iris.arguments import check_between
 from keras_iris.callbacks.gap import (
@@ -15,6 +16,8 @@ from keras_iris.callbacks.gap import (
 )
 from keras_iris.callbacks.self_play_callback import Logs, SelfPlayCallback
 from keras_iris.metrics import PairBatch, effective_sample_size
+
+Tensor = Any
 
 # By `SelfPlay` before each `fit`; not yet known; a mean over the batches so
 # far; of the first epoch.
@@ -178,16 +181,43 @@ class AlphaScheduler(SelfPlayCallback):
         return float(np.clip(order, self.min_alpha, self.max_alpha))
 
     def _capped(self, alpha: float, pairs: PairBatch) -> float:
-        """The largest order up to `alpha` that keeps enough examples."""
-        real, synthetic = pairs.log_ratio.T
-        weight = pairs.sample_weight
-        orders = np.linspace(alpha, 0.0, 101)
-        sizes = keras.ops.convert_to_numpy(
-            keras.ops.minimum(
-                effective_sample_size(real, orders - 1, weight),
-                effective_sample_size(synthetic, orders, weight),
-            )
+        """What the guard leaves of an order for the batch."""
+        order = guarded_order(
+            alpha,
+            pairs.log_ratio,
+            pairs.sample_weight,
+            min_effective_sample_size=self.min_effective_sample_size,
         )
-        enough = np.flatnonzero(sizes >= self.min_effective_sample_size)
-        best = enough[0] if len(enough) else np.argmax(sizes)
-        return float(orders[best])
+        return float(keras.ops.convert_to_numpy(order))
+
+
+def guarded_order(
+    alpha: Tensor,
+    log_ratio: Tensor,
+    sample_weight: Tensor | None = None,
+    *,
+    min_effective_sample_size: float = 0.5,
+) -> Tensor:
+    """The largest order up to `alpha` that keeps enough of a batch.
+
+    Args:
+        alpha: An order, a number or a scalar tensor.
+        log_ratio: Policy minus opponent log-probs, shape `(batch, 2)`.
+        sample_weight: Weights of shape `(batch,)`, or None for ones.
+        min_effective_sample_size: Share of the batch that annotated and
+            synthetic weights both have to keep.
+
+    Returns:
+        One of 101 orders from `alpha` down to 0, a scalar tensor; where none
+        keeps enough, that whose smaller effective sample size is largest.
+    """
+    log_ratio = ops.convert_to_tensor(log_ratio)
+    orders = alpha * ops.linspace(1.0, 0.0, 101)
+    sizes = ops.minimum(
+        effective_sample_size(log_ratio[:, 0], orders - 1, sample_weight),
+        effective_sample_size(log_ratio[:, 1], orders, sample_weight),
+    )
+    enough = sizes >= min_effective_sample_size
+    largest = ops.max(ops.where(enough, orders, -1.0))
+    fallback = ops.take(orders, ops.argmax(sizes))
+    return ops.where(ops.any(enough), largest, fallback)
