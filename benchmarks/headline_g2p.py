@@ -4,7 +4,7 @@
 
 The IRIS paper starts from a model fine-tuned on 13% of the annotations and ends
 above one that saw all. Here a decoder of 0.1M parameters learns how words are
-pronounced from 13% of a pool of 8,000; from there SFT goes on, and so do SPIN,
+pronounced from 13% of a pool of 4,000; from there SFT goes on, and so do SPIN,
 SPACE, SPIF, T-SPIN and IRIS, all for the same number of steps. Losses, gap and
 guard are the package's own.
 
@@ -22,8 +22,8 @@ headline_plan.py):
   counted: one in twenty is expected to exclude zero by chance.
 - Main scores are NLL and greedy phoneme error rate, better where lower.
 - Where could self-play pay? The grid: many epochs of few words, a start that
-  was cut short, a start from noisy annotations (self-play has clean ones), an
-  SFT anchor, and several answers to a prompt from one policy.
+  was cut short, a start from noisy annotations (self-play has clean ones), and
+  an SFT anchor.
 
 Runs are kept in a file, so what was cut off goes on. `--only NAME` makes the
 runs of one setting and writes no record: settings may run side by side.

@@ -97,6 +97,7 @@ def generate(params, rows, key, is_greedy=False):
         key: A random key; temperature is 1.
         is_greedy: Whether to take the likeliest symbols instead.
     """
+    rows = jnp.asarray(rows)
     batch, width = len(rows), params["symbols"].shape[1]
     empty = jnp.zeros((batch, LENGTH, width))
 
