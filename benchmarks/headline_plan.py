@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN
+from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN, TSPIN
 
 SETTINGS = {
     "model": {"layers": 2, "width": 64, "inner_width": 256},
@@ -31,24 +31,22 @@ class Method(NamedTuple):
         make: Makes the loss.
         alpha: The order; None where it follows the gap. Others ignore it.
         num_samples: Synthetic responses to a prompt.
-        num_kinds: Kinds of responses beside annotated ones: none for SFT, two
-            where the first policy's count as well.
     """
 
     make: Callable
     alpha: float | None = 1.0
     num_samples: int = 1
-    num_kinds: int = 1
 
 
 CONTROL = "SFT goes on"
 ADAPTIVE = "IRIS adaptive"
 METHODS = {
-    CONTROL: Method(SFT, num_kinds=0),
+    CONTROL: Method(SFT),
     "SPIN 0.1": Method(functools.partial(SPIN, 0.1)),
     "SPIN 1": Method(functools.partial(SPIN, 1.0)),
     "SPACE": Method(SPACE),
     "SPIF 0.3": Method(functools.partial(SPIF, 0.3)),
+    "T-SPIN": Method(TSPIN),
     **{f"IRIS {a:g}": Method(IRIS, a) for a in (0.5, 1.0, 1.5, 2.0)},
     ADAPTIVE: Method(IRIS, None),
     "IRIS 1, 4 answers": Method(IRIS, 1.0, num_samples=4),

@@ -80,11 +80,26 @@ def as_pairs(values, num_kinds, num_samples):
 
 
 @functools.cache
-def make_training(method):
+def _make_loss(method):
+    return method.make()
+
+
+def _num_kinds(method, iteration):
+    """Kinds of responses beside annotated ones: see `as_pairs`."""
+    loss = _make_loss(method)
+    if not loss.uses_synthetic:
+        return 0
+    # In the first iteration synthetic responses are the first policy's.
+    return 1 if iteration == 0 else loss.max_responses - 1
+
+
+@functools.cache
+def make_training(method, num_kinds):
     """A compiled function that trains for an epoch.
 
     Args:
         method: Of `headline_plan`.
+        num_kinds: As in `as_pairs`.
 
     Returns:
         A function of weights, the optimizer's state, rows `(steps, responses,
@@ -94,11 +109,11 @@ def make_training(method):
         that the guard keeps. It gives weights, state, and the orders that the
         guard leaves after each step.
     """
-    loss = method.make()
+    loss = _make_loss(method)
     order = keras.Variable(1.0, trainable=False)
     loss.bind_alpha(order)
     pairs = functools.partial(
-        as_pairs, num_kinds=method.num_kinds, num_samples=method.num_samples
+        as_pairs, num_kinds=num_kinds, num_samples=method.num_samples
     )
 
     def value(params, rows, opponent, alpha):
@@ -149,7 +164,7 @@ def fine_tune(params, rows, key, method, settings):
     Returns:
         Weights.
     """
-    train = make_training(method)
+    train = make_training(method, 0)
     state = make_optimizer_state(params)
     epochs, size = settings["epochs"], settings["batch_size"]
     steps = epochs * (len(rows) // size)
@@ -225,18 +240,21 @@ def self_play(params, rows, key, method, settings):
         follows the gap.
     """
     samples, is_adaptive = method.num_samples, method.alpha is None
-    state, first = make_optimizer_state(params), params
+    state = make_optimizer_state(params)
     epochs, size = settings["epochs"], settings["batch_size"]
     steps = settings["iterations"] * epochs * (len(rows) // size)
-    train = make_training(method)
-    order_key, *keys = jax.random.split(key, 3)
-    record = []
+    order_key, answer_key = jax.random.split(key)
+    first_answers, record = None, []
     for iteration in range(settings["iterations"]):
-        policies = [params, first][: method.num_kinds]
-        answers = [
-            _answer(p, rows, jax.random.fold_in(k, iteration), samples)
-            for p, k in zip(policies, keys, strict=False)
-        ]
+        kinds = _num_kinds(method, iteration)
+        train = make_training(method, kinds)
+        answers = []
+        if kinds > 0:
+            step_key = jax.random.fold_in(answer_key, iteration)
+            answers.append(_answer(params, rows, step_key, samples))
+            first_answers = answers[0] if iteration == 0 else first_answers
+        if kinds > 1:
+            answers.append(first_answers)
         responses = np.concatenate([rows[None], *answers])
         opponent = np.stack([jit_log_probs(params, each) for each in responses])
         gap, order = 0.0, method.alpha

@@ -157,7 +157,7 @@ def test_sft_goes_on_as_it_began(rows, params):
     tuned = headline_training.fine_tune(
         params,
         rows[0],
-        jax.random.split(key, 3)[0],
+        jax.random.split(key)[0],
         method,
         settings | {"epochs": 2},
     )
