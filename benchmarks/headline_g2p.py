@@ -25,8 +25,8 @@ headline_plan.py):
   was cut short, a start from noisy annotations (self-play has clean ones), and
   an SFT anchor.
 
-Runs are kept in a file, so what was cut off goes on. `--only NAME` makes the
-runs of one setting and writes no record: settings may run side by side.
+Runs are kept in a file, so what was cut off goes on. With `--only NAMES`
+settings may run side by side before.
 """
 
 import os
@@ -70,12 +70,17 @@ def main():
         __doc__,
         figures={"type": Path, "help": "folder of the picture"},
         runs={"type": Path, "default": Path("runs/headline_g2p.jsonl")},
-        only={"choices": list(GRID), "help": "run a setting, no record"},
+        only={
+            "choices": list(GRID),
+            "nargs": "+",
+            "default": [],
+            "help": "make the runs of these settings, write no record",
+        },
     )
     settings = SETTINGS | (QUICK if arguments.quick else {})
     runs = headline_runs.Runs(arguments.runs, settings)
     compared = []
-    for setting in [arguments.only] if arguments.only else GRID:
+    for setting in arguments.only or GRID:
         compared += headline_statistics.compare(
             runs, setting, methods_of(setting, arguments.quick)
         )

@@ -1,10 +1,11 @@
 """Writes the tables of the documents from the records of the benchmarks.
 
-    python benchmarks/table.py           # between a document's two marks
+    python benchmarks/table.py           # between two marks of a document
     python benchmarks/table.py --check   # fails if a document differs
 
 Speed and memory go to docs/benchmarks.md, five of the figures to README.md, and
-what trains better to docs/evidence.md. Quick records don't count.
+what trains better to docs/evidence.md, each benchmark to a place of its own.
+Quick records don't count.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from pathlib import Path
 import records
 
 ROOT = Path(__file__).parents[1]
-START, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
 # A benchmark whose rows are shown, and the columns to show.
 COLUMNS = {
     "train_step": (
@@ -51,6 +51,18 @@ COLUMNS = {
         "solved 1",
         "solved last",
     ),
+    "headline_g2p": (
+        "setting",
+        "method",
+        "rates",
+        "NLL",
+        "NLL - control",
+        "errors %",
+        "errors - control",
+        "right %",
+        "sampled: errors %",
+        "sampled: right %",
+    ),
     "generation": (
         "contestant",
         "useful tokens/s",
@@ -79,7 +91,7 @@ COLUMNS = {
     ),
 }
 # Benchmarks of what is learnt, not of how fast.
-EVIDENCE = ("tabular",)
+EVIDENCE = ("tabular", "headline_g2p")
 # What a figure of the README says, and where it stands: the record, the column
 # and what its rows have, beside a backend.
 FIGURES = (
@@ -182,7 +194,8 @@ def make_block(found):
         for bar in record["bars"]
     ]
     columns = ("benchmark", "figure", "bar", "measured", "")
-    blocks.append(_markdown(columns, bars))
+    if bars:
+        blocks.append(_markdown(columns, bars))
     return "\n\n".join(blocks)
 
 
@@ -209,20 +222,21 @@ def _kept(machines, is_evidence):
     return [found for found in kept if found]
 
 
-def insert(document, block):
-    """The document with the block between its marks.
+def insert(document, block, name="benchmarks"):
+    """The document with the block between the marks of a name.
 
     Raises:
         ValueError: It lacks a mark.
     """
-    if START not in document or END not in document:
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if start not in document or end not in document:
         raise ValueError(
-            f"The document has no place for the figures: expected {START} and "
-            f"{END}, each on a line of its own. Add them."
+            f"The document has no place for the figures: expected {start} and "
+            f"{end}, each on a line of its own. Add them."
         )
-    before, rest = document.split(START, 1)
-    after = rest.split(END, 1)[1]
-    return f"{before}{START}\n\n{block}\n\n{END}{after}"
+    before, rest = document.split(start, 1)
+    after = rest.split(end, 1)[1]
+    return f"{before}{start}\n\n{block}\n\n{end}{after}"
 
 
 def _caption(found):
@@ -271,23 +285,25 @@ def main(arguments=None):
     parser.add_argument("--check", action="store_true")
     options = parser.parse_args(arguments)
     machines = read_records(options.results)
-    speed, evidence = (
-        "\n\n".join(map(make_block, _kept(machines, is_evidence)))
-        for is_evidence in (False, True)
-    )
-    blocks = {"docs/benchmarks.md": speed, "README.md": make_figures(machines)}
-    if evidence:
-        blocks["docs/evidence.md"] = evidence
+    speed = "\n\n".join(map(make_block, _kept(machines, is_evidence=False)))
+    places = [
+        ("docs/benchmarks.md", "benchmarks", speed),
+        ("README.md", "benchmarks", make_figures(machines)),
+    ] + [
+        ("docs/evidence.md", name, make_block({name: record}))
+        for found in _kept(machines, is_evidence=True)
+        for name, record in found.items()
+    ]
     code = 0
-    for name, block in blocks.items():
-        file = options.root / name
+    for document, name, block in places:
+        file = options.root / document
         before = file.read_text()
-        after = insert(before, block)
+        after = insert(before, block, name)
         if not options.check:
             file.write_text(after)
         elif before != after:
             print(
-                f"{name} isn't in step with the results. Run "
+                f"{document} isn't in step with the results. Run "
                 "`python benchmarks/table.py`."
             )
             code = 1

@@ -95,7 +95,10 @@ def test_table(record, tmp_path):
     (tmp_path / "docs").mkdir()
     files = [tmp_path / "docs/benchmarks.md", tmp_path / "README.md"]
     for file in files:
-        file.write_text(f"Before\n\n{table.START}\nold\n{table.END}\n\nAfter\n")
+        file.write_text(
+            "Before\n\n<!-- benchmarks -->\n"
+            "old\n<!-- /benchmarks -->\n\nAfter\n"
+        )
     options = ["--results", str(tmp_path), "--root", str(tmp_path)]
     record()
     record("startup", value=0.1)
@@ -184,6 +187,15 @@ def test_table_of_an_unknown_column(monkeypatch, tmp_path, record):
     monkeypatch.setitem(table.COLUMNS, "train_step", ("contestant", "x TLR"))
     with pytest.raises(ValueError, match=r"has no \['x TLR'\], expected"):
         table.make_block(found)
+
+
+def test_each_evidence_has_a_place_of_its_own():
+    import table
+
+    text = "<!-- a --><!-- /a -->\n<!-- b -->old<!-- /b -->\n"
+    assert table.insert(text, "new", "b") == (
+        "<!-- a --><!-- /a -->\n<!-- b -->\n\nnew\n\n<!-- /b -->\n"
+    )
 
 
 def test_document_without_marks():
