@@ -22,6 +22,7 @@ ONCE = (
     "test_benchmarks.py",
     "test_cli.py",
     "test_docs.py",
+    "test_headline.py",
     "test_public_api.py",
     "test_run_estimate.py",
 )

@@ -10,8 +10,9 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
-if keras.backend.backend() != "jax":
-    pytest.skip("The study is JAX's.", allow_module_level=True)
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="the study is JAX's"
+)
 
 
 @pytest.fixture(autouse=True)
