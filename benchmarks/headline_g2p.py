@@ -23,7 +23,8 @@ headline_plan.py):
 - Main scores are NLL and greedy phoneme error rate, better where lower.
 - Where could self-play pay? The grid: many epochs of few words, a start that
   was cut short, a start from noisy annotations (self-play has clean ones), and
-  an SFT anchor.
+  an SFT anchor. Three of these have a fifth, higher rate, which wasn't planned:
+  the highest was the best of most methods.
 
 Runs are kept in a file, so what was cut off goes on. With `--only NAMES`
 settings may run side by side before.

@@ -41,7 +41,8 @@ def tune(runs, setting, method):
     """
     seeds = range(runs.settings["tuning_seeds"])
     found = []
-    for rate in runs.settings["rates"] if method not in (START, ALL) else []:
+    rates = runs.setting(setting)["rates"]
+    for rate in rates if method not in (START, ALL) else []:
         scores = [
             runs.get(setting, method, rate, seed)["validation"]
             for seed in seeds
