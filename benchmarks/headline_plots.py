@@ -43,7 +43,7 @@ def draw(file, compared, num_seeds):
             )
         figure.suptitle(
             "Self-play minus SFT for as many steps: mean and 95% interval of "
-            f"{num_seeds} seeds\ngreen is better, orange is worse, grey can't be "
+            f"{num_seeds} seeds\ngreen is better, orange worse, grey can't be "
             "told apart",
             x=0.01,
             ha="left",

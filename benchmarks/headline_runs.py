@@ -10,7 +10,7 @@ import headline_training
 import jax
 from headline_plan import CONTROL, GRID, METHODS
 
-START, ALL = "SFT on 13%", "SFT on 100%"
+START, ALL = "start", "SFT on 100%"
 
 
 class Runs:
