@@ -180,7 +180,8 @@ steps = [line for line in lines if line["kind"] == "step"]
 # ## Read the answers
 #
 # First of all read what the model says. The first answer is from before the
-# run.
+# run. A run warns once of what looks wrong, as above: the model's own answers
+# were more than twice as long as those of people.
 
 # %%
 print(keras_iris.evaluation.samples(folder / "run"))
