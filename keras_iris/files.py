@@ -9,10 +9,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import filelock
 
 _NEW = ".keras_iris-new"  # the end of temporary names
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: If it isn't one, or one that no tool of this package
+            writes: Python's parser gives up at deep nesting with an error of
+            its own, and at numbers of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def check_replaceable(

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from keras_iris import backend
-from keras_iris.files import locked, remove_unfinished, replaced
+from keras_iris.data.rows import shorten
+from keras_iris.files import locked, parse_json, remove_unfinished, replaced
 from keras_iris.metrics import ExampleScore
 from keras_iris.self_play.arrays import (
     Arrays,
@@ -102,7 +103,7 @@ class RunDir:
                 f"iterations: {there} there, {here} here; more can be added"
             )
         if differences:
-            lines = "\n".join(f"  {line}" for line in differences)
+            lines = "\n".join(f"  {shorten(line, 300)}" for line in differences)
             raise ValueError(
                 f"{self.path} holds a run with other settings:\n{lines}\n"
                 "Continue it with its own settings and the model it started "
@@ -327,9 +328,11 @@ def _nothing() -> Generator[Arrays, None, None]:
 def read_manifest(file: Path) -> Manifest:
     """What a run was, checked for the parts that this package reads."""
     try:
-        content: Manifest = json.loads(file.read_text(encoding="utf-8"))
+        content: Manifest = parse_json(file.read_text(encoding="utf-8"))
         for part in ("settings", "execution", "versions"):
             content[part].items()
+        content.get("left", {}).items()
+        [*content.get("earlier", [])]
         content["execution"]["iterations"] + 0
         return content
     except (ValueError, KeyError, TypeError, AttributeError) as error:
