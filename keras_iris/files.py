@@ -1,5 +1,6 @@
 """Files and folders that are there whole or not at all."""
 
+import errno
 import json
 import os
 import platform
@@ -7,12 +8,28 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import filelock
+from safetensors import SafetensorError
 
 _NEW = ".keras_iris-new"  # the end of temporary names
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: If it isn't one, or one that no tool of this package
+            writes: Python's parser gives up at deep nesting with an error of
+            its own, and at numbers of thousands of digits.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def check_replaceable(
@@ -44,6 +61,28 @@ def check_replaceable(
 
 
 @contextmanager
+def telling_of(path: Path) -> Iterator[None]:
+    """Errors of the disk within say what couldn't be written.
+
+    Args:
+        path: The file or folder that is written.
+
+    Raises:
+        OSError: In place of one of the system or of safetensors, which may
+            name no file.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            getattr(error, "errno", None) or errno.EIO,
+            f"{path} can't be written: {error}. Make room, or choose a folder "
+            "that can be written, and start again. What was whole on disk is "
+            "as it was.",
+        ) from error
+
+
+@contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A temporary path that becomes the file `path` if nothing goes wrong.
 
@@ -53,20 +92,25 @@ def replaced(path: Path) -> Iterator[Path]:
 
     Args:
         path: The file's final place; its folder is made if it isn't there.
+
+    Raises:
+        OSError: It can't be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}{_NEW}")
-    try:
-        new.touch()
-        mode = new.stat().st_mode
-        yield new
-        new.chmod(mode)  # whatever has written it
-        _sync_file(new)
-        new.replace(path)
-    except BaseException:
-        new.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with telling_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            new.touch()
+            mode = new.stat().st_mode
+            yield new
+            new.chmod(mode)  # whatever has written it
+            _sync_file(new)
+            new.replace(path)
+        except BaseException:
+            with suppress(OSError):  # the folder may be gone
+                new.unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -108,10 +152,12 @@ def locked(folder: Path) -> Iterator[None]:
         )
     try:
         me = {"host": platform.node(), "process": os.getpid()}
-        owner.write_text(json.dumps(me))
+        with suppress(OSError):  # it only helps another one's error
+            owner.write_text(json.dumps(me))
         yield
     finally:
-        owner.unlink(missing_ok=True)
+        with suppress(OSError):
+            owner.unlink(missing_ok=True)
         lock.release()
 
 
@@ -133,7 +179,15 @@ def written_beside(folder: Path) -> Iterator[Path]:
 
     Args:
         folder: The folder's final place.
+
+    Raises:
+        OSError: It can't be written.
     """
+    with telling_of(folder):
+        yield from _written_beside(folder)
+
+
+def _written_beside(folder: Path) -> Iterator[Path]:
     new = folder.with_name(f".{folder.name}{_NEW}")
     old = folder.with_name(f".{folder.name}.keras_iris-old")
     if old.exists() and not folder.exists():

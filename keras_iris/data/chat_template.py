@@ -10,6 +10,7 @@ from typing import Any
 
 from keras_iris.data.conversations import Message
 from keras_iris.data.named_templates import NAMED_TEMPLATES
+from keras_iris.data.rows import shorten
 from keras_iris.data.text_files import read_json, read_text
 from keras_iris.data.tokenizer import Tokenizer
 
@@ -23,6 +24,7 @@ _OTHER_TOKENS = (
     "cls_token",
     "mask_token",
 )
+_SHOWN = 700  # characters of a rendered text in a message
 _OTHER_TEMPLATE = (
     "Change the template's source, or take a template that suits every "
     "tokenizer: `template=ChatTemplate.named('spin')`."
@@ -130,20 +132,18 @@ class ChatTemplate:
         """
         folder = Path(folder)
         config = read_json(folder / "tokenizer_config.json")
-        source = config.get("chat_template")
-        if isinstance(source, list):  # several, by name
-            source = {t["name"]: t["template"] for t in source}.get("default")
         file = folder / "chat_template.jinja"
+        source = _find_source(config.get("chat_template"), folder)
         if file.is_file():
             source = read_text(file)
         if source is None:
             return None
         tokens = read_json(folder / "special_tokens_map.json") | config
-        other = {name: _token_text(tokens.get(name)) for name in _OTHER_TOKENS}
+        other = {name: token_text(tokens.get(name)) for name in _OTHER_TOKENS}
         return cls(
             source,
-            bos_token=_token_text(tokens.get("bos_token")),
-            eos_token=_token_text(tokens.get("eos_token")),
+            bos_token=token_text(tokens.get("bos_token")),
+            eos_token=token_text(tokens.get("eos_token")),
             other_tokens={name: text for name, text in other.items() if text},
         )
 
@@ -201,8 +201,7 @@ class ChatTemplate:
                 "The chat template changes the prompt once the response is "
                 "known, so a model would be trained on other prompts than it "
                 "generates from. Expected the whole text to start with the "
-                f"prompt.\nPrompt:\n{prompt!r}\nPrompt and response:\n"
-                f"{full!r}\n{_OTHER_TEMPLATE}"
+                f"prompt.\n{_show(prompt, full)}\n{_OTHER_TEMPLATE}"
             )
         return prompt, full
 
@@ -228,15 +227,14 @@ class ChatTemplate:
                 raise ValueError(
                     "The chat template leaves out the text of a message. "
                     f"Expected {_CHECK_USER!r} in the prompt and "
-                    f"{_CHECK_RESPONSE!r} after it.\nPrompt:\n{prompt!r}\n"
-                    f"Prompt and response:\n{full!r}"
+                    f"{_CHECK_RESPONSE!r} after it.\n{_show(prompt, full)}"
                 )
             without = self._render(messages, add_generation_prompt=False)
             if header.strip() and without == prompt:
                 raise ValueError(
                     "The chat template has no generation prompt, so a model "
-                    f"would have to write the header {header!r} of its own "
-                    "turn. Add `{% if add_generation_prompt %}"
+                    f"would have to write the header {shorten(repr(header))} "
+                    "of its own turn. Add `{% if add_generation_prompt %}"
                     "{{ header }}{% endif %}` to the end of its source."
                 )
             if tokenizer is not None:
@@ -275,9 +273,15 @@ class ChatTemplate:
         except Exception as error:  # a template can raise anything
             raise ValueError(
                 "The chat template cannot be rendered: "
-                f"{type(error).__name__}: {error}. The messages' roles are "
+                f"{type(error).__name__}: {shorten(str(error), _SHOWN)}. The "
+                "messages' roles are "
                 f"{[message.get('role') for message in messages]}."
             ) from error
+
+
+def _show(prompt: str, full: str) -> str:
+    texts = (shorten(repr(text), _SHOWN) for text in (prompt, full))
+    return "Prompt:\n{}\nPrompt and response:\n{}".format(*texts)
 
 
 def _check_end(end: str, tokenizer: Tokenizer) -> None:
@@ -292,10 +296,27 @@ def _check_end(end: str, tokenizer: Tokenizer) -> None:
         reason = f"and {written} isn't one"
         remedy = "Pass it as `load(default_template=...)`, which makes it one."
     raise ValueError(
-        f"The chat template ends a response with {end!r}, {reason} of the "
+        f"The chat template ends a response with {shorten(repr(end))}, "
+        f"{reason} of the "
         f"tokenizer's end tokens {known}, so generation would not stop there. "
         f"{remedy}"
     )
+
+
+def _find_source(entry: Any, folder: Path) -> str | None:
+    """The source in tokenizer_config.json: a text, or several by name."""
+    try:
+        if isinstance(entry, list):
+            entry = {t["name"]: t["template"] for t in entry}.get("default")
+    except (KeyError, TypeError):
+        entry = 0
+    if not isinstance(entry, str | None):
+        raise ValueError(
+            f"The 'chat_template' in {folder / 'tokenizer_config.json'} isn't "
+            "a text, nor a list of objects with 'name' and 'template'. "
+            "Download the file again."
+        )
+    return entry
 
 
 @functools.lru_cache(maxsize=32)
@@ -305,7 +326,8 @@ def _compile(source: str) -> Any:
     return make_environment().from_string(source)
 
 
-def _token_text(token: Any) -> str:
+def token_text(token: Any) -> str:
+    """The string of a token of tokenizer_config.json, or an empty one."""
     if isinstance(token, dict):  # a saved AddedToken
         token = token.get("content")
-    return token or ""
+    return token if isinstance(token, str) else ""

@@ -128,12 +128,12 @@ def read_conversation(row: Any, where: str) -> Conversation:
     elif messages is not None:
         conversation = _split_messages(messages, where)
     elif "prompt" in fields:
-        raise _no_response(where, f"its keys are {names}")
+        raise _no_response(where, f"its keys are {shorten(str(names))}")
     else:
         raise ValueError(
-            f"{where} has an unknown format: its keys are {names}, expected "
-            f"{KNOWN_FORMATS}. Write all that belongs to the prompt into "
-            "'prompt' or 'messages'."
+            f"{where} has an unknown format: its keys are "
+            f"{shorten(str(names))}, expected {KNOWN_FORMATS}. Write all that "
+            "belongs to the prompt into 'prompt' or 'messages'."
         )
     _refuse_parts(fields, _OTHER_COLUMNS, where)
     return conversation
@@ -208,7 +208,8 @@ def _split_messages(messages: Any, where: str, first: int = 0) -> Conversation:
     turns = [i for i in range(first, len(roles)) if roles[i] == "assistant"]
     if not turns:
         raise _no_response(
-            where, f"no assistant turn among the roles {roles[first:]}"
+            where,
+            f"no assistant turn among the roles {shorten(str(roles[first:]))}",
         )
     last = turns[-1]
     return _conversation(messages[:last], messages[last]["content"], where)

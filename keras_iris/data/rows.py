@@ -1,10 +1,11 @@
 """Rows of data from wherever they are, and what becomes of bad ones."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from keras_iris.files import parse_json
 
 OnBadRow = Literal["error", "drop"]
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
             try:
                 # Some editors start a file with a byte-order mark.
                 if text := line.decode("utf-8-sig").strip():
-                    yield where, json.loads(text)
+                    yield where, parse_json(text)
             except ValueError as error:  # of JSON or of UTF-8
                 text = line.decode("utf-8", errors="replace").strip()
                 yield (
@@ -153,6 +154,6 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         ) from error
 
 
-def shorten(text: str) -> str:
-    """At most 80 characters of a text, for a message."""
-    return text if len(text) <= 80 else text[:77] + "..."
+def shorten(text: str, size: int = 80) -> str:
+    """At most so many characters of a text, for a message."""
+    return text if len(text) <= size else text[: size - 3] + "..."

@@ -1,8 +1,9 @@
 """Small text files of a checkpoint's folder."""
 
-import json
 from pathlib import Path
 from typing import Any
+
+from keras_iris.files import parse_json
 
 
 def read_text(file: Path) -> str:
@@ -28,9 +29,10 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
+    text = read_text(file)
     try:
-        content = json.loads(read_text(file))
-    except json.JSONDecodeError as error:
+        content = parse_json(text)
+    except ValueError as error:
         raise ValueError(
             f"{file} is not valid JSON ({error}). Download it again."
         ) from error

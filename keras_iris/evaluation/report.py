@@ -11,6 +11,7 @@ from keras_iris.evaluation.tables import (
     make_tables,
     what_came_out,
 )
+from keras_iris.files import replaced
 
 
 def report(run_dir: str | Path) -> Path:
@@ -48,10 +49,11 @@ def report(run_dir: str | Path) -> Path:
     )
     path = folder / "report.html"
     try:
-        (folder / "plots").mkdir(exist_ok=True)
         for name, panels in plots.items():
-            draw(panels).savefig(folder / "plots" / f"{name}.png")
-        path.write_text(html, encoding="utf-8")
+            with replaced(folder / "plots" / f"{name}.png") as new:
+                draw(panels).savefig(new, format="png")
+        with replaced(path) as new:
+            new.write_text(html, encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"Expected to write the report into {folder}. Received: {error}. "

@@ -1,6 +1,5 @@
 """Reads the files of a run that was finished, killed, or is still going."""
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +8,20 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from keras_iris.evaluation.score_mode import score_mode
+from keras_iris.files import parse_json
 from keras_iris.metrics import ExampleScore
 
 Line = dict[str, Any]
 _PLACE = ("iteration", "step")
+_NUMBER = (int, float)
+# What a line of a file of texts has beside its iteration and number.
+_TEXTS: dict[str, dict[str, Any]] = {
+    "answers": {"prompt": str, "annotated": str, "answer": str},
+    "weights": {
+        **{"column": str, "weight": _NUMBER},
+        **{"prompt": str, "response": str},
+    },
+}
 _COUNTS = {
     "step": _PLACE,
     "evaluation": _PLACE,
@@ -69,13 +78,15 @@ class RunRecord(NamedTuple):
         """The lines of a file of texts, by number and iteration."""
         file = self.folder and self.folder / f"{name}.jsonl"
         found: dict[int, dict[int, Line]] = {}
-        texts = file.read_text().splitlines() if file and file.exists() else []
-        for text in texts:
+        types = {"number": int, "iteration": int, **_TEXTS[name]}
+        for text in _read_lines(file) if file and file.is_file() else []:
             try:
-                line = json.loads(text)
-                found.setdefault(line["number"], {})[line["iteration"]] = line
+                line = parse_json(text)
+                is_whole = all(isinstance(line[n], types[n]) for n in types)
             except (ValueError, KeyError, TypeError):
-                continue  # it was being written at a kill
+                is_whole = False  # it was being written at a kill
+            if is_whole:
+                found.setdefault(line["number"], {})[line["iteration"]] = line
         return found
 
     def mode(self, score: str) -> str | None:
@@ -104,7 +115,7 @@ def _read_run(run_dir: Path, name: str) -> RunRecord:
     file = run_dir / "manifest.json"
     try:
         text = file.read_text(encoding="utf-8") if file.is_file() else "{}"
-        manifest = dict(json.loads(text))
+        manifest = dict(parse_json(text))
         for part in ("settings", "execution", "versions"):
             manifest[part] = dict(manifest.get(part) or {})
         score_mode("", manifest.get("score_modes"))
@@ -139,8 +150,7 @@ def read_metrics(path: str | Path) -> list[Line]:
             f"Expected a run's folder, with a file metrics.jsonl. Received: "
             f"{path}. Pass the `run_dir` of a run that has started."
         )
-    # Half a line may hold half a character.
-    texts = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    texts = _read_lines(file)
     lines: dict[tuple[Any, ...], Line] = {}
     for number, text in enumerate(texts, 1):
         # A resumed run writes on where the killed one stopped in mid-line.
@@ -157,16 +167,28 @@ def read_metrics(path: str | Path) -> list[Line]:
     return list(lines.values())
 
 
+def _read_lines(file: Path) -> list[str]:
+    # Half a line may hold half a character.
+    return file.read_text(encoding="utf-8", errors="replace").split("\n")
+
+
 def _parse(text: str) -> Line | None:
     """The object of a line, or None where it isn't a whole one of a run."""
     try:
-        line = json.loads(text)
-    except json.JSONDecodeError:
+        line = parse_json(text)
+    except ValueError:
         return None
-    if not isinstance(line, dict):
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
         return None
     numbers = {name: line[name] for name in line if name != "kind"}
-    counts = _COUNTS.get(str(line.get("kind")), ())
+    counts = _COUNTS.get(line["kind"], ())
     is_whole = all(isinstance(numbers.get(name), int) for name in counts)
-    is_whole &= all(isinstance(v, int | float) for v in numbers.values())
+    is_whole &= all(map(_is_number, numbers.values()))
     return line if is_whole else None
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a float can be."""
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return isinstance(value, float)

@@ -1,15 +1,19 @@
 """Safetensors files of a Hugging Face folder, checked before they are read."""
 
+import re
 from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import numpy as np
 import safetensors
 
+from keras_iris.data.rows import shorten
 from keras_iris.data.text_files import read_json
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# Of the folder itself, which no "../" leads out of.
+_FILE_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -84,14 +88,14 @@ def _list_names(index: Path) -> list[str]:
     bad = [
         name
         for name in names
-        # Files of the folder itself, which no "../" leads out of.
-        if not isinstance(name, str) or name != PurePath(name).name
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name)
     ]
     if bad:
         raise ValueError(
-            f"{index} has no valid 'weight_map': received {bad[0]!r} in "
-            f"{str(weight_map)[:80]}, expected an object from weights' names "
-            "to names of files in that folder. Download it again."
+            f"{index} has no valid 'weight_map': received "
+            f"{shorten(repr(bad[0]))} in {shorten(str(weight_map))}, expected "
+            "an object from weights' names to names of safetensors files in "
+            "that folder. Download it again."
         )
     return sorted(set(names))
 

@@ -4,8 +4,15 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from keras_iris.data.rows import shorten
 from keras_iris.hub.architecture_table import ARCHITECTURES, Architecture
-from keras_iris.hub.entries import Rope, read_entry, read_integer, read_ropes
+from keras_iris.hub.entries import (
+    Rope,
+    is_integer,
+    read_entry,
+    read_integer,
+    read_ropes,
+)
 
 # Entries that change nothing of what a model computes, or only when others
 # train it. What a file sets to null, false or nothing is harmless too.
@@ -109,14 +116,16 @@ class DecoderConfig:
         full, local = read_ropes(config, row.defaults, row.ropes)
         names = [*row.arguments, *row.adjusted]
         entries = {name: read_entry(merged, name) for name in names}
-        length = config.get("max_position_embeddings")
+        length, start = "max_position_embeddings", config.get("bos_token_id")
         return cls(
             model_type=model_type,
             entries=entries,
             ropes=tuple(full if w is None else local for w in windows),
             windows=windows,
-            max_position_embeddings=length and int(length),
-            bos_token_id=config.get("bos_token_id"),
+            max_position_embeddings=read_integer(config, length)
+            if config.get(length)
+            else None,
+            bos_token_id=start if is_integer(start) else None,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -279,8 +288,11 @@ def _check(
             "load the original checkpoint, with `quantize='int8'` or 'int4' "
             "to quantize it here."
         )
-    if row.windows is None and "sliding_attention" in (
-        config.get("layer_types") or ()
+    types = config.get("layer_types")
+    if (
+        row.windows is None
+        and isinstance(types, list)
+        and "sliding_attention" in types
     ):
         config = {**config, "use_sliding_window": True}
     known = {*row.arguments, *row.adjusted, *row.defaults}
@@ -291,10 +303,10 @@ def _check(
             _check_expected(model_type, name, value, row.expected[name])
         elif value and name not in known and name not in _HARMLESS:
             raise ValueError(
-                f"config.json has {name}={value!r}, an entry that keras_iris "
-                f"doesn't know for a {model_type} model: it may change the "
-                "logits. Remove it from the file if it doesn't, or use "
-                "another checkpoint."
+                f"config.json has {shorten(f'{name}={value!r}')}, an entry "
+                f"that keras_iris doesn't know for a {model_type} model: it "
+                "may change the logits. Remove it from the file if it "
+                "doesn't, or use another checkpoint."
             )
 
 
@@ -306,7 +318,8 @@ def _check_expected(
         return
     if value != expected:
         raise ValueError(
-            f"config.json has {name}={value!r}, expected {expected!r}: "
+            f"config.json has {name}={shorten(repr(value))}, expected "
+            f"{expected!r}: "
             f"KerasHub 0.32's {model_type} model doesn't compute anything "
             "else, and its logits would be wrong. Use another checkpoint."
         )
@@ -325,15 +338,20 @@ def _read_windows(
         return num_layers * (size,)
     names = ("sliding_window_pattern", "_sliding_window_pattern")
     given = [merged[name] for name in names if merged.get(name)]
-    pattern = int([*given, row.window_pattern][0])
+    pattern = [*given, row.window_pattern][0]
+    pattern = read_integer({names[0]: pattern}, names[0])
     types = merged.get("layer_types") or [
         "sliding_attention" if (layer + 1) % pattern else "full_attention"
         for layer in range(num_layers)
     ]
     known = ("sliding_attention", "full_attention")
-    if len(types) != num_layers or any(kind not in known for kind in types):
+    if (
+        not isinstance(types, list)
+        or len(types) != num_layers
+        or any(kind not in known for kind in types)
+    ):
         raise ValueError(
-            f"config.json has layer_types={types!r}, expected {num_layers} "
-            f"out of {known}. Use another checkpoint."
+            f"config.json has layer_types={shorten(repr(types))}, expected "
+            f"{num_layers} out of {known}. Use another checkpoint."
         )
     return tuple(size if kind == known[0] else None for kind in types)

@@ -3,9 +3,15 @@
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from keras_iris.data.rows import shorten
+
 _FLAGS = ("tie_word_embeddings", "norm_topk_prob", "output_router_logits")
 # Lists for all layers, and what is in those that are left out, if anything.
 _BY_LAYER = {"layer_types": "full_attention", "no_rope_layers": None}
+# The most of them: a damaged file mustn't fill the memory with names.
+_MOST = dict.fromkeys(
+    ("num_hidden_layers", "num_experts", "num_local_experts"), 1000
+)
 _OPTIONAL = (
     "attn_logit_softcapping",
     "final_logit_softcapping",
@@ -19,15 +25,16 @@ def read_entry(content: Mapping[str, Any], name: str) -> Any:
     if name in _FLAGS:
         return bool(value)
     if name == "mlp_only_layers":
-        return [int(layer) for layer in value or ()]
+        return _layers(name, value or [])
     if name in _BY_LAYER:
         return _list(content, name, _BY_LAYER[name])
     if name == "router_aux_loss_coef":
-        return float(value or 0.0)
+        return read_number(content, name) if value else 0.0
     if not value and name in _OPTIONAL:
         return None
-    is_integer = name != "rms_norm_eps" and not name.endswith("softcapping")
-    return (read_integer if is_integer else read_number)(content, name)
+    if name == "rms_norm_eps" or name.endswith("softcapping"):
+        return read_number(content, name)
+    return read_integer(content, name)
 
 
 def _list(content: Mapping[str, Any], name: str, default: Any) -> list[Any]:
@@ -38,15 +45,36 @@ def _list(content: Mapping[str, Any], name: str, default: Any) -> list[Any]:
         return num_layers * [default]
     if not isinstance(values, list) or len(values) != num_layers:
         raise ValueError(
-            f"config.json has {name}={values!r}, expected a list of "
-            f"{num_layers}, for as many layers. Download the file again."
+            f"config.json has {name}={shorten(repr(values))}, expected a list "
+            f"of {num_layers}, for as many layers. Download the file again."
         )
     return values
 
 
+def _layers(name: str, values: Any) -> list[int]:
+    """An entry that lists layers by their numbers."""
+    if not isinstance(values, list) or not all(map(is_integer, values)):
+        raise ValueError(
+            f"config.json has {name}={shorten(repr(values))}, expected a list "
+            "of layers' numbers. Download the file again."
+        )
+    return values
+
+
+def is_integer(value: Any) -> bool:
+    """Whether a JSON value is a whole number."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def read_integer(content: Mapping[str, Any], name: str) -> int:
     """An entry that has to be a number of things."""
-    return int(read_number(content, name))
+    value, most = read_number(content, name), _MOST.get(name, 2**31)
+    if not 1 <= value <= most or value != int(value):
+        raise ValueError(
+            f"config.json has {name}={value!r}, expected a whole number up to "
+            f"{most}. Download the file again."
+        )
+    return int(value)
 
 
 def read_number(content: Mapping[str, Any], name: str) -> float:
@@ -58,10 +86,10 @@ def read_number(content: Mapping[str, Any], name: str) -> float:
             "Download the file again."
         )
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value <= 0:
+    if not is_number or not 0 < value < 2**63:
         raise ValueError(
-            f"config.json has {name}={value!r}, expected a number above 0. "
-            "Download the file again."
+            f"config.json has {name}={shorten(repr(value))}, expected a number "
+            "above 0. Download the file again."
         )
     return float(value)
 
@@ -137,7 +165,8 @@ def _read(entries: Mapping[str, Any], kinds: Collection[str]) -> Rope:
     kind = entries.get("rope_type", entries.get("type")) or "default"
     if kind not in kinds:
         raise ValueError(
-            f"config.json scales the rotary embedding by {kind!r}. Expected "
+            f"config.json scales the rotary embedding by "
+            f"{shorten(repr(kind))}. Expected "
             f"one of {list(kinds)}: KerasHub's model of this type would give "
             "wrong logits. Use another checkpoint, or remove the scaling if "
             "prompts stay within the original length."
@@ -147,7 +176,8 @@ def _read(entries: Mapping[str, Any], kinds: Collection[str]) -> Rope:
     for name, value in entries.items():
         if name not in known and not _is_off(name, value):
             raise ValueError(
-                f"config.json has {name}={value!r} for the rotary embedding, "
+                f"config.json has {shorten(f'{name}={value!r}')} for the "
+                "rotary embedding, "
                 "which keras_iris doesn't read: the logits could be wrong. "
                 "Use another checkpoint."
             )
@@ -166,7 +196,8 @@ def _object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     entry = config.get(name) or {}
     if not isinstance(entry, Mapping):
         raise ValueError(
-            f"config.json has {name}={entry!r}, expected an object. "
+            f"config.json has {name}={shorten(repr(entry))}, expected an "
+            "object. "
             "Download the file again."
         )
     return dict(entry)

@@ -130,7 +130,7 @@ def _find_source(
     if source is None:
         return None
     content = read_json(Path(source).expanduser() / "config.json")
-    if content.get("model_type") not in ARCHITECTURES:
+    if str(content.get("model_type")) not in ARCHITECTURES:
         if not is_given:
             return None  # KerasHub's layout
         raise ValueError(

@@ -57,7 +57,7 @@ def inspect(
     """
     folder = find_folder(preset, revision, with_weights=False)
     content = {} if folder is None else read_json(folder / "config.json")
-    if folder is None or content.get("model_type") not in ARCHITECTURES:
+    if folder is None or str(content.get("model_type")) not in ARCHITECTURES:
         raise ValueError(
             f"{preset} has no config.json with a model_type out of "
             f"{tuple(ARCHITECTURES)}. Expected 'hf://org/name' or a "

@@ -96,7 +96,7 @@ def load(  # noqa: PLR0913 (by keyword only)
         causal_lm = load_keras_preset(
             str(folder or preset), dtype=dtype, template=default_template
         )
-    elif content["model_type"] in ARCHITECTURES:
+    elif str(content["model_type"]) in ARCHITECTURES:
         causal_lm = _load_tested(folder, content, dtype, default_template)
     else:
         causal_lm = load_untested(

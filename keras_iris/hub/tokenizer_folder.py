@@ -1,13 +1,17 @@
 """The tokenizer of a Hugging Face folder."""
 
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from keras_iris.data import ChatTemplate, Tokenizer
+from keras_iris.data.chat_template import token_text
+from keras_iris.data.rows import shorten
 from keras_iris.data.text_files import read_json
 from keras_iris.hub.convert_tokenizer import convert_folder
+from keras_iris.hub.entries import is_integer
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 _RESPONSE = "The response."
@@ -42,8 +46,15 @@ def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
             f"{folder / 'tokenizer.json'} has no entry 'model'. Expected a "
             "file of the `tokenizers` library; download it again."
         )
-    ids = _add_tokens(definition, config)
-    named = {name: ids.get(token_text(config[name]) or "") for name in config}
+    try:
+        ids, wanted = _read_tokens(definition, config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"tokenizer.json or tokenizer_config.json in {folder} have tokens "
+            f"that can't be read ({error!r}). Download them again."
+        ) from error
+    _add_tokens(definition["added_tokens"], ids, wanted)
+    named = {name: ids.get(token_text(config[name])) for name in config}
     end_token_ids = [
         *template_end(template, ids),
         *_generation_end(folder),
@@ -68,30 +79,39 @@ def check_embeddings(tokenizer: Tokenizer, vocabulary_size: int) -> None:
         )
 
 
-def _add_tokens(
+def _read_tokens(
     definition: dict[str, Any], config: Mapping[str, Any]
-) -> dict[str, int]:
-    """Adds special tokens that only tokenizer_config.json names.
+) -> tuple[dict[str, int], dict[str, tuple[int, dict[str, Any]]]]:
+    """The added tokens, and those that have to be.
 
-    As transformers does: those of `added_tokens_decoder`, and the named ones
-    that are in the vocabulary.
+    As in transformers these are those of `added_tokens_decoder`, and the named
+    ones that are in the vocabulary.
 
     Returns:
-        All added tokens and their ids.
+        The ids of added tokens; id and flags of those that have to be.
     """
-    added: list[dict[str, Any]] = definition.setdefault("added_tokens", [])
-    ids: dict[str, int] = {t["content"]: t["id"] for t in added}
+    added = definition.setdefault("added_tokens", [])
+    ids = {str(t["content"]): operator.index(t["id"]) for t in added}
     vocabulary = definition["model"].get("vocab", {})
     if not isinstance(vocabulary, dict):  # Unigram: a list of pairs
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
     wanted = {
-        entry["content"]: (int(token_id), entry)
+        str(entry["content"]): (int(token_id), entry)
         for token_id, entry in config.get("added_tokens_decoder", {}).items()
     }
     for name in _NAMED_TOKENS:
         text = token_text(config.get(name))
         if text and text in vocabulary:
-            wanted.setdefault(text, (vocabulary[text], {}))
+            wanted.setdefault(text, (operator.index(vocabulary[text]), {}))
+    return ids, wanted
+
+
+def _add_tokens(
+    added: list[dict[str, Any]],
+    ids: dict[str, int],
+    wanted: Mapping[str, tuple[int, dict[str, Any]]],
+) -> None:
+    """Adds to tokens and ids what only tokenizer_config.json names."""
     for text, (token_id, entry) in wanted.items():
         if text not in ids:
             flags = ("single_word", "lstrip", "rstrip", "normalized")
@@ -105,7 +125,6 @@ def _add_tokens(
                 "models; download them again."
             )
     added.sort(key=lambda token: int(token["id"]))
-    return ids
 
 
 def template_end(
@@ -133,15 +152,17 @@ def template_end(
 
 
 def _generation_end(folder: Path) -> list[int]:
-    ids = read_json(folder / "generation_config.json").get("eos_token_id")
-    if ids is None:
-        ids = read_json(folder / "config.json").get("eos_token_id")
-    if ids is None:
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name).get("eos_token_id")
+        if found is not None:
+            break
+    else:
         return []
-    return [ids] if isinstance(ids, int) else list(ids)
-
-
-def token_text(token: Any) -> str | None:
-    """The string of a token, which may be saved as an object."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+    ids = found if isinstance(found, list) else [found]
+    if not all(map(is_integer, ids)):
+        raise ValueError(
+            f"{folder / name} has eos_token_id={shorten(repr(found))}, "
+            "expected the id of a token, or a list of ids. Correct the entry, "
+            "or download the file again."
+        )
+    return ids

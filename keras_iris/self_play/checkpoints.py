@@ -1,6 +1,7 @@
 """The checkpoints of a run."""
 
 import json
+import operator
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
@@ -248,6 +249,8 @@ def _progress(file: Path) -> tuple[int, int, int]:
     """How far a run had come; a damaged file may be the latest."""
     try:
         position = json.loads(_metadata(file)["position"])
-    except (ValueError, KeyError):
+        places = map(position.__getitem__, ("iteration", "epoch", "batch"))
+        iteration, epoch, batch = map(operator.index, places)
+    except (AttributeError, KeyError, TypeError, ValueError):
         return (2**31, 0, 0)
-    return position["iteration"], position["epoch"], position["batch"]
+    return iteration, epoch, batch

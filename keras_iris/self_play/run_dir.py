@@ -4,12 +4,19 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from keras_iris import backend
-from keras_iris.files import locked, remove_unfinished, replaced
+from keras_iris.data.rows import shorten
+from keras_iris.files import (
+    locked,
+    parse_json,
+    remove_unfinished,
+    replaced,
+    telling_of,
+)
 from keras_iris.metrics import ExampleScore
 from keras_iris.self_play.arrays import (
     Arrays,
@@ -102,7 +109,7 @@ class RunDir:
                 f"iterations: {there} there, {here} here; more can be added"
             )
         if differences:
-            lines = "\n".join(f"  {line}" for line in differences)
+            lines = "\n".join(f"  {shorten(line, 300)}" for line in differences)
             raise ValueError(
                 f"{self.path} holds a run with other settings:\n{lines}\n"
                 "Continue it with its own settings and the model it started "
@@ -134,8 +141,9 @@ class RunDir:
                 yield
             except BaseException:
                 # Other processes may be elsewhere: nothing is done together.
-                if backend.process_count() == 1:
-                    self._end(manifest, describe)
+                if backend.process_count() == 1 and self.manifest.exists():
+                    with suppress(OSError):  # which is raised already
+                        self._end(manifest, describe)
                 raise
             self._end(manifest, describe)
 
@@ -172,11 +180,7 @@ class RunDir:
 
     def log(self, kind: str, **values: Any) -> None:
         """Appends a line to `metrics.jsonl`."""
-        if not is_first():
-            return
-        line = json.dumps({"kind": kind, **values})
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(line + "\n")
+        self._append("metrics", [{"kind": kind, **values}])
 
     def log_scores(self, scores: Any, **where: float) -> dict[str, float]:
         """Appends a line of what `evaluate` returned; gives it as numbers.
@@ -205,12 +209,20 @@ class RunDir:
             iteration: Number of the iteration.
             lines: Texts and numbers by name.
         """
+        place = {"iteration": iteration}
+        numbered = ({"number": n, **line} for n, line in enumerate(lines))
+        self._append(name, [{**place, **line} for line in numbered])
+
+    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         if not (lines and is_first()):
             return
-        with open(self.path / f"{name}.jsonl", "a") as file:
-            for number, line in enumerate(lines):
-                place = {"iteration": iteration, "number": number}
-                file.write(json.dumps({**place, **line}) + "\n")
+        path = self.path / f"{name}.jsonl"
+        text = "".join(f"{json.dumps(line)}\n" for line in lines)
+        with telling_of(path):
+            # There as long as the folder is, which mustn't come to be again.
+            (self.path / "metrics.jsonl").stat()
+            with open(path, "a") as file:
+                file.write(text)
 
     def _keep_examples(self, scores: Any, iteration: int) -> None:
         if not is_first():
@@ -327,9 +339,11 @@ def _nothing() -> Generator[Arrays, None, None]:
 def read_manifest(file: Path) -> Manifest:
     """What a run was, checked for the parts that this package reads."""
     try:
-        content: Manifest = json.loads(file.read_text(encoding="utf-8"))
+        content: Manifest = parse_json(file.read_text(encoding="utf-8"))
         for part in ("settings", "execution", "versions"):
             content[part].items()
+        content.get("left", {}).items()
+        [*content.get("earlier", [])]
         content["execution"]["iterations"] + 0
         return content
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -105,6 +105,13 @@ def test_environment_is_that_of_transformers(
     )
 
 
+def test_an_error_shows_the_beginning_of_long_texts():
+    template = ChatTemplate("{{ 'x' * 10000 }}{{ messages | length }}")
+    with pytest.raises(ValueError, match="changes the prompt") as caught:
+        template.check()
+    assert len(str(caught.value)) < 2500
+
+
 def test_the_date_is_always_the_same():
     template = ChatTemplate("{{ strftime_now('%d %B %Y %H:%M') }}")
     assert template.render_prompt(ONE_TURN) == "26 July 2024 00:00"

@@ -117,6 +117,17 @@ def test_a_bad_json_line_is_named(tmp_path):
         read_conversations(path)
 
 
+def test_a_line_that_is_nested_too_deeply(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n" + "[" * 100_000)
+    with pytest.raises(ValueError, match="line 2 of .*nested too") as caught:
+        read_conversations(path)
+    assert len(str(caught.value)) < 1000
+    with pytest.raises(ValueError) as caught:
+        read_conversations([{"a" * 10_000: 1}])
+    assert len(str(caught.value)) < 1000
+
+
 def test_a_bad_row_of_a_file_is_named(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(GOOD) + "\n\n[1]\n")

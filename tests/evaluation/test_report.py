@@ -165,13 +165,17 @@ def test_line_after_a_truncated_one_is_found(tmp_path):
         '"kind"',
         '{"kind": "step", "alpha": 1}',
         '{"kind": "evaluation", "x": 1}',
+        '{"kind": ["step"]}',
+        pytest.param(f'{{"kind": "a", "x": {"9" * 400}}}', id="400 digits"),
+        pytest.param(f'{{"kind": "a", "x": {"9" * 5000}}}', id="5000 digits"),
+        pytest.param('{"kind": ' * 100_000, id="deep"),
         '{"kind": "step", "iteration": 1, "step": 9, "alpha": "a"}',
     ],
 )
 def test_damaged_line_in_the_middle(tmp_path, bad):
     text = f"{bad}\n{json.dumps(step_line(1, 1))}\n"
     (tmp_path / "metrics.jsonl").write_text(text)
-    expected = f"line 1 of .*{re.escape(bad)}.*Delete"
+    expected = f"line 1 of .*{re.escape(bad[:40])}.*Delete"
     with pytest.raises(ValueError, match=expected):
         read_metrics(tmp_path)
 
@@ -186,7 +190,11 @@ def test_missing_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[1]", "1", '{"settings": 3}', '{"score_modes": {"a": "up"}}']
+    "text",
+    [
+        *("{", "[1]", "1", '{"settings": 3}', '{"score_modes": {"a": "up"}}'),
+        pytest.param("[" * 100_000, id="deep"),
+    ],
 )
 def test_damaged_manifest(run_dir, text):
     (run_dir / "manifest.json").write_text(text)
@@ -605,8 +613,10 @@ def write_answers(folder, **texts):
         | {"answer": text}
         for i, text in enumerate(texts.values())
     ]
-    lines = [json.dumps(line) for line in lines] + ['{"iteration": 7, "num']
-    (folder / "answers.jsonl").write_text("\n".join(lines))
+    others = [{**lines[0], "iteration": 2, "answer": 5}, {"number": "0"}, 7]
+    lines = [*map(json.dumps, [*lines, *others]), '{"iteration": 7, "num']
+    text = "\n".join(lines).encode() + b"\xff\n" + 100_000 * b"["
+    (folder / "answers.jsonl").write_bytes(text)
 
 
 def test_answers(run_dir, capsys):

@@ -84,6 +84,36 @@ BAD_CONFIGS = {
         dict(num_attention_heads=0),
         "config.json has num_attention_heads=0, expected a number above 0",
     ),
+    "half a layer": (
+        "llama",
+        dict(num_hidden_layers=1.5),
+        "num_hidden_layers=1.5, expected a whole number up to 1000",
+    ),
+    "layers that would fill the memory": (
+        "llama",
+        dict(num_hidden_layers=10**8),
+        "expected a whole number up to 1000",
+    ),
+    "an infinite size": (
+        "llama",
+        dict(hidden_size=float("inf")),
+        "hidden_size=inf, expected a number above 0",
+    ),
+    "a number too long for a float": (
+        "llama",
+        dict(vocab_size=10**400),
+        "..., expected a number above 0",
+    ),
+    "a number of windows": (
+        "gemma2",
+        dict(layer_types=2),
+        "layer_types=2, expected 2 out of",
+    ),
+    "layers by name": (
+        "qwen3_moe",
+        dict(mlp_only_layers=["first"]),
+        "mlp_only_layers=['first'], expected a list of layers' numbers",
+    ),
     "incomplete": ("llama", dict(hidden_size=None), "no entry 'hidden_size'"),
     "other shapes": ("llama", dict(intermediate_size=128), "with shape"),
     "too many layers": ("llama", dict(num_hidden_layers=3), "lacks 9 of 29"),
@@ -166,6 +196,38 @@ BAD_FILES = {
         "model.safetensors.index.json has no valid 'weight_map': received "
         "'../model.safetensors'",
     ),
+    "an index with a name that no disk takes": (
+        _index(b'{"weight_map": {"a": "%s.safetensors"}}' % (b"a" * 300)),
+        "has no valid 'weight_map'",
+    ),
+    "an index with half a character": (
+        _index(b'{"weight_map": {"a": "\\ud800.safetensors"}}'),
+        "has no valid 'weight_map'",
+    ),
+    "deep nesting": (
+        _write("config.json", b'{"a":' * 100_000),
+        "config.json is not valid JSON (it is nested too deeply)",
+    ),
+    "thousands of digits": (
+        _write("generation_config.json", b'{"a": %s}' % (b"9" * 5000)),
+        "generation_config.json is not valid JSON",
+    ),
+    "end tokens of other types": (
+        _write("generation_config.json", b'{"eos_token_id": [1, "2"]}'),
+        "generation_config.json has eos_token_id=[1, '2'], expected",
+    ),
+    "templates without names": (
+        _write("tokenizer_config.json", b'{"chat_template": ["{{ 1 }}"]}'),
+        "'chat_template' in",
+    ),
+    "added tokens of other types": (
+        _write("tokenizer_config.json", b'{"added_tokens_decoder": {"a": {}}}'),
+        "have tokens that can't be read",
+    ),
+    "a model of another type": (
+        _write("tokenizer.json", b'{"model": 0.5}'),
+        "have tokens that can't be read",
+    ),
     "an index without a map": (
         _index(b'{"weight_map": ["a"]}'),
         "model.safetensors.index.json has no valid 'weight_map': received "
@@ -207,6 +269,13 @@ def test_bad_files(checkpoint, tmp_path, no_model, case):
     change, message = BAD_FILES[case]
     change(folder)
     with pytest.raises(ValueError, match=re.escape(message)):
+        load(folder)
+
+
+def test_a_type_of_model_that_is_none(checkpoint, tmp_path, no_model):
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    edit(folder / "config.json", model_type=["qwen2"])
+    with pytest.raises(ValueError, match="KerasHub cannot load"):
         load(folder)
 
 

@@ -14,6 +14,8 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 import keras_iris
 from keras_iris.data import Example, SymbolTokenizer
 from keras_iris.files import replaced
+from keras_iris.self_play.arrays import write_arrays
+from keras_iris.self_play.checkpoints import Checkpoints
 
 
 def test_nan_stops_training_with_the_ids_and_keeps_the_checkpoint(tmp_path):
@@ -143,7 +145,17 @@ class TestErrors:
             with pytest.raises(ValueError, match="Keras callback or a list"):
                 make_self_play(tmp_path, callbacks=callbacks)
 
-    @pytest.mark.parametrize("text", ["", "{}", "[]"])
+    @pytest.mark.parametrize(
+        "text",
+        [
+            *("", "{}", "[]", "[" * 100_000),
+            '{"settings": {}, "versions": {}, "left": [], '
+            '"execution": {"iterations": 1}}',
+            '{"settings": {}, "versions": {}, "earlier": 5, '
+            '"execution": {"iterations": 1}}',
+        ],
+        ids=["empty", "object", "list", "deep", "left", "earlier"],
+    )
     def test_broken_manifest(self, text, tmp_path):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(ValueError, match="not the manifest of a run"):
@@ -160,6 +172,16 @@ class TestErrors:
         (tmp_path / "checkpoint.safetensors").write_text("half")
         with pytest.raises(ValueError, match="Put back a whole checkpoint"):
             self_play.run()
+
+    @pytest.mark.parametrize("damage", [b"5            ", b"{           }"])
+    def test_damaged_position(self, damage, tmp_path):
+        file = tmp_path / "checkpoint.safetensors"
+        write_arrays(file, {}, {"position": '{"epoch": 0}'.ljust(13)})
+        whole = b'{\\"epoch\\": 0} '
+        assert whole in (content := file.read_bytes())
+        file.write_bytes(content.replace(whole, damage.ljust(len(whole))))
+        with pytest.raises(ValueError, match="its checksum is another one"):
+            Checkpoints(tmp_path).load([])
 
     def test_folder_that_cannot_be_written(self, tmp_path):
         (tmp_path / "file").write_text("")

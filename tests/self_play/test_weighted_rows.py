@@ -88,6 +88,7 @@ def test_the_report_shows_those_of_the_last_iteration(tmp_path):
                 "response": f"of {iteration}",
             }
             file.write(json.dumps(line) + "\n")
+        file.write(json.dumps({**line, "weight": "much"}) + "\n")
     page = report(tmp_path).read_text()
     assert "<td>3.25</td><td>&lt;b&gt;</td><td>of 2</td>" in page
     assert "of 1" not in page
