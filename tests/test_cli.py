@@ -489,3 +489,10 @@ def test_quickstart(cli):
     data = json.loads(cli(*SLOW.split()[1:], "--json").out)
     assert Path(data["report"]).exists()
     assert np.isfinite(data["scores"]["control"]["nll_per_token"]["1"])
+
+
+def test_a_section_without_a_value(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("compile:\n")
+    with pytest.raises(ValueError, match="compile has to be arguments by name"):
+        read_config(file)

@@ -98,7 +98,7 @@ def read_config(path: Path, settings: Sequence[str] = ()) -> Config:
         for name, values in content.items()
         if name in functions
     }
-    if "loss" not in content["compile"]:
+    if "loss" not in sections["compile"]:
         problems.append("compile.loss is missing. Such as `loss: IRIS`.")
     if problems:
         raise ValueError("\n  ".join([f"{path} can't be run:", *problems]))

@@ -7,6 +7,7 @@ The 10,000 damages are `slow`, the first 400 of them run by default:
 
 import importlib
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -22,6 +23,7 @@ from corruption import (
 from matplotlib.figure import Figure
 from safetensors.numpy import load_file, save_file
 
+from keras_iris.cli.config import read_config
 from keras_iris.data import ChatTemplate, load_dataset, read_conversations
 from keras_iris.evaluation import read_metrics, report, samples, scores_table
 from keras_iris.hub.checkpoint import find_weights, read_weights
@@ -233,6 +235,13 @@ def _index(folder, checkpoint):
     return file, read, (damage_bytes, damage_json, leave)
 
 
+def _yaml(folder, checkpoint):
+    file = folder / "config.yaml"
+    recipe = Path(__file__).parents[2] / "recipes" / "smollm2_135m.yaml"
+    file.write_bytes(recipe.read_bytes())
+    return file, lambda: read_config(file), (damage_bytes,)
+
+
 def _arrays(folder, checkpoint):
     arrays = load_file(checkpoint("qwen2") / "model.safetensors")
     arrays = {name: a for name, a in arrays.items() if a.ndim == 1}
@@ -249,7 +258,7 @@ def _arrays(folder, checkpoint):
 # How to make it, how many of 100 damages it gets, what an error may say in
 # place of the file's name.
 WHAT = {
-    "rows": (_rows, 16, ()),
+    "rows": (_rows, 14, ()),
     "metrics": (_metrics, 12, ()),
     "report of metrics": (_pages("metrics.jsonl"), 1, ()),
     "report of manifest": (_pages("manifest.json"), 2, ()),
@@ -292,6 +301,7 @@ WHAT = {
     ),
     "index": (_index, 4, ("lacks",)),
     "arrays": (_arrays, 3, ("lacks",)),
+    "config.yaml": (_yaml, 2, ()),
 }
 assert sum(share for _, share, _ in WHAT.values()) == 100
 
