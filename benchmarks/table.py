@@ -63,6 +63,15 @@ COLUMNS = {
         "sampled: errors %",
         "sampled: right %",
     ),
+    "smollm2_study": (
+        "arm",
+        "nll_per_token",
+        "length",
+        "repeated_3",
+        "distinct_1",
+        "distinct_2",
+        "told_apart",
+    ),
     "generation": (
         "contestant",
         "useful tokens/s",
@@ -91,7 +100,7 @@ COLUMNS = {
     ),
 }
 # Benchmarks of what is learnt, not of how fast.
-EVIDENCE = ("tabular", "headline_g2p")
+EVIDENCE = ("tabular", "headline_g2p", "smollm2_study")
 # What a figure of the README says, and where it stands: the record, the column
 # and what its rows have, beside a backend.
 FIGURES = (

@@ -212,6 +212,7 @@ def test_records_are_of_the_settings_of_the_scripts():
     import records
     import remat
     import scaling
+    import smollm2_study
     import table
     import tabular_problem
     import train_step
@@ -231,6 +232,7 @@ def test_records_are_of_the_settings_of_the_scripts():
         assert settings[name].items() >= (expected | races).items()
     assert settings["log_probs_gpu"].items() >= log_probs.SIZES.items()
     assert settings["tabular"] == tabular_problem.SETTINGS
+    assert settings["smollm2_study"].items() >= smollm2_study.SMALL.items()
 
 
 def test_tabular_is_exact():
@@ -239,6 +241,84 @@ def test_tabular_is_exact():
     record = json.loads((records.RESULTS / "tabular.json").read_text())
     assert len(record["bars"]) == 6
     assert all(bar["met"] for bar in record["bars"])
+
+
+def test_scores_of_answers():
+    import smollm2_scores
+
+    answers = [[1, 2, 1, 2, 1, 2], [3, 1, 2], [3]]
+    scores = smollm2_scores.score_texts(answers)
+    assert scores["length"] == pytest.approx(10 / 3)
+    # Of 121 212 121 212 and 312.
+    assert scores["repeated_3"] == pytest.approx(2 / 5)
+    # 1, 2, 3 of ten; 12, 21, 31 of seven.
+    assert scores["distinct_1"] == pytest.approx(3 / 10)
+    assert scores["distinct_2"] == pytest.approx(3 / 7)
+    ones = [6 / 4, 1 / 2 + 2 / 4, 1 / 2]
+    assert scores["distinct_1"].values == pytest.approx(ones)
+
+
+def test_what_a_classifier_tells_apart():
+    import smollm2_scores
+
+    lower = [f"yeah number {i} sounds nice" for i in range(12)]
+    upper = [text.upper() for text in lower]
+
+    def accuracy(annotated, drawn):
+        return smollm2_scores.told_apart(annotated, drawn, folds=4)
+
+    assert accuracy(lower, upper) == 1
+    # One and the same text can't be both.
+    assert (accuracy(lower, lower).values == 1).all()
+    # Half of the drawn ones are annotated ones, word for word.
+    mixed = accuracy(lower, lower[:6] + upper[6:])
+    assert 0.5 < mixed < 1 and (mixed.values[6:] == 2).all()
+
+
+def test_study_has_one_turn_of_a_conversation(tmp_path, monkeypatch):
+    import smollm2_scores
+
+    messages = [{"text": "one two"}, {"text": "three"}]
+    turns = [messages, [{"text": "Four five six seven eight"}]]
+    chats = {
+        "long": {"messages": turns * 3},
+        "short": {"messages": [turns[1], [{"text": "nine ten"}]]},
+    }
+    package = tmp_path / "chitchat_dataset"
+    package.mkdir()
+    (package / "dataset.json").write_text(json.dumps(chats))
+    monkeypatch.setattr("importlib.resources.files", tmp_path.joinpath)
+    (row,) = smollm2_scores.load_rows()
+    assert row == {
+        "prompt": "one two three",
+        "response": "Four five six seven eight",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* conversations were dropped")
+def test_study_runs(checkpoint, tmp_path, monkeypatch, capsys):
+    import smollm2_study
+
+    options = [f"--{name}={tmp_path / name}" for name in ("runs", "output")]
+    options += ["--quick", f"--preset={checkpoint('qwen2')}"]
+    monkeypatch.setattr(sys, "argv", ["smollm2_study.py", *options])
+    smollm2_study.main()
+    printed = capsys.readouterr().out
+    assert "IRIS - SFT" in printed and "met     steps apart" in printed
+    # The second time nothing is trained.
+    file = tmp_path / "output/smollm2_study.quick.json"
+    first = json.loads(file.read_text())
+    smollm2_study.main()
+    again = json.loads(file.read_text())
+    assert again["figures"] == first["figures"]
+    assert again["seconds"] == first["seconds"]
+    nll = [
+        each["value"]
+        for each in first["figures"]
+        if (each["arm"], each["score"]) == ("start", "nll_per_token")
+    ]
+    assert nll[0] == pytest.approx(np.log(640), rel=0.05)
 
 
 def test_step_flops():
