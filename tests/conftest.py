@@ -25,8 +25,20 @@ ONCE = (
     "test_docs.py",
     "test_headline.py",
     "test_public_api.py",
+    "test_recipes.py",
     "test_run_estimate.py",
 )
+
+# What a run does in which order, and how it is taken up again. On TensorFlow,
+# which traces for seconds what others do at once, these are slow tests.
+SLOW_TO_TRACE = (
+    "self_play/test_control.py",
+    "self_play/test_loop.py",
+    "self_play/test_resume.py",
+    "self_play/test_termination.py",
+)
+# One for all.
+BUT_FOR = "test_kill_9_in_the_middle_of_fit"
 
 # Before anything imports TensorFlow, which KerasHub does.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -50,9 +62,13 @@ FIRST = ("test_notebooks.py", "test_backends.py", "test_distribution.py")
 def pytest_collection_modifyitems(items):
     """Marks the tests of `ONCE`, and begins with those of `FIRST`."""
     items.sort(key=lambda item: item.path.name not in FIRST)
+    is_tensorflow = os.environ.get("KERAS_BACKEND") == "tensorflow"
     for item in items:
-        if str(item.path.relative_to(ROOT / "tests")).startswith(ONCE):
+        name = str(item.path.relative_to(ROOT / "tests"))
+        if name.startswith(ONCE):
             item.add_marker(pytest.mark.once)
+        if is_tensorflow and name in SLOW_TO_TRACE and item.name != BUT_FOR:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -96,8 +96,6 @@ def names(project, monkeypatch):
     keras.distribution.set_distribution(None)
 
 
-# An alarm: the random model's answers are long.
-@pytest.mark.filterwarnings("ignore:Synthetic responses have")
 @pytest.mark.parametrize(
     "path",
     [

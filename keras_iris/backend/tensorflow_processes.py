@@ -69,7 +69,9 @@ def gather(tensor: tf.Tensor) -> tf.Tensor:
     replica = tf.distribute.get_replica_context()
     if replica.num_replicas_in_sync == 1:
         return tensor
-    return replica.all_gather(tensor, axis=0)
+    rows = replica.all_gather(tensor, axis=0)
+    # TensorFlow (2.21) forgets what it knows of the other dimensions.
+    return tf.ensure_shape(rows, (None, *tensor.shape[1:]))
 
 
 def gathered(x: Any, y: tf.Tensor, sample_weight: tf.Tensor | None) -> Any:

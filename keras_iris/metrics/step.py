@@ -50,8 +50,7 @@ class Gap(_Latest):
 class GradientNorm(_Latest):
     """The norm of the gradient in all trainable variables at the latest step.
 
-    It is that of the whole batch, before any clipping. In `evaluate` it is
-    that of the latest step of training.
+    It is that of the whole batch, before any clipping; 0 in `evaluate`.
     """
 
     default_name = "gradient_norm"

@@ -449,7 +449,7 @@ class SelfPlayModel(backend.Trainer):
             sample_weight,
             alpha=recent.alpha,
             gap=recent.gap,
-            gradient_norm=recent.gradient_norm,
+            gradient_norm=recent.gradient_norm if self._is_training else 0.0,
         ).to_tensors()
         if self._is_training:
             recent.update_state(batch)
