@@ -86,11 +86,7 @@ def test_quickstart_runs_and_goes_on_after_an_interrupt(execute):
 @pytest.mark.once
 @pytest.mark.parametrize("name", ["objective", "own_objective", "sharding"])
 def test_others_run(name, execute):
-    notebook = execute.read(FOLDER / f"{name}.py")
-    execute.make_client(notebook).execute()
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not _complaints(code)
-    assert _has_picture(code)
+    assert _has_picture(_run(execute, name))
 
 
 @pytest.mark.slow
@@ -99,10 +95,16 @@ def test_own_model_runs(execute, monkeypatch):
     from make_smollm2 import make_smollm2
 
     monkeypatch.setenv("PRESET", str(make_smollm2()[0]))
-    notebook = execute.read(FOLDER / "own_model.py")
+    _run(execute, "own_model")
+
+
+def _run(execute, name):
+    """The cells with code of a notebook that runs without complaints."""
+    notebook = execute.read(FOLDER / f"{name}.py")
     execute.make_client(notebook).execute()
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not _complaints(code)
+    return code
 
 
 def _interrupt(client, cell, method):

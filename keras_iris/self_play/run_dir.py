@@ -209,9 +209,13 @@ class RunDir:
             iteration: Number of the iteration.
             lines: Texts and numbers by name.
         """
-        place = {"iteration": iteration}
-        numbered = ({"number": n, **line} for n, line in enumerate(lines))
-        self._append(name, [{**place, **line} for line in numbered])
+        self._append(
+            name,
+            [
+                {"iteration": iteration, "number": number, **line}
+                for number, line in enumerate(lines)
+            ],
+        )
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         if not (lines and is_first()):

@@ -3,6 +3,7 @@
 import heapq
 from typing import Any
 
+import keras
 import numpy as np
 
 from keras_iris.data import PairDataset
@@ -41,7 +42,8 @@ class WeightedRows:
             ("annotated", -real, 1 - alpha),
             ("synthetic", synthetic, alpha),
         ):
-            weights = np.asarray(
+            # Of a GPU's tensor NumPy makes no array.
+            weights = keras.ops.convert_to_numpy(
                 tilted_weights(values, tilt, pairs.sample_weight)
             )
             share = pairs.sample_weight / pairs.sample_weight.sum()
