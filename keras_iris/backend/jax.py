@@ -217,10 +217,9 @@ class Trainer(SafeModel):
 
         if has_routers(self):
             return self._two_passes(trainable, fixed, x, batch_loss, scale)
-        self.loss.check_shapes(y, x["token_ids"][..., 0])
         share = shares(sample_weight, y)
         with self._fixed_scope(fixed):
-            streams = self.loss.streams(y.shape[1])
+            streams = self.loss.streams(y, x["token_ids"][..., 0])
         sums: Tree = []
         columns: dict[int, jax.Array] = {}
         for stream in streams:

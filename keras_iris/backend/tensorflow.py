@@ -1,5 +1,6 @@
 """The train step of `SelfPlayModel` on TensorFlow."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ class Trainer(keras.Model):
     See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
     """
 
+    _num_responses: Any = None  # in the last `fit`, a shape of one dimension
+
     def device_scope(self) -> Any:
         """Where the optimizer makes its variables: that of the strategy."""
         return self.distribute_strategy.scope()
@@ -139,6 +142,19 @@ class Trainer(keras.Model):
                 f"{count}. Received: micro_batch_size={size}. Use "
                 "MirroredStrategy, one device, or JAX."
             )
+
+    @functools.wraps(keras.Model.fit)
+    def fit(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Keras' own; another number of responses is traced anew.
+
+        Or the trace of any number takes the place of that of one.
+        """
+        tensor = keras.tree.flatten(getattr(x, "element_spec", x))[0]
+        num_responses = getattr(tensor, "shape", (None, None))[1:2]
+        if num_responses != self._num_responses:
+            self.train_function = None
+        self._num_responses = num_responses
+        return super().fit(x, *args, **kwargs)
 
     @property
     def _num_replicas(self) -> int:
@@ -320,16 +336,9 @@ class Trainer(keras.Model):
             num_rows = tf.shape(y)[0] // self._num_replicas
             first = replica.replica_id_in_sync_group * num_rows
             y, share = (a[first : first + num_rows] for a in (y, share))
-        self.loss.check_shapes(y, x["token_ids"][..., 0])
         sums: list[tf.Tensor] = []
         columns: dict[int, tf.Tensor] = {}
-        if y.shape[1] is None:
-            raise ValueError(
-                "The step was traced for another number of responses. Set "
-                "`model.train_function = None` before a `fit` with 3 "
-                "responses that follows one with 2."
-            )
-        for stream in self.loss.streams(y.shape[1]):
+        for stream in self.loss.streams(y, x["token_ids"][..., 0]):
             # One after another, or TensorFlow runs both at once, and holds
             # the activations of two micro-batches.
             with tf.control_dependencies(sums):

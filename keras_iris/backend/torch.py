@@ -235,10 +235,9 @@ class Trainer(keras.Model):
         num_rows = len(y) // process_count()
         first = process_index() * num_rows
         y, share = (a[first : first + num_rows] for a in (y, share))
-        self.loss.check_shapes(y, x["token_ids"][..., 0])
         gradients: Gradients = [None] * len(self.trainable_weights)
         columns: dict[int, torch.Tensor] = {}
-        for stream in self.loss.streams(y.shape[1]):
+        for stream in self.loss.streams(y, x["token_ids"][..., 0]):
             y_pred, term = self._accumulate(stream, x, y, share)
             gradients = _add(term, gradients)
             columns |= dict(zip(stream.columns, y_pred.T, strict=True))

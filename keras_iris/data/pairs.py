@@ -22,7 +22,7 @@ Batch: TypeAlias = tuple[Inputs, NDArray[np.float32], NDArray[np.float32]]
 
 def pad_pairs(
     examples: Sequence[Example],
-    synthetic: Sequence[TokenIds],
+    synthetic: Sequence[TokenIds] | None,
     length: int,
     pad_token_id: int = 0,
     *,
@@ -33,7 +33,7 @@ def pad_pairs(
     Args:
         examples: Prompts with their annotated responses.
         synthetic: The synthetic response ids of each example, with the end
-            token if there is one.
+            token if there is one; `None` for annotated ones alone.
         length: Number of tokens of every row.
         pad_token_id: The id of the padding.
         proto_synthetic: The first policy's response ids of each example, for
@@ -42,20 +42,17 @@ def pad_pairs(
     Returns:
         `{"token_ids": int32, "padding_mask": bool, "response_mask": bool}`,
         each of shape `(len(examples), 2, length)`. Index 0 of axis 1 is the
-        annotated, 1 the synthetic response; where there are proto-synthetic
-        ones, axis 1 has three entries, and they are the last. The padding mask
-        is 1 where there is a token, the response mask where that token is of
-        the response.
+        annotated, 1 the synthetic, and where it is given, 2 the
+        proto-synthetic response. The padding mask is 1 where there is a token,
+        the response mask where that token is of the response.
 
     Raises:
         ValueError: If a pair is longer than `length`, or the numbers of
             examples and responses differ.
     """
-    _check_number(examples, synthetic)
-    others = [synthetic]
-    if proto_synthetic is not None:
-        _check_number(examples, proto_synthetic)
-        others.append(proto_synthetic)
+    others = [r for r in (synthetic, proto_synthetic) if r is not None]
+    for responses in others:
+        _check_number(examples, responses)
     shape = (len(examples), 1 + len(others), length)
     token_ids = np.full(shape, pad_token_id, np.int32)
     padding_mask = np.zeros(shape, bool)
@@ -104,7 +101,8 @@ class PairDataset(keras.utils.PyDataset):
     Args:
         examples: Prompts with their annotated responses.
         synthetic: The ids of the synthetic responses, `num_samples` of the
-            first example, then those of the next.
+            first example, then those of the next. `None` for annotated
+            responses alone, which `predict` scores and no loss takes.
         opponent_log_probs: The opponent's log-probs in nats, of shape
             `(len(synthetic), 2)`: annotated, synthetic; and proto-synthetic,
             where there are such responses.
@@ -130,7 +128,7 @@ class PairDataset(keras.utils.PyDataset):
     def __init__(  # noqa: PLR0913
         self,
         examples: Sequence[Example],
-        synthetic: Sequence[TokenIds],
+        synthetic: Sequence[TokenIds] | None,
         opponent_log_probs: NDArray[np.floating[Any]] | None = None,
         *,
         batch_size: int,
@@ -144,8 +142,8 @@ class PairDataset(keras.utils.PyDataset):
     ):
         super().__init__()
         check_batch_size(batch_size, num_samples)
-        _check_number(examples, synthetic, num_samples)
-        check_one_batch(len(synthetic), batch_size)
+        self._num_pairs = len(examples) * num_samples
+        check_one_batch(self._num_pairs, batch_size)
         self.batch_size = batch_size
         self.num_samples = num_samples
         self.pad_token_id = pad_token_id
@@ -153,14 +151,14 @@ class PairDataset(keras.utils.PyDataset):
         self.seed = seed
         self.epoch = epoch
         self.examples = examples
-        self.synthetic = synthetic
+        self.synthetic = () if synthetic is None else synthetic
         self._proto_synthetic = proto_synthetic
-        generated = [synthetic]
-        if proto_synthetic is not None:
-            _check_number(examples, proto_synthetic, num_samples)
-            generated.append(proto_synthetic)
+        generated = [r for r in (synthetic, proto_synthetic) if r is not None]
+        for ids in generated:
+            _check_number(examples, ids, num_samples)
+        self.num_responses = 1 + len(generated)
         self._log_probs = _check_log_probs(
-            opponent_log_probs, (len(synthetic), 1 + len(generated))
+            opponent_log_probs, (self._num_pairs, self.num_responses)
         )
         # Of an example, with the longest of its responses.
         prompt = _lengths([e.prompt_ids for e in examples], "prompt")
@@ -182,7 +180,7 @@ class PairDataset(keras.utils.PyDataset):
 
     def __len__(self) -> int:
         """Number of batches."""
-        return -(-len(self.synthetic) // self.batch_size)
+        return -(-self._num_pairs // self.batch_size)
 
     def __getitem__(self, batch_index: int) -> Batch:
         """The batch `(x, y, sample_weight)`."""
@@ -190,10 +188,10 @@ class PairDataset(keras.utils.PyDataset):
         pairs = np.where(indices < 0, indices[0], indices)
         examples = pairs // self.num_samples
         longest = self._lengths[examples].max()
-        proto = self._proto_synthetic
+        proto, is_alone = self._proto_synthetic, self.num_responses == 1
         x = pad_pairs(
             [self.examples[i] for i in examples],
-            [self.synthetic[i] for i in pairs],
+            None if is_alone else [self.synthetic[i] for i in pairs],
             next(b for b in self.bucket_lengths if b >= longest),
             self.pad_token_id,
             proto_synthetic=proto and [proto[i] for i in pairs],

@@ -64,7 +64,6 @@ class HeldOut:
         self.batch_size = batch_size
         self.samples = min(samples, len(examples))
         self.max_new_tokens = max_new_tokens
-        self._responses = [example.response_ids for example in examples]
         self._engine: Any = None
 
     def __call__(self, model: SelfPlayModel) -> Scores:
@@ -77,9 +76,9 @@ class HeldOut:
             ValueError: Prompts are to be answered without a tokenizer.
         """
         log_probs = score_pairs(
-            model, self.examples, self._responses, batch_size=self.batch_size
+            model, self.examples, None, batch_size=self.batch_size
         )
-        num_tokens = [len(response) for response in self._responses]
+        num_tokens = [len(example.response_ids) for example in self.examples]
         nll = ExampleScore(-log_probs[:, 0], num_tokens)
         answers = self._answer(model.causal_lm) if self.samples else []
         return Scores({"nll_per_token": nll}, answers)

@@ -70,15 +70,28 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
             A list of `Risk`.
         """
 
-    def streams(self, num_responses: int = 2) -> list[Stream]:
+    def streams(self, y_true: Tensor, y_pred: Tensor) -> list[Stream]:
         """The terms whose gradients add up to that of the loss.
 
         Each takes one pass over the responses that it depends on: one for
         all where tilts are 0, as means add up, else one for each term.
 
         Args:
-            num_responses: Columns of the log-probs.
+            y_true: Opponent log-probs, of which the shape is read.
+            y_pred: Policy log-probs, or any tensor of their shape.
+
+        Raises:
+            ValueError: As of `check_shapes`, or TensorFlow has traced the
+                step for any number of responses.
         """
+        self.check_shapes(y_true, y_pred)
+        num_responses = y_true.shape[1]
+        if num_responses is None:
+            raise ValueError(
+                "The step was traced for several numbers of responses. Pass "
+                "a `PairDataset`, or set `model.train_function = None` before "
+                "a `fit` with another number."
+            )
         columns = tuple(range(num_responses))
         zeros = ops.zeros((1, num_responses), self.dtype)
         risks = self.risks(zeros, zeros)

@@ -20,7 +20,7 @@ def divisible_batch_size(size: int) -> int:
 def score_pairs(  # noqa: PLR0913
     model: SelfPlayModel,
     examples: list[Example],
-    synthetic: Sequence[np.ndarray],
+    synthetic: Sequence[np.ndarray] | None,
     *,
     batch_size: int,
     bucket_lengths: Sequence[int] | None = None,
@@ -31,22 +31,26 @@ def score_pairs(  # noqa: PLR0913
     Args:
         model: The model.
         examples: Prompts and annotated responses.
-        synthetic: Token ids of a response to each prompt.
+        synthetic: Token ids of a response to each prompt. `None` scores the
+            annotated responses alone.
         batch_size: Pairs of a batch.
         bucket_lengths: As in `keras_iris.data.PairDataset`.
         proto_synthetic: As in `PairDataset`.
 
     Returns:
-        Float32 array of shape `(examples, 2)`, or `(examples, 3)` with
-        `proto_synthetic`, in nats.
+        Float32 array of shape `(examples, 2)`, in nats; `(examples, 3)` with
+        `proto_synthetic`, `(examples, 1)` without `synthetic`.
     """
     size = divisible_batch_size(min(batch_size, len(examples)))
     missing = max(0, size - len(examples))
+
+    def filled(rows: Any) -> Any:
+        return rows and [*rows, *[rows[-1]] * missing]
+
     dataset = PairDataset(
-        [*examples, *examples[-1:] * missing],
-        [*synthetic, *[synthetic[-1]] * missing],
-        proto_synthetic=proto_synthetic
-        and [*proto_synthetic, *[proto_synthetic[-1]] * missing],
+        filled(examples),
+        filled(synthetic),
+        proto_synthetic=filled(proto_synthetic),
         batch_size=size,
         bucket_lengths=bucket_lengths,
         shuffle=False,
@@ -76,15 +80,13 @@ class TokenScorer:
         Returns:
             A float32 array of each response's length, in nats.
         """
-        lengths = [
-            len(example.prompt_ids) + len(response)
+        rows = [
+            Example(example.prompt_ids, response)
             for example, response in zip(examples, responses, strict=True)
         ]
+        longest = max(len(r.prompt_ids) + len(r.response_ids) for r in rows)
         # A power of two, so that few lengths are compiled.
-        length = 1 << (max(lengths) - 1).bit_length()
-        prompts = [Example(e.prompt_ids, e.prompt_ids[:0]) for e in examples]
-        x = pad_pairs(prompts, responses, length)
-        x = {name: array[:, 1:] for name, array in x.items()}
+        x = pad_pairs(rows, None, 1 << (longest - 1).bit_length())
         values = np.asarray(self._network.predict_on_batch(x))
         is_token = x["response_mask"][:, :, 1:]
         return [v[mask] for v, mask in zip(values, is_token, strict=True)]

@@ -372,9 +372,6 @@ class SelfPlay(Options):
         if not is_started:
             self._notify("on_generate_end", iteration, responses, timing)
         proto_synthetic = self.opponent.first_responses(iteration)
-        if proto_synthetic is not None and iteration == 2:
-            # TensorFlow's step would take any number of responses from now on.
-            self.model.train_function = None
         log_probs = self.opponent.score(
             iteration,
             key,

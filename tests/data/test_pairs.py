@@ -249,3 +249,20 @@ def test_an_empty_prompt_is_refused():
 def test_a_pair_that_is_too_long_is_refused():
     with pytest.raises(ValueError, match="Pair 0 has 3 tokens, .* = 2"):
         pad_pairs([example(3, 4)], [ONE], 2)
+
+
+def test_annotated_responses_alone():
+    examples = [Example(np.arange(1, 4), np.arange(4, 6 + i)) for i in range(3)]
+    dataset = PairDataset(examples, None, batch_size=2, shuffle=False)
+    pairs = PairDataset(
+        examples,
+        [example.response_ids for example in examples],
+        batch_size=2,
+        shuffle=False,
+    )
+    assert dataset.num_responses == 1 and len(dataset) == 2
+    for batch, expected in zip(dataset, pairs, strict=True):
+        for name, array in batch[0].items():
+            np.testing.assert_array_equal(array, expected[0][name][:, :1])
+        assert batch[1].shape == (2, 1)
+        np.testing.assert_array_equal(batch[2], expected[2])

@@ -127,6 +127,8 @@ def test_predict_gives_the_rows_in_the_order_of_the_examples():
         )
     scores = score_pairs(model, examples, synthetic, batch_size=3)
     np.testing.assert_allclose(scores, log_probs, rtol=1e-4)
+    scores = score_pairs(model, examples, None, batch_size=3)
+    np.testing.assert_allclose(scores, log_probs[:, :1], rtol=1e-4)
     with pytest.raises(ValueError, match="steps for 4 of 12 rows"):
         model.predict(data, steps=1, verbose=0)
 
