@@ -1,13 +1,12 @@
 """The same program gives the same numbers on the three backends."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from programs import environment
 
 LOG_PROB_TOLERANCE = 1e-4  # nats, float32
 RELATIVE_TOLERANCE = 1e-4  # of losses and gradients
@@ -59,14 +58,9 @@ def test_same_numbers(tmp_path):
     results = {}
     for backend in ("jax", "torch", "tensorflow"):
         target = tmp_path / f"{backend}.npz"
-        tests = Path(__file__).parent
         subprocess.run(
             [sys.executable, "-c", PROGRAM, str(source), str(target)],
-            env={
-                **os.environ,
-                "KERAS_BACKEND": backend,
-                "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-            },
+            env=environment(KERAS_BACKEND=backend),
             check=True,
             stdout=subprocess.DEVNULL,
         )

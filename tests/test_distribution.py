@@ -1,23 +1,23 @@
 """Sharded runs give one device's numbers."""
 
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from programs import TESTS, environment
 from safetensors.numpy import load_file
 
 import keras_iris
 from keras_iris.distribution.launch import Launch, read_environment
 
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count={}"
 TOLERANCE = 1e-5  # float32, relative: sums in another order
 LARGEST_SHARE = 1.15  # of an equal one; norms and biases are whole
 
@@ -68,16 +68,11 @@ with open(target, "w") as file:
 
 
 def run_on_devices(number, program, *arguments):
-    tests = Path(__file__).parent
     subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env={
-            **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={number}",
-            "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-        },
+        env=environment(XLA_FLAGS=VIRTUAL_DEVICES.format(number)),
         check=True,
-        cwd=tests.parent,
+        cwd=TESTS.parent,
         stdout=subprocess.DEVNULL,
     )
 
@@ -225,14 +220,9 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 
 def start_run(num_devices=1, rank=0, num_processes=1, port=0, **options):
     """A process of tests/distributed_run.py."""
-    tests = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-    }
+    variables = {"XLA_FLAGS": VIRTUAL_DEVICES.format(num_devices)}
     if num_processes > 1:
-        environment |= {
+        variables |= {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(num_processes),
@@ -241,10 +231,10 @@ def start_run(num_devices=1, rank=0, num_processes=1, port=0, **options):
     return subprocess.Popen(
         [
             sys.executable,
-            str(tests / "distributed_run.py"),
+            str(TESTS / "distributed_run.py"),
             json.dumps(options, default=str),
         ],
-        env=environment,
+        env=environment(**variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

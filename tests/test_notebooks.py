@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from programs import environment
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 SOURCES = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "execute.py"})
@@ -21,12 +22,15 @@ def interrupt(self, *args, __method={method}, **kwargs):
 """
 # Called inside the first step, before it has changed anything.
 METHOD = "keras.optimizers.AdamW.apply"
+# All words are in the outputs that are committed.
+FEWER_WORDS = {"2560": "640", "2048": "512"}
 
 
 @pytest.fixture
 def execute(monkeypatch):
     """The module that executes notebooks."""
     monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setenv("PYTHONPATH", environment()["PYTHONPATH"])
     import execute
 
     yield execute
@@ -73,6 +77,9 @@ def test_quickstart_runs_and_goes_on_after_an_interrupt(execute):
     client = execute.make_client(notebook)
     client.allow_errors = True
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell in code:
+        for number, fewer in FEWER_WORDS.items():
+            cell.source = cell.source.replace(number, fewer)
     (fit,) = [cell for cell in code if "losses.IRIS()" in cell.source]
     with client.setup_kernel():
         for cell in code:

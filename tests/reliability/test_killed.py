@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from programs import environment
 from self_play_helpers import assert_same_end, lines_of, make_self_play
 
 from keras_iris.self_play.arrays import read_arrays
 
 pytestmark = pytest.mark.slow
-TESTS = Path(__file__).parents[1]
 KILLS = 30
 
 
@@ -24,7 +24,6 @@ class Server:
     """Runs self-play in processes of its own, which fork from one."""
 
     def __init__(self, log, cache):
-        paths = os.pathsep.join(map(str, (TESTS, TESTS.parent)))
         self._log = open(log, "wb")
         self._process = subprocess.Popen(
             [sys.executable, Path(__file__).with_name("fork_server.py")],
@@ -32,12 +31,8 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=self._log,
             bufsize=0,
-            env={
-                **os.environ,
-                "PYTHONPATH": paths,
-                # A kill may leave half a program in it.
-                "JAX_COMPILATION_CACHE_DIR": str(cache),
-            },
+            # A kill may leave half a program in the cache.
+            env=environment(JAX_COMPILATION_CACHE_DIR=str(cache)),
         )
         assert self._read() == b"ready"
 

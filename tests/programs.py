@@ -1,0 +1,22 @@
+"""Python programs that tests start."""
+
+import os
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+
+
+def environment(**variables):
+    """The environment of a program that imports keras_iris and the tests.
+
+    KerasHub and Keras import what isn't needed but is there, TensorFlow
+    first of all, which takes them seconds: see `tests/without`.
+
+    Args:
+        **variables: Others, such as `KERAS_BACKEND`.
+    """
+    found = {**os.environ, **variables}
+    folders = [TESTS, TESTS.parent]
+    if found.get("KERAS_BACKEND") in ("jax", "torch"):
+        folders.insert(0, TESTS / "without")
+    return found | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
