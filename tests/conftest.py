@@ -29,10 +29,12 @@ ONCE = (
     "test_run_estimate.py",
 )
 
-# What a run does in which order, and how it is taken up again. On TensorFlow,
-# which traces for seconds what others do at once, these are slow tests.
+# What a run does in which order, with which options, and how it is taken up
+# again. On TensorFlow, which traces for seconds what others do at once, these
+# are slow tests.
 SLOW_TO_TRACE = (
     "self_play/test_control.py",
+    "self_play/test_fit_options.py",
     "self_play/test_loop.py",
     "self_play/test_resume.py",
     "self_play/test_termination.py",

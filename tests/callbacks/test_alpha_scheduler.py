@@ -1,3 +1,5 @@
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -11,11 +13,26 @@ from keras_iris.losses import IRIS
 from keras_iris.metrics import PairBatch, effective_sample_size
 
 
-def _model(**options):
-    model = keras_iris.SelfPlayModel(make_causal_lm())
-    model.compile(
-        optimizer=keras.optimizers.SGD(0.02), loss=IRIS(2.0), **options
-    )
+def _new_model():
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    model.compile(optimizer=keras.optimizers.SGD(0.02), loss=IRIS(2.0))
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@functools.cache
+def _kept_model():
+    model = _new_model()
+    variables = model.variables + model.optimizer.variables
+    return model, [(v, keras.ops.convert_to_numpy(v)) for v in variables]
+
+
+def _model():
+    """As a new one, but its step is traced once for all tests."""
+    model, values = _kept_model()
+    for variable, value in values:
+        variable.assign(value)
+    keras.utils.set_random_seed(0)
     return model
 
 
@@ -126,7 +143,7 @@ def test_guard_is_off_at_zero():
 
 
 def test_it_sets_alpha_within_an_epoch_without_compiling_again():
-    model = _model()
+    model = _new_model()
     pairs, opponent, _ = _pairs_and_opponent()
     alphas = _Alphas()
     num_traces = 0
@@ -226,7 +243,7 @@ def test_a_resumed_fit_has_the_alpha_of_an_unbroken_one(tmp_path):
     model = _model()
     fit(model, 0, 1)
     model.save_weights(tmp_path / "m.weights.h5")
-    other = _model()
+    other = _new_model()
     other.load_weights(tmp_path / "m.weights.h5")
     for name in ("gap_sums", "gap", "alpha"):
         left, right = (
