@@ -79,6 +79,15 @@ COLUMNS = {
         "x sorted",
         "peak MB",
     ),
+    "evaluation_harness": (
+        "task",
+        "contestant",
+        "first run, s",
+        "s",
+        "x hf",
+        "largest difference, nats",
+        "answers that differ",
+    ),
     "sharding": (
         "layout",
         "all-gather MB",

@@ -36,13 +36,18 @@ def cached_forward(causal_lm: Any) -> "CachedForward":
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
     """
+    return right_aligned(causal_lm) or LeftAligned(causal_lm)
+
+
+def right_aligned(causal_lm: Any) -> "RightAligned | None":
+    """The forward pass where prompts can end at one place, or else `None`."""
     backbone = causal_lm.backbone
     # A Qwen model's window is its attention's and not its mask's.
     has_window = getattr(backbone, "use_sliding_window_attention", False)
     for kind, parts in _SHIFTABLE.items():
         if isinstance(backbone, kind) and not has_window:
             return RightAligned(causal_lm, parts)
-    return LeftAligned(causal_lm)
+    return None
 
 
 class CachedForward(abc.ABC):
@@ -123,14 +128,8 @@ class RightAligned(CachedForward):
             caches.extend(
                 ops.pad(ops.swapaxes(new, 1, 2), widths) for new in (key, value)
             )
-            groups = query.shape[2] // key.shape[2]
-            outputs = self._part(layer, "attend")(
-                query,
-                ops.repeat(key, groups, axis=2),
-                ops.repeat(value, groups, axis=2),
-                self._mask(layer, hidden_states, mask, None, 0),
-            )
-            return self._part(layer, "output")(outputs)
+            layer_mask = self._mask(layer, hidden_states, mask, None, 0)
+            return self._attend(layer, query, key, value, layer_mask)
 
         self._layers(token_ids, attend)
         is_key = ops.pad(
@@ -159,6 +158,51 @@ class RightAligned(CachedForward):
         hidden_states = backbone.layer_norm(hidden_states)
         logits = backbone.token_embedding(hidden_states, reverse=True)
         return logits[:, 0], (is_key, *updated)
+
+    def extend(self, token_ids: Any, cache: Any) -> Any:
+        """Hidden states of several tokens behind a prompt, for the head.
+
+        Args:
+            token_ids: Integer tensor of shape `(batch, n)`. What fills up a
+                row comes last.
+            cache: What `prefill` gave without room for more, and isn't changed:
+                other tokens may follow the same prompts.
+
+        Returns:
+            Tensor of shape `(batch, n, width)`.
+        """
+        is_key, *caches = cache
+        start, count = is_key.shape[1], token_ids.shape[1]
+        is_key = ops.pad(is_key, ((0, 0), (0, count)), constant_values=True)
+        is_key = ops.repeat(is_key[:, None], count, axis=1)
+        old = iter(caches)
+
+        def attend(layer: Any, hidden_states: Any) -> Any:
+            query, *new = self._project(layer, hidden_states, start)
+            key, value = (
+                ops.concatenate([ops.swapaxes(next(old), 1, 2), part], axis=1)
+                for part in new
+            )
+            mask = self._mask(
+                layer, hidden_states, is_key, ops.swapaxes(key, 1, 2), start
+            )
+            return self._attend(layer, query, key, value, mask)
+
+        hidden_states = self._layers(token_ids, attend)
+        return self.causal_lm.backbone.layer_norm(hidden_states)
+
+    def _attend(
+        self, layer: Any, query: Any, key: Any, value: Any, mask: Any
+    ) -> Any:
+        """What a layer adds; keys of shape `(batch, time, heads, width)`."""
+        groups = query.shape[2] // key.shape[2]
+        outputs = self._part(layer, "attend")(
+            query,
+            ops.repeat(key, groups, axis=2),
+            ops.repeat(value, groups, axis=2),
+            mask,
+        )
+        return self._part(layer, "output")(outputs)
 
     def _layers(self, token_ids: Any, attend: Callable[[Any, Any], Any]) -> Any:
         """Hidden states after all layers; `attend` is their attention."""
