@@ -5,13 +5,10 @@ take seconds.
 """
 
 import importlib
-import os
 import sys
 import typing
 
-# KerasHub imports TensorFlow on every backend, which then tells what devices it
-# finds. Whoever has set the variable has the last word.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+from keras_iris.start_up import keep_quiet
 
 if typing.TYPE_CHECKING:
     from keras_iris import (
@@ -73,6 +70,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+keep_quiet()
 if "keras" in sys.modules:
     # `keras.saving.load_model` finds the classes of those that are imported.
     importlib.import_module(f"{__name__}.models")

@@ -7,11 +7,6 @@ from safetensors.numpy import save_file
 from keras_iris.evaluation.run_record import RunRecord
 from keras_iris.metrics import ExampleScore
 
-# By iteration: 0 is before self-play.
-NLL = {"run": [0.50, 0.45, 0.40], "control": [0.50, 0.46, 0.44]}
-ACCURACY = {"run": [0.30, 0.31, 0.32], "control": [0.30, 0.32, 0.36]}
-
-
 STEPS = 4  # of an iteration
 # By iteration: 0 is before self-play.
 NLL = {"run": [0.50, 0.45, 0.40], "control": [0.50, 0.46, 0.44]}
@@ -73,3 +68,16 @@ def keep_examples(folder, iteration, **scores):
     (folder / "evaluations").mkdir(parents=True, exist_ok=True)
     file = f"evaluations/iteration_{iteration:03d}.safetensors"
     save_file(arrays, folder / file)
+
+
+def write_answers(folder, **texts):
+    folder.mkdir(exist_ok=True)
+    lines = [
+        {"iteration": i, "number": 0, "prompt": "p <b>", "annotated": "a"}
+        | {"answer": text}
+        for i, text in enumerate(texts.values())
+    ]
+    others = [{**lines[0], "iteration": 2, "answer": 5}, {"number": "0"}, 7]
+    lines = [*map(json.dumps, [*lines, *others]), '{"iteration": 7, "num']
+    text = "\n".join(lines).encode() + b"\xff\n" + 100_000 * b"["
+    (folder / "answers.jsonl").write_bytes(text)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import random
 import re
 import shlex
@@ -450,7 +451,11 @@ def test_doctor(cli, monkeypatch):
 def _python(*words, **variables):
     return subprocess.run(
         [sys.executable, *words],
-        env={"PYTHONPATH": str(ROOT), "PATH": "", **variables},
+        env={
+            "PYTHONPATH": str(ROOT),
+            "PATH": os.environ["PATH"],
+            **variables,
+        },
         capture_output=True,
         text=True,
     )

@@ -120,7 +120,7 @@ def _draw_panel(ax: Any, panel: Panel) -> None:
         ncols=max(1, 62 // (9 + max(map(len, labels)))),
         loc="lower left",
         bbox_to_anchor=(0, 1),
-        borderaxespad=1.5 if panel.is_training else 0.3,
+        borderaxespad=1.5 if panel.is_training else 0.8,
         borderpad=0,
         handlelength=1.5,
         alignment="left",

@@ -9,6 +9,7 @@ from keras_iris.evaluation.run_record import read_runs
 from keras_iris.evaluation.tables import (
     make_answers,
     make_tables,
+    next_step,
     what_came_out,
 )
 from keras_iris.files import replaced
@@ -45,6 +46,7 @@ def report(run_dir: str | Path) -> Path:
         weighted_rows=run.weighted_rows(),
         tables=make_tables(run, others),
         answers=make_answers(run, others),
+        next_step=next_step(run, folder),
         plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},
     )
     path = folder / "report.html"

@@ -1,7 +1,10 @@
 """What a report says: tables, and a few sentences."""
 
+import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from keras_iris.evaluation.run_record import Line, RunRecord
@@ -162,6 +165,29 @@ def what_came_out(run: RunRecord, others: Sequence[RunRecord]) -> list[str]:
         "Each run is a single one: a difference can be chance, and only "
         "repeats with other seeds can say whether it is significant.",
     ]
+
+
+def next_step(run: RunRecord, run_dir: Path) -> tuple[str, str]:
+    """What to do now in words, and the command for it, which may be empty."""
+    planned = run.manifest["execution"].get("iterations")
+    done = max((i["iteration"] for i in run.of_kind("iteration")), default=0)
+    config, model = run_dir / "config.yaml", run_dir / "model"
+    if isinstance(planned, int) and done < planned and not config.exists():
+        return "Start the run's program again: it goes on where it stopped.", ""
+    if isinstance(planned, int) and done < planned:
+        return "Go on with the run:", _command("run", config)
+    if (model / "config.json").exists():
+        ask = _command("generate", "--preset", model, "How are you?")
+        return "Ask its model:", ask
+    text = "Write its model, for this package, transformers and vLLM"
+    if config.exists():
+        return f"{text}:", _command("export", run_dir, "--out", model)
+    call = f"keras_iris.export(causal_lm, {json.dumps(str(model))})"
+    return f"{text}, at the end of the run's program:", call
+
+
+def _command(*words: str | Path) -> str:
+    return shlex.join(["keras-iris", *map(str, words)])
 
 
 def _means(

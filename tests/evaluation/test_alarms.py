@@ -100,4 +100,4 @@ def test_the_report_shows_them(tmp_path):
     words = "Step 40: Synthetic responses have 2.50 times the tokens"
     assert words in scores_table(tmp_path)
     page = report(tmp_path).read_text()
-    assert "<h2>Alarms</h2>" in page and words in page
+    assert words in page[page.index(">Alarms</h2>") :]

@@ -8,6 +8,7 @@ from evaluation_helpers import (
     evaluation,
     score_line,
     step_line,
+    write_answers,
     write_lines,
 )
 
@@ -48,6 +49,8 @@ def test_report_says_what_the_run_is(run_dir):
     assert "a lower bound of the Rényi divergence of order 2" in caption
     assert "alpha = 1 + c * gap" in caption
     assert "effective sample size would get too small" in caption
+    call = f"keras_iris.export(causal_lm, &#34;{run_dir / 'model'}&#34;)"
+    assert f"<pre>{call}</pre>" in html[html.index("<h2>Next") :]
 
 
 def test_a_growing_margin_is_never_called_better(run_dir):
@@ -102,19 +105,6 @@ def test_command_says_what_is_wrong_in_one_line(tmp_path, monkeypatch, capsys):
     assert output.out == ""
     (line,) = output.err.splitlines()
     assert line.startswith("error: Expected a run's folder")
-
-
-def write_answers(folder, **texts):
-    folder.mkdir(exist_ok=True)
-    lines = [
-        {"iteration": i, "number": 0, "prompt": "p <b>", "annotated": "a"}
-        | {"answer": text}
-        for i, text in enumerate(texts.values())
-    ]
-    others = [{**lines[0], "iteration": 2, "answer": 5}, {"number": "0"}, 7]
-    lines = [*map(json.dumps, [*lines, *others]), '{"iteration": 7, "num']
-    text = "\n".join(lines).encode() + b"\xff\n" + 100_000 * b"["
-    (folder / "answers.jsonl").write_bytes(text)
 
 
 def test_answers(run_dir, capsys):

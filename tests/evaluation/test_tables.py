@@ -17,6 +17,7 @@ from keras_iris.evaluation.tables import (
     compare,
     format_number,
     make_tables,
+    next_step,
     what_came_out,
 )
 from keras_iris.metrics import ExampleScore
@@ -149,6 +150,28 @@ def test_run_that_only_trains(tmp_path):
     write_lines(tmp_path, [{**step_line(1, i), "gap": 0.1} for i in (1, 2)])
     assert "Held-out" not in scores_table(tmp_path)
     assert re.search(r"^1 +1\.8500 +0\.1000", scores_table(tmp_path), re.M)
+
+
+def test_next_step(tmp_path):
+    """The command for what a run's folder has."""
+    lines = [{"kind": "iteration", "iteration": 2}]
+    started, done = (
+        record(*some, execution={"iterations": 2}) for some in ([], lines)
+    )
+    config, model = tmp_path / "config.yaml", tmp_path / "model"
+    text, command = next_step(started, tmp_path)
+    assert "program again" in text and not command
+    call = f'keras_iris.export(causal_lm, "{model}")'
+    assert next_step(done, tmp_path)[1] == call
+    config.touch()
+    assert next_step(started, tmp_path)[1] == f"keras-iris run {config}"
+    command = f"keras-iris export {tmp_path} --out {model}"
+    assert next_step(done, tmp_path)[1] == command
+    model.mkdir()
+    (model / "config.json").touch()
+    assert next_step(done, tmp_path)[1] == (
+        f"keras-iris generate --preset {model} 'How are you?'"
+    )
 
 
 @pytest.mark.parametrize(
