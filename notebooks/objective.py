@@ -30,7 +30,6 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 import keras
 import matplotlib.pyplot as plt
 import numpy as np
-
 from keras_iris.callbacks import RenyiGap
 from keras_iris.losses import (
     IRIS,

@@ -36,9 +36,8 @@ from pathlib import Path
 os.environ.setdefault("KERAS_BACKEND", "jax")
 PRESET = os.environ.get("PRESET", "hf://HuggingFaceTB/SmolLM2-135M-Instruct")
 
-import keras
-
 import keras_iris
+import keras
 
 keras.utils.set_random_seed(0)
 folder = Path(tempfile.mkdtemp())

@@ -30,13 +30,12 @@ import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import keras_iris
 import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
 from keras import ops
-
-import keras_iris
 from keras_iris.generation import Completion, Engine
 from keras_iris.losses import Risk, SelfPlayLoss
 

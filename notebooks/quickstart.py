@@ -31,12 +31,11 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
+import keras_iris
 import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
-
-import keras_iris
 
 keras.utils.set_random_seed(0)
 

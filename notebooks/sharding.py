@@ -29,13 +29,12 @@ os.environ["KERAS_BACKEND"] = "jax"
 # Before JAX is imported. On real devices leave this line out.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
+import keras_iris
 import jax
 import keras
 import keras_hub
 import matplotlib.pyplot as plt
 import numpy as np
-
-import keras_iris
 
 jax.devices()
 

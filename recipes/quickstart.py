@@ -17,11 +17,10 @@ import hashlib
 import time
 from pathlib import Path
 
+import keras_iris
 import keras
 import keras_hub
 import numpy as np
-
-import keras_iris
 from keras_iris.metrics import ExampleScore
 
 RUN_DIR = Path(f"runs/quickstart_{keras.backend.backend()}")

@@ -27,9 +27,8 @@ import math
 import shlex
 from pathlib import Path
 
-import keras
-
 import keras_iris
+import keras
 
 PRESET = "hf://Qwen/Qwen2.5-3B-Instruct"
 DATA = "HuggingFaceH4/ultrachat_200k"

@@ -25,9 +25,8 @@ import argparse
 import time
 from pathlib import Path
 
-import keras
-
 import keras_iris
+import keras
 
 NUM_SAMPLES = 4
 NUM_HELD_OUT = 32

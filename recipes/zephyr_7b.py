@@ -30,9 +30,8 @@ import math
 import shlex
 from pathlib import Path
 
-import keras
-
 import keras_iris
+import keras
 
 PRESET = "hf://alignment-handbook/zephyr-7b-sft-full"
 DATA = "HuggingFaceH4/ultrachat_200k"
