@@ -321,9 +321,9 @@ def _find_source(entry: Any, folder: Path) -> str | None:
 
 @functools.lru_cache(maxsize=32)
 def _compile(source: str) -> Any:
-    from keras_iris.data.template_environment import make_environment
+    from keras_iris.data.template_environment import compile_template
 
-    return make_environment().from_string(source)
+    return compile_template(source)
 
 
 def token_text(token: Any) -> str:

@@ -222,7 +222,9 @@ def test_a_template_that_writes_too_much(source, size):
     if size < 10_000_000:
         assert len(template.render_prompt(ONE_TURN)) >= size // 2
         return
-    with pytest.raises(ValueError, match="OverflowError: the result of"):
+    with pytest.raises(
+        ValueError, match="OverflowError: (the result of|it ta)"
+    ):
         template.render_prompt(ONE_TURN)
 
 
