@@ -28,6 +28,7 @@ from pathlib import Path
 import keras_iris
 import keras
 
+PRESET = "hf://HuggingFaceTB/SmolLM2-135M-Instruct"
 NUM_SAMPLES = 4
 NUM_HELD_OUT = 32
 BATCH_SIZE = 16
@@ -40,35 +41,23 @@ MAX_RESPONSE_LENGTH = 32
 def read_options(arguments):
     """The options of the command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument(
-        "--preset",
-        default="hf://HuggingFaceTB/SmolLM2-135M-Instruct",
-        help="hf://org/name, or a folder",
-    )
-    parser.add_argument("--data", required=True, help=".jsonl or .parquet")
-    parser.add_argument(
-        "--run-dir", help="default: runs/ and the preset's name"
-    )
-    parser.add_argument("--prompts", type=int, default=512)
-    parser.add_argument("--iterations", type=int, default=3)
-    parser.add_argument(
-        "--num-samples", type=int, default=1, help="answers to a prompt"
-    )
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument(
-        "--small",
-        action="store_const",
-        const={"prompts": 96, "iterations": 1, "learning_rate": 1e-3},
-        default={},
-        help="96 prompts, 1 iteration, a higher learning rate",
-    )
+    add = parser.add_argument
+    add("--preset", default=PRESET, help="a folder or hf://org/name")
+    add("--data", required=True, help=".jsonl or .parquet")
+    add("--run-dir", help="if None, runs/ and the preset's name")
+    add("--prompts", type=int, default=512, help="drawn from the data")
+    add("--iterations", type=int, default=3, help="of self-play")
+    add("--num-samples", type=int, default=1, help="answers to a prompt")
+    add("--learning-rate", type=float, default=3e-4)
+    small = "96 prompts, 1 iteration, a learning rate of 1e-3"
+    add("--small", action="store_true", help=small)
     options = parser.parse_args(arguments)
-    vars(options).update(options.small)
-    if options.run_dir is None:
-        options.run_dir = "runs/" + Path(options.preset).name
+    if options.small:
+        options.prompts, options.iterations = 96, 1
+        options.learning_rate = 1e-3
     return options
 
 
@@ -87,14 +76,14 @@ def main(arguments=None):
     """Trains, and prints answers before and after each iteration."""
     start = time.perf_counter()
     options = read_options(arguments)
+    run_dir = Path(options.run_dir or f"runs/{Path(options.preset).name}")
     keras.utils.set_random_seed(0)
     conversations = keras_iris.data.load_dataset(
         options.data, num_prompts=options.prompts + NUM_HELD_OUT
     )
-    held_out = conversations[:NUM_HELD_OUT]
-    train = conversations[NUM_HELD_OUT:]
     causal_lm = keras_iris.load(options.preset, lora_rank=LORA_RANK)
-    examples = tokenize(train, causal_lm)
+    held_out = tokenize(conversations[:NUM_HELD_OUT], causal_lm)
+    examples = tokenize(conversations[NUM_HELD_OUT:], causal_lm)
 
     model = keras_iris.SelfPlayModel(causal_lm)
     num_pairs = len(examples) * options.num_samples
@@ -108,7 +97,7 @@ def main(arguments=None):
     keras_iris.SelfPlay(
         model,
         examples,
-        options.run_dir,
+        run_dir,
         iterations=options.iterations,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
@@ -117,7 +106,7 @@ def main(arguments=None):
         max_response_length=MAX_RESPONSE_LENGTH,
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         evaluate=keras_iris.evaluation.HeldOut(
-            tokenize(held_out, causal_lm),
+            held_out,
             batch_size=BATCH_SIZE,
             samples=NUM_SAMPLES,
             max_new_tokens=MAX_RESPONSE_LENGTH,
@@ -125,10 +114,9 @@ def main(arguments=None):
         title="IRIS on SmolLM2-135M-Instruct",
     ).run()
 
-    print(keras_iris.evaluation.samples(options.run_dir))
-    model_folder = f"{options.run_dir}/model"
-    print("\nModel:", keras_iris.export(causal_lm, model_folder))
-    print("Report:", keras_iris.evaluation.report(options.run_dir))
+    print(keras_iris.evaluation.samples(run_dir))
+    print("\nModel:", keras_iris.export(causal_lm, run_dir / "model"))
+    print("Report:", keras_iris.evaluation.report(run_dir))
     print(f"{time.perf_counter() - start:.0f} seconds")
 
 

@@ -5,11 +5,9 @@
     python recipes/zephyr_7b.py --lora-rank 16 --micro-batch-size 4
     python recipes/zephyr_7b.py --mesh data=8        # all weights, 8 GPUs
 
-First turns of UltraChat, 50,000 prompts, 5 iterations of 2 epochs, batches of
-64 pairs, a cosine schedule with 10% warm-up, at most 2,048 tokens. Learning
-rate and optimizer are not in what we know of the paper: they are SPACE's.
-`--preset FOLDER --data FILE.jsonl` takes your own. Run again, it takes up a
-run that was cut off.
+First turns of UltraChat; the numbers below. Learning rate and optimizer are not
+in what we know of the paper: they are SPACE's. `--preset FOLDER --data
+FILE.jsonl` takes your own. Run again, it takes up a run that was cut off.
 
 Memory of a device, estimated by the dry run; LoRA on one 80 GB GPU needs
 micro-batches of 4 pairs:
@@ -79,11 +77,16 @@ def read_options(arguments=None):
 def main(arguments=None):
     """Trains, exports the model and writes the report."""
     options = read_options(arguments)
-    is_lora = options.lora_rank is not None
     run_dir = Path(options.run_dir or f"runs/{Path(options.preset).name}")
+    half = options.max_length // 2
+    lengths = {"max_prompt_length": half, "max_response_length": half}
+    lora = {"lora_rank": options.lora_rank, "quantize": options.quantize}
+    sizes = {
+        "iterations": options.iterations,
+        "epochs": options.epochs,
+        "num_samples": options.num_samples,
+    }
     template = keras_iris.data.ChatTemplate.named(TEMPLATE)
-    length = options.max_length // 2
-    lengths = {"max_prompt_length": length, "max_response_length": length}
 
     # Data: the first question of each conversation, and its answer.
     rows = keras_iris.data.load_dataset(
@@ -100,16 +103,13 @@ def main(arguments=None):
             default_template=template,
             num_prompts=options.max_prompts,
             new_tokens=options.max_new_tokens,
-            num_samples=options.num_samples,
-            iterations=options.iterations,
-            epochs=options.epochs,
             micro_batch_size=options.micro_batch_size,
-            lora_rank=options.lora_rank,
-            quantize=options.quantize,
             num_devices=math.prod((options.mesh or {}).values()),
             needs_folder=options.serve is not None,
             run_dir=run_dir,
             **lengths,
+            **lora,
+            **sizes,
         )
         print(estimate)
         return
@@ -118,18 +118,16 @@ def main(arguments=None):
     keras_iris.distribution.initialize()  # of several processes, if any
     keras.utils.set_random_seed(0)
     if options.mesh is not None:
-        keras.distribution.set_distribution(
-            keras_iris.distribution.make_distribution(
-                options.mesh, options.strategy
-            )
+        distribution = keras_iris.distribution.make_distribution(
+            options.mesh, options.strategy
         )
+        keras.distribution.set_distribution(distribution)
     causal_lm = keras_iris.load(
         options.preset,
-        dtype="bfloat16" if is_lora else "mixed_bfloat16",
-        lora_rank=options.lora_rank,
-        quantize=options.quantize,
+        dtype="bfloat16" if options.lora_rank else "mixed_bfloat16",
         remat=True,
         default_template=template,
+        **lora,
     )
     examples = keras_iris.data.tokenize(
         conversations,
@@ -138,25 +136,18 @@ def main(arguments=None):
         cache_dir=run_dir / "tokens",
         **lengths,
     )
-    num_rows = -(-options.batch_size // options.num_samples)  # of a batch
-    if not 0 < options.held_out <= len(examples) - num_rows:
-        raise SystemExit(
-            f"{len(examples)} usable rows are too few for --held-out "
-            f"{options.held_out} (at least 1) and --batch-size "
-            f"{options.batch_size}. Lower either, or add rows."
-        )
     held_out = examples[: options.held_out]
     examples = examples[options.held_out :]
 
     # Training: cosine with 10% warm-up, the order follows the gap.
-    rate = options.learning_rate or (LORA_RATE if is_lora else FULL_RATE)
     num_pairs = len(examples) * options.num_samples
     num_batches = -(-num_pairs // options.batch_size)
     num_steps = num_batches * options.epochs * options.iterations
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
         decay_steps=num_steps - num_steps // 10,
-        warmup_target=rate,
+        warmup_target=options.learning_rate
+        or (LORA_RATE if options.lora_rank else FULL_RATE),
         warmup_steps=num_steps // 10,
     )
     model = keras_iris.SelfPlayModel(causal_lm)
@@ -165,22 +156,17 @@ def main(arguments=None):
         loss=keras_iris.losses.IRIS(),
         micro_batch_size=options.micro_batch_size,
     )
-    engine = None
-    if options.serve:
-        engine = keras_iris.generation.ServerEngine(
-            command=shlex.split(options.serve),
-            end_token_ids=causal_lm.tokenizer.end_token_ids,
-            max_new_tokens=options.max_new_tokens,
-            concurrency=options.in_flight,
-        )
+    engine = options.serve and keras_iris.generation.ServerEngine(
+        command=shlex.split(options.serve),
+        end_token_ids=causal_lm.tokenizer.end_token_ids,
+        max_new_tokens=options.max_new_tokens,
+        concurrency=options.in_flight,
+    )
     keras_iris.SelfPlay(
         model,
         examples,
         run_dir,
-        iterations=options.iterations,
-        epochs=options.epochs,
         batch_size=options.batch_size,
-        num_samples=options.num_samples,
         max_response_length=options.max_new_tokens,
         engine=engine,
         evaluate=keras_iris.evaluation.HeldOut(
@@ -190,6 +176,7 @@ def main(arguments=None):
         ),
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         title=f"IRIS on {Path(options.preset).name}",
+        **sizes,
     ).run()
     model_dir = keras_iris.export(causal_lm, run_dir / "model")
     if keras_iris.distribution.process_index() == 0:

@@ -221,7 +221,7 @@ def test_too_few_rows(batch_size, recipe, checkpoint, data, tmp_path):
         **{"batch-size": batch_size},
     )
     with pytest.raises(
-        SystemExit, match=f"too few .*--batch-size {batch_size}"
+        ValueError, match=f"4 pairs, fewer than batch_size={batch_size}"
     ):
         recipe("qwen2_5_3b").main(arguments)
 
