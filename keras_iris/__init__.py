@@ -8,7 +8,7 @@ import importlib
 import sys
 import typing
 
-from keras_iris.start_up import keep_quiet
+from keras_iris.start_up import keep_quiet as _keep_quiet
 
 if typing.TYPE_CHECKING:
     from keras_iris import (
@@ -70,7 +70,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-keep_quiet()
+_keep_quiet()
 if "keras" in sys.modules:
     # `keras.saving.load_model` finds the classes of those that are imported.
     importlib.import_module(f"{__name__}.models")
