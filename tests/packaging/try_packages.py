@@ -89,7 +89,7 @@ ENVIRONMENTS = {
     "jax-sdist": Environment("jax", package="sdist", tensorflow="uninstall"),
     "jax-3.12": Environment("jax", python="3.12", tensorflow="exclude"),
     "jax-3.13": Environment("jax", python="3.13", tensorflow="exclude"),
-    "torch": Environment("torch", tensorflow="exclude", tests=True),
+    "torch": Environment("torch", tensorflow="exclude"),
     "torch-lowest": Environment("torch", lowest=True, tensorflow="exclude"),
     "tensorflow": Environment("tensorflow"),
     "tensorflow-lowest": Environment("tensorflow", lowest=True),
