@@ -10,8 +10,8 @@ PYTEST := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 \
 
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: quickstart test test-slow matrix bench notebooks docs docs-test \
-    lint clean
+.PHONY: quickstart test test-slow test-packages audit matrix bench notebooks \
+    docs docs-test lint clean
 
 quickstart: .venv/installed-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
@@ -28,6 +28,15 @@ test-slow: .venv/installed-slow
 	for backend in $(BACKENDS); do \
 	    KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; \
 	done
+
+# Half an hour, 10 GB; `ARGS="jax torch"` for some of the environments.
+test-packages: .venv/installed-packages
+	$(BIN)/python tests/packaging/try_packages.py $(ARGS)
+
+# Known weaknesses of what constraints.txt names; SECURITY.md answers them.
+audit: .venv/installed-packages
+	$(BIN)/uv tool run pip-audit --strict --no-deps --disable-pip \
+	    -r constraints.txt
 
 # docs/architectures.md
 matrix: .venv/installed-dev
@@ -72,4 +81,4 @@ lint: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 
 clean:
-	rm -rf .venv .jax_cache .smollm2 .vllm runs site
+	rm -rf .venv build .jax_cache .smollm2 .vllm runs site

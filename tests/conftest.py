@@ -22,6 +22,7 @@ ONCE = (
     "test_architecture.py",
     "test_benchmarks.py",
     "test_cli.py",
+    "test_dependencies.py",
     "test_docs.py",
     "test_headline.py",
     "test_public_api.py",

@@ -201,9 +201,16 @@ def _save_mistral_tokenizer(folder):
     _add_tokenizer_json(folder)
     # As Mistral's and Zephyr's published files have it.
     definition = json.loads((folder / "tokenizer.json").read_text())
-    definition["normalizer"]["normalizers"].insert(
-        0, {"type": "Prepend", "prepend": "\u2581"}
-    )
+    prepend = {"type": "Prepend", "prepend": "\u2581"}
+    replace = {
+        "type": "Replace",
+        "pattern": {"String": " "},
+        "content": "\u2581",
+    }
+    definition |= {
+        "normalizer": {"type": "Sequence", "normalizers": [prepend, replace]},
+        "pre_tokenizer": None,
+    }
     _write_json(folder / "tokenizer.json", definition)
 
 
