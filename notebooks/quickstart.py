@@ -155,7 +155,7 @@ def evaluate(name, model):
     pairs = keras_iris.data.PairDataset(held_out, right, **BATCHES)
     log_probs = model.predict(pairs, verbose=0)
     engine = keras_iris.generation.KerasEngine(
-        model.causal_lm, sampler=keras_hub.samplers.GreedySampler(), **ENGINE
+        model.causal_lm, temperature=0, **ENGINE
     )
     found = engine.generate(
         [example.prompt_ids for example in held_out], seed=0

@@ -109,6 +109,18 @@ def num_batch_shares() -> int:
     return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
 
 
+def free_bytes() -> int | None:
+    """Memory that is free on the fullest device of all; None if not told."""
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    free = [
+        stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        for stats in told
+    ]
+    # Every process has to go on with the same number.
+    least = min(map(int, exchange(str(min(free)))))
+    return least if least > 0 else None
+
+
 def is_cut() -> bool:
     """Whether there is a distribution over several devices."""
     distribution = keras.distribution.distribution()

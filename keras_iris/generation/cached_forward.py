@@ -39,10 +39,26 @@ def cached_forward(causal_lm: Any) -> "CachedForward":
     backbone = causal_lm.backbone
     # A Qwen model's window is its attention's and not its mask's.
     has_window = getattr(backbone, "use_sliding_window_attention", False)
+    parts = _shiftable_parts(type(backbone))
+    if parts is None or has_window:
+        return LeftAligned(causal_lm)
+    return RightAligned(causal_lm, parts)
+
+
+def cache_copies(backbone_type: type) -> int:
+    """How often a step holds the cache: KerasHub's pass has old and new.
+
+    Args:
+        backbone_type: A class of `keras_hub.models`.
+    """
+    return 2 if _shiftable_parts(backbone_type) is None else 1
+
+
+def _shiftable_parts(backbone_type: type) -> Mapping[str, str] | None:
     for kind, parts in _SHIFTABLE.items():
-        if isinstance(backbone, kind) and not has_window:
-            return RightAligned(causal_lm, parts)
-    return LeftAligned(causal_lm)
+        if issubclass(backbone_type, kind):
+            return parts
+    return None
 
 
 class CachedForward(abc.ABC):
