@@ -7,7 +7,7 @@ against what XLA allocates.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from keras_iris.generation.cached_forward import cache_copies
+from keras_iris.generation.cached_forward import shiftable_parts
 
 # Where nobody tells how much memory is free, as on CPUs.
 DEFAULT_ROWS = 32
@@ -16,9 +16,10 @@ MOST_ROWS = 1024
 # Of what is free; the rest is for what nobody counts.
 FREE_SHARE = 0.8
 _FLOAT_BYTES = 4
-# Attention's products, their exponentials and weights; a gate, its activation
-# and what it is multiplied with; logits, their exponentials, probabilities.
-_SCORE_COPIES, _INNER_COPIES, _LOGIT_COPIES = 3, 3, 3
+# Attention's products, their exponentials and weights, of which a new token's
+# are two; a gate, its activation and what it is multiplied with; logits, their
+# exponentials and probabilities.
+_SCORE_COPIES, _STEP_COPIES, _INNER_COPIES, _LOGIT_COPIES = 3, 2, 3, 3
 _HEADS = ("num_query_heads", "num_attention_heads", "num_heads")
 # What KerasHub's backbones call them.
 _NAMES = {
@@ -43,7 +44,9 @@ class Sizes(NamedTuple):
             together: KerasHub computes all.
         vocabulary_size: Rows of the embedding.
         item_bytes: Bytes of a number that it computes with.
-        cache_copies: How often a step holds the cache.
+        is_shiftable: Whether a step reads the cache as it is. KerasHub's own
+            pass makes another one, and the keys and values of a layer anew
+            for every head.
     """
 
     num_layers: int
@@ -54,34 +57,33 @@ class Sizes(NamedTuple):
     inner_size: int
     vocabulary_size: int
     item_bytes: int
-    cache_copies: int
+    is_shiftable: bool
 
 
 def read_sizes(backbone: Any) -> Sizes | None:
     """The sizes of a backbone; `None` if it has others than a decoder's."""
     config = backbone.get_config()
     found = {
-        name: next((config[n] for n in names if config.get(n)), None)
+        name: next((int(config[n]) for n in names if config.get(n)), 0)
         for name, names in _NAMES.items()
     }
     inner = _inner_size(config)
-    if inner is None or None in found.values():
+    if not inner or 0 in found.values():
         return None
     usual = found["hidden_size"] // found["num_heads"]
     return Sizes(
         **found,
-        head_dim=config.get("head_dim") or usual,
+        head_dim=int(config.get("head_dim") or usual),
         inner_size=inner,
         item_bytes=2 if "16" in backbone.compute_dtype else 4,
-        cache_copies=cache_copies(type(backbone)),
+        is_shiftable=shiftable_parts(type(backbone)) is not None,
     )
 
 
-def _inner_size(config: Mapping[str, Any]) -> int | None:
-    usual = config.get("intermediate_dim")
-    experts = config.get("num_experts") or 0
-    expert = config.get("moe_intermediate_dim") or usual
-    return expert and max(usual or 0, experts * expert)
+def _inner_size(config: Mapping[str, Any]) -> int:
+    usual = int(config.get("intermediate_dim") or 0)
+    expert = int(config.get("moe_intermediate_dim") or usual)
+    return max(usual, int(config.get("num_experts") or 0) * expert)
 
 
 def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
@@ -89,7 +91,7 @@ def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
 
     Either while the prompts are read: keys and values, and attention, which
     KerasHub doesn't fuse, or the feed-forward network of one layer. Or later:
-    keys and values of the new tokens as well, and logits.
+    keys and values of the new tokens as well, and attention or logits.
 
     Args:
         sizes: Of the model.
@@ -97,16 +99,20 @@ def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
         new_tokens: The most tokens of an answer.
     """
     keys = sizes.num_key_value_heads * sizes.head_dim
-    token = 2 * sizes.num_layers * keys * sizes.item_bytes * sizes.cache_copies
+    token = 2 * sizes.num_layers * keys * sizes.item_bytes
+    if not sizes.is_shiftable:
+        queries = sizes.num_heads * sizes.head_dim
+        token = 2 * token + 2 * 2 * queries * sizes.item_bytes
     hidden = 2 * sizes.hidden_size * sizes.item_bytes
     scores = _SCORE_COPIES * sizes.num_heads * prompt_length
     inner = _INNER_COPIES * sizes.inner_size
     prompts = token + hidden + _FLOAT_BYTES * max(scores, inner)
-    logits = _LOGIT_COPIES * sizes.vocabulary_size * _FLOAT_BYTES
-    return max(
-        prompt_length * prompts,
-        (prompt_length + new_tokens) * token + logits,
+    total = prompt_length + new_tokens
+    step = _FLOAT_BYTES * max(
+        _STEP_COPIES * sizes.num_heads * total,
+        _LOGIT_COPIES * sizes.vocabulary_size,
     )
+    return max(prompt_length * prompts, total * token + step)
 
 
 def rows_that_fit(bytes_of_row: float, free_bytes: float) -> int:

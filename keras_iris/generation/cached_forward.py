@@ -39,22 +39,18 @@ def cached_forward(causal_lm: Any) -> "CachedForward":
     backbone = causal_lm.backbone
     # A Qwen model's window is its attention's and not its mask's.
     has_window = getattr(backbone, "use_sliding_window_attention", False)
-    parts = _shiftable_parts(type(backbone))
+    parts = shiftable_parts(type(backbone))
     if parts is None or has_window:
         return LeftAligned(causal_lm)
     return RightAligned(causal_lm, parts)
 
 
-def cache_copies(backbone_type: type) -> int:
-    """How often a step holds the cache: KerasHub's pass has old and new.
+def shiftable_parts(backbone_type: type) -> Mapping[str, str] | None:
+    """The parts of a backbone's layers; `None` for KerasHub's own pass.
 
     Args:
         backbone_type: A class of `keras_hub.models`.
     """
-    return 2 if _shiftable_parts(backbone_type) is None else 1
-
-
-def _shiftable_parts(backbone_type: type) -> Mapping[str, str] | None:
     for kind, parts in _SHIFTABLE.items():
         if issubclass(backbone_type, kind):
             return parts
