@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,13 @@ import numpy as np
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.tokenize import tokenize
+from keras_iris.files import check_room
 from keras_iris.generation.batch_rows import (
     DEFAULT_ROWS,
     Sizes,
     row_bytes,
     rows_that_fit,
+    token_bytes,
 )
 from keras_iris.generation.cached_forward import shiftable_parts
 from keras_iris.hub.architecture_table import ARCHITECTURES
@@ -106,22 +107,8 @@ def estimate(  # noqa: PLR0913 (by keyword only)
         }
     run = RunEstimate(config=config, **sizes)
     if run_dir is not None:
-        _check_room(run.disk()["together"], Path(run_dir).expanduser())
+        check_room(run.disk()["together"], Path(run_dir).expanduser())
     return run
-
-
-def _check_room(needed: float, folder: Path) -> None:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(
-            f"The run needs about {needed / 2**30:.3g} GiB of disk in "
-            f"{folder}, of which {free / 2**30:.3g} GiB are free. Make room, "
-            "take a `run_dir` on another disk, or train LoRA adapters, whose "
-            "checkpoints are small."
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -249,7 +236,7 @@ class RunEstimate:
         2 operations a matrix weight and token forward, 4 backward (2 with
         LoRA), 2 to compute activations again; attention, communication,
         compilation and padding aren't counted. A decoding step takes at least
-        the time of reading the weights.
+        the time of reading the weights, and the keys and values.
         """
         config = self.config
         weights = self.num_weights
@@ -266,7 +253,10 @@ class RunEstimate:
         passes = 1 + 1 + (2 if self.lora_rank is None else 1)
         trained = sum(sum(lengths[list(s.columns)]) for s in self._streams)
         rows = self._generation_rows(self.prompt_length)
-        step = max(forward, reading / rows)
+        # Of an answer half-way through.
+        length = self.prompt_length + self.new_tokens / 2
+        cache = token_bytes(self._sizes) * length / self.bytes_per_second
+        step = max(forward, reading / rows + cache / self.num_devices)
         once = {
             "generation": num_pairs * forward * self.prompt_length
             + num_pairs * step * self.new_tokens,
@@ -318,6 +308,12 @@ class RunEstimate:
 
     def _row_bytes(self, prompt_length: float) -> float:
         """Of a prompt that is answered."""
+        return row_bytes(
+            self._sizes, prompt_length=prompt_length, new_tokens=self.new_tokens
+        )
+
+    @property
+    def _sizes(self) -> Sizes:
         config = self.config
         name = f"{ARCHITECTURES[config.model_type].keras_hub}Backbone"
         parts = shiftable_parts(getattr(keras_hub.models, name))
@@ -326,11 +322,7 @@ class RunEstimate:
             item_bytes=_COMPUTE_BYTES,
             is_shiftable=parts is not None,
         )
-        return row_bytes(
-            sizes,
-            prompt_length=prompt_length,
-            new_tokens=self.new_tokens,
-        )
+        return sizes
 
     def _generation_rows(self, prompt_length: float) -> int:
         """Prompts that are answered together, on all devices."""

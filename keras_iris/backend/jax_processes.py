@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
+from keras_iris.arguments import check_shared
 from keras_iris.backend.jax_checkpoint import ShardedCheckpoints
 from keras_iris.backend.local_rows import LocalRows
 
@@ -90,12 +91,7 @@ def cut(array: np.ndarray) -> Any:
     distribution = keras.distribution.distribution()
     if distribution is None:
         return array
-    if len(array) % num_batch_shares():
-        raise ValueError(
-            f"{num_batch_shares()} devices have to divide every batch. "
-            f"Received: {len(array)} rows. Choose a multiple as `batch_size`, "
-            "of a `KerasEngine` as well."
-        )
+    check_shared("batch_size", len(array), num_batch_shares())
     layout = distribution.get_data_layout(array.shape).backend_layout
     return jax.make_array_from_callback(array.shape, layout, array.__getitem__)
 

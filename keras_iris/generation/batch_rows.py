@@ -86,6 +86,12 @@ def _inner_size(config: Mapping[str, Any]) -> int:
     return max(usual, int(config.get("num_experts") or 0) * expert)
 
 
+def token_bytes(sizes: Sizes) -> int:
+    """Bytes of a token's keys and values."""
+    keys = sizes.num_key_value_heads * sizes.head_dim
+    return 2 * sizes.num_layers * keys * sizes.item_bytes
+
+
 def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
     """Bytes that a row takes while its batch is answered, at their most.
 
@@ -98,8 +104,7 @@ def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
         prompt_length: Tokens that prompts are padded to.
         new_tokens: The most tokens of an answer.
     """
-    keys = sizes.num_key_value_heads * sizes.head_dim
-    token = 2 * sizes.num_layers * keys * sizes.item_bytes
+    token = token_bytes(sizes)
     if not sizes.is_shiftable:
         queries = sizes.num_heads * sizes.head_dim
         token = 2 * token + 2 * 2 * queries * sizes.item_bytes

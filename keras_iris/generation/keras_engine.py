@@ -7,7 +7,7 @@ import keras_hub
 import numpy as np
 
 from keras_iris import backend
-from keras_iris.arguments import check_between, check_count
+from keras_iris.arguments import check_between, check_count, check_shared
 from keras_iris.data.buckets import check_bucket_lengths
 from keras_iris.generation.batch_plan import (
     DEFAULT_BUCKET_LENGTHS,
@@ -92,7 +92,11 @@ class KerasEngine(Engine):
         _check_model(causal_lm)
         self.temperature = check_between("temperature", temperature, 0, 100)
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-        self.batch_size = _check_batch_size(batch_size)
+        self.batch_size = batch_size
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        if batch_size is not None and backend.is_cut():
+            check_shared("batch_size", batch_size, backend.num_batch_shares())
         self.end_token_ids = tuple(int(i) for i in np.ravel(end_token_ids))
         if not self.end_token_ids:
             raise ValueError(
@@ -228,15 +232,3 @@ def _check_model(causal_lm: Any) -> None:
             f"{type(causal_lm).__name__}. Use another model, or another "
             "engine."
         )
-
-
-def _check_batch_size(batch_size: int | None) -> int | None:
-    if batch_size is None:
-        return None
-    count = backend.num_batch_shares()
-    if backend.is_cut() and check_count("batch_size", batch_size) % count:
-        raise ValueError(
-            f"{count} devices have to divide every batch. Received: "
-            f"batch_size={batch_size}. Choose a multiple of {count}, or None."
-        )
-    return check_count("batch_size", batch_size)
