@@ -72,22 +72,36 @@ class Counter:
     def __init__(self, max_new_tokens):
         import keras_iris
 
-        self.sampler = _make_counting_sampler()
         self.vocabulary = models.TINY["vocabulary"]
         self.engine = keras_iris.generation.KerasEngine(
             models.keras_model(models.TINY),
             end_token_ids=end_token_ids(self.vocabulary, IDS_PER_END_OF_COUNTS),
             max_new_tokens=max_new_tokens,
             batch_size=BATCH_SIZE,
-            sampler=self.sampler,
         )
+        self.calls = 0
+        self._count_steps(self.engine._decoder.forward)
+
+    def _count_steps(self, forward):
+        import jax
+
+        step = forward.step
+
+        def counted(*arguments):
+            jax.debug.callback(self._count)
+            return step(*arguments)
+
+        forward.step = counted
+
+    def _count(self):
+        self.calls += 1
 
     def count_steps(self, number, mean_length):
         """Decode steps made, and the fewest for these batches."""
         import jax
 
         prompts = random_prompts(number, mean_length, self.vocabulary)
-        self.sampler.calls = 0
+        self.calls = 0
         answers = self.engine.generate(prompts, seed=0)
         jax.effects_barrier()
         fewest = sum(
@@ -96,7 +110,7 @@ class Counter:
         )
         return {
             "prompts": number,
-            "made": self.sampler.calls,
+            "made": self.calls,
             "fewest": fewest,
         }
 
@@ -180,29 +194,8 @@ def _plan(lengths):
     from keras_iris.generation import batch_plan
 
     return batch_plan.plan_prompts(
-        lengths,
-        batch_size=BATCH_SIZE,
-        bucket_lengths=batch_plan.DEFAULT_BUCKET_LENGTHS,
+        lengths, dict.fromkeys(batch_plan.DEFAULT_BUCKET_LENGTHS, BATCH_SIZE)
     )
-
-
-def _make_counting_sampler():
-    import jax
-    import keras_hub
-
-    class CountingSampler(keras_hub.samplers.RandomSampler):
-        """Counts the tokens that it draws for a batch."""
-
-        calls = 0
-
-        def get_next_token(self, probabilities):
-            jax.debug.callback(self._count)
-            return super().get_next_token(probabilities)
-
-        def _count(self):
-            self.calls += 1
-
-    return CountingSampler(temperature=1.0)
 
 
 def _answer(start, lengths):

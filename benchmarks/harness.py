@@ -110,11 +110,15 @@ class Worker:
         self._process.stdin.flush()
         return self._receive()
 
+    def close(self):
+        """Tells it to end, without waiting."""
+        self._process.stdin.close()
+
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self._process.stdin.close()
+        self.close()
         self._process.wait()
         self._errors.close()
 

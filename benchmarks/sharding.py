@@ -12,12 +12,15 @@ up with all-reduce, not reduce-scatter, which moves twice that; so the ratio is
 with each all-reduce of a gradient counted once, as it would be elsewhere.
 
 For weak scaling the batch grows with the devices: what a device sends and holds
-should stay the same.
+should stay the same. The last two rows are of local processes with four devices
+each, one and two of them, which see the others' devices through JAX.
 """
 
+import contextlib
 import math
 import os
 import re
+import socket
 import sys
 
 MODEL = {
@@ -45,6 +48,8 @@ LAYOUTS = {
     "2x4 2d": ({"data": 2, "model": 4}, "2d"),
     "8x1 data": ({"data": 8}, "data"),
 }
+DEVICES_OF_PROCESS = 4
+_DEVICES = "--xla_force_host_platform_device_count="
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -148,16 +153,76 @@ def measure(name, sizes, pairs_per_device, length):
     }
 
 
+class Process:
+    """One of several processes: `harness.Worker` starts them side by side.
+
+    Args:
+        **settings: Arguments of `measure`.
+    """
+
+    def __init__(self, **settings):
+        import keras_iris
+
+        keras_iris.distribution.initialize()
+        self.figures = measure(**settings)
+
+    def read(self):
+        """The figures."""
+        return self.figures
+
+
+def measure_processes(number, **settings):
+    """The figures of FSDP over processes, of which each has some devices."""
+    import harness
+
+    count = number * DEVICES_OF_PROCESS
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with contextlib.ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                harness.Worker(
+                    __file__,
+                    "Process",
+                    backend="jax",
+                    environment={
+                        "XLA_FLAGS": f"{_DEVICES}{DEVICES_OF_PROCESS}",
+                        "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": str(port),
+                        "WORLD_SIZE": str(number),
+                        "RANK": str(rank),
+                    },
+                    name=f"{count}x1 fsdp",
+                    **settings,
+                )
+            )
+            for rank in range(number)
+        ]
+        figures = [worker.call("read") for worker in workers]
+        for worker in workers:  # each waits for the others before it ends
+            worker.close()
+    if any(found != figures[0] for found in figures):
+        raise RuntimeError(f"The processes have different programs: {figures}")
+    layout = f"{figures[0]['layout']}, processes: {number}"
+    return figures[0] | {"layout": layout}
+
+
 def main():
     """Compiles the step for each layout."""
-    flags = "--xla_force_host_platform_device_count=8"
-    os.environ.update(KERAS_BACKEND="jax", XLA_FLAGS=flags)
+    os.environ.update(KERAS_BACKEND="jax", XLA_FLAGS=f"{_DEVICES}8")
     import records
 
     arguments = records.parse_arguments(__doc__)
     sizes = QUICK_MODEL if arguments.quick else MODEL
     length = 16 if arguments.quick else LENGTH
-    rows = [measure(name, sizes, PAIRS_PER_DEVICE, length) for name in LAYOUTS]
+    settings = {
+        "sizes": sizes,
+        "pairs_per_device": PAIRS_PER_DEVICE,
+        "length": length,
+    }
+    rows = [measure(name, **settings) for name in LAYOUTS]
+    rows += [measure_processes(number, **settings) for number in (1, 2)]
     one = next(row for row in rows if row["layout"] == "1")
     for row in rows:
         row["x memory of one"] = row["temporary MB"] / one["temporary MB"]

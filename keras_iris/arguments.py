@@ -33,6 +33,25 @@ def check_count(name: str, value: Any, at_least: int = 1) -> int:
     return int(value)
 
 
+def check_shared(name: str, value: int, count: int) -> int:
+    """Returns `value` if as many rows can be shared by devices or processes.
+
+    Args:
+        name: What the value is, such as "batch_size".
+        value: A number of rows.
+        count: The number of devices or processes.
+
+    Raises:
+        ValueError: `count` doesn't divide it.
+    """
+    if value % count:
+        raise ValueError(
+            f"{count} devices or processes share every batch and have to "
+            f"divide {name}. Received: {value}. Choose a multiple of {count}."
+        )
+    return value
+
+
 def check_between(name: str, value: Any, low: float, high: float) -> float:
     """Returns `value` if it is a number in `[low, high]`.
 

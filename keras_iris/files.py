@@ -242,3 +242,26 @@ def _sync_folder(path: Path) -> None:
         pass
     finally:
         os.close(descriptor)
+
+
+def check_room(needed: float, folder: Path) -> None:
+    """Refuses a run's folder on a disk without room for it.
+
+    Args:
+        needed: Bytes.
+        folder: The run's; it needn't be there.
+
+    Raises:
+        ValueError: Fewer are free.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"The run needs about {needed / 2**30:.3g} GiB of disk in "
+            f"{folder}, of which {free / 2**30:.3g} GiB are free. Make room, "
+            "take a `run_dir` on another disk, or train LoRA adapters, whose "
+            "checkpoints are small."
+        )

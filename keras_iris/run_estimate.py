@@ -2,16 +2,28 @@
 
 import dataclasses
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import keras_hub
 import numpy as np
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.tokenize import tokenize
+from keras_iris.files import check_room
+from keras_iris.generation.batch_rows import (
+    DEFAULT_ROWS,
+    Sizes,
+    row_bytes,
+    rows_that_fit,
+    token_bytes,
+)
+from keras_iris.generation.cached_forward import shiftable_parts
+from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.inspect import inspect
+from keras_iris.losses import IRIS, SelfPlayLoss
+from keras_iris.losses.stream import Stream
 
 _MASTER_BYTES = 4  # of a number that is trained, of its gradient, of a slot
 _COMPUTE_BYTES = 2  # bfloat16
@@ -95,22 +107,8 @@ def estimate(  # noqa: PLR0913 (by keyword only)
         }
     run = RunEstimate(config=config, **sizes)
     if run_dir is not None:
-        _check_room(run.disk()["together"], Path(run_dir).expanduser())
+        check_room(run.disk()["together"], Path(run_dir).expanduser())
     return run
-
-
-def _check_room(needed: float, folder: Path) -> None:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise ValueError(
-            f"The run needs about {needed / 2**30:.3g} GiB of disk in "
-            f"{folder}, of which {free / 2**30:.3g} GiB are free. Make room, "
-            "take a `run_dir` on another disk, or train LoRA adapters, whose "
-            "checkpoints are small."
-        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,7 +135,10 @@ class RunEstimate:
         iterations: Number of iterations.
         epochs: Epochs of an iteration.
         micro_batch_size: Pairs of a forward and backward pass.
-        generation_batch_size: Prompts that are answered together.
+        loss: What is trained with, of as many responses as it takes.
+        generation_batch_size: Prompts that are answered together. By default
+            as many as `keras_iris.generation.KerasEngine` would take of the
+            memory that training needs.
         lora_rank: Rank of the adapters, or `None` to train all weights.
         lora_targets: As in `keras_iris.load`.
         quantize: `"int8"`, `"int4"` or `None`.
@@ -162,7 +163,8 @@ class RunEstimate:
     iterations: int = 5
     epochs: int = 2
     micro_batch_size: int = 8
-    generation_batch_size: int = 32
+    loss: SelfPlayLoss = dataclasses.field(default_factory=IRIS)
+    generation_batch_size: int | None = None
     lora_rank: int | None = None
     lora_targets: Sequence[str] | str = ("query", "value")
     quantize: str | None = None
@@ -197,36 +199,20 @@ class RunEstimate:
             Bytes by name; `"training"` and `"generation"` are sums, and the
             larger is what a device needs.
         """
-        trained = _MASTER_BYTES * self.num_trained
-        always = {
-            "weights": self._weights_bytes(),
-            "optimizer": trained * self.optimizer_slots,
-        }
-        if self.lora_rank is None:
-            always["bfloat16 copies"] = _COMPUTE_BYTES * self.num_weights
-        elif self.is_gpu:
-            always["copies of matrices"] = self._matrices_bytes()
-        training = {
-            "gradients": trained,
-            "gradients of earlier terms": trained,
-            "activations": self._activation_bytes(),
-        }
-        cache = {"key-value cache": self._cache_bytes()}
-        parts = {
-            name: size / self.num_devices
-            for name, size in (always | training | cache).items()
-        }
-        tokens, outputs = _TILES[self.is_gpu]
-        parts["logits"] = (
-            _TILE_COPIES
-            * _MASTER_BYTES
-            * min(tokens, 2 * self.micro_batch_size * self.max_length)
-            * min(outputs, self.config.vocabulary_size)
+        kept, training = self._kept_bytes(), self._training_bytes()
+        prompt_length = max(1, self.max_length - self.new_tokens)
+        answers = self._row_bytes(prompt_length) / self.num_devices
+        answers *= self._generation_rows(prompt_length)
+        always = sum(kept.values())
+        return (
+            kept
+            | training
+            | {
+                "answers": answers,
+                "training": always + sum(training.values()),
+                "generation": always + answers,
+            }
         )
-        return parts | {
-            "training": sum(parts[n] for n in (*always, *training, "logits")),
-            "generation": sum(parts[name] for name in always | cache),
-        }
 
     def disk(self) -> dict[str, float]:
         """Bytes of the run's folder, by name and together."""
@@ -250,7 +236,7 @@ class RunEstimate:
         2 operations a matrix weight and token forward, 4 backward (2 with
         LoRA), 2 to compute activations again; attention, communication,
         compilation and padding aren't counted. A decoding step takes at least
-        the time of reading the weights.
+        the time of reading the weights, and the keys and values.
         """
         config = self.config
         weights = self.num_weights
@@ -261,18 +247,93 @@ class RunEstimate:
             self.bytes_per_second * self.num_devices
         )
         num_pairs = self.num_prompts * self.num_samples
-        pairs = num_pairs * (
-            2 * self.prompt_length + self.response_length + self.new_tokens
+        lengths = self.prompt_length + np.array(
+            [self.response_length, self.new_tokens, self.new_tokens]
         )
-        step = max(forward, reading / self.generation_batch_size)
         passes = 1 + 1 + (2 if self.lora_rank is None else 1)
+        trained = sum(sum(lengths[list(s.columns)]) for s in self._streams)
+        rows = self._generation_rows(self.prompt_length)
+        # Of an answer half-way through.
+        length = self.prompt_length + self.new_tokens / 2
+        cache = token_bytes(self._sizes) * length / self.bytes_per_second
+        step = max(forward, reading / rows + cache / self.num_devices)
         once = {
             "generation": num_pairs * forward * self.prompt_length
             + num_pairs * step * self.new_tokens,
-            "scoring": forward * pairs,
-            "training": forward * pairs * passes * self.epochs,
+            "scoring": num_pairs
+            * forward
+            * sum(lengths[: self.loss.max_responses]),
+            "training": num_pairs * forward * trained * passes * self.epochs,
         }
         return _with_sum({k: self.iterations * v for k, v in once.items()})
+
+    def _kept_bytes(self) -> dict[str, float]:
+        """On each device, all the time."""
+        slots = _MASTER_BYTES * self.num_trained * self.optimizer_slots
+        parts = {"weights": self._weights_bytes(), "optimizer": slots}
+        if self.lora_rank is None:
+            parts["bfloat16 copies"] = _COMPUTE_BYTES * self.num_weights
+        elif self.is_gpu:
+            parts["copies of matrices"] = self._matrices_bytes()
+        return {n: size / self.num_devices for n, size in parts.items()}
+
+    def _training_bytes(self) -> dict[str, float]:
+        """On each device, beside that in a training step."""
+        gradients = _MASTER_BYTES * self.num_trained / self.num_devices
+        # XLA adds them up at the end, where all are there.
+        num_earlier = len(self._streams) - 1
+        tokens, outputs = _TILES[self.is_gpu]
+        tile = min(tokens, self._rows * self.max_length) * min(
+            outputs, self.config.vocabulary_size
+        )
+        return {
+            "gradients": gradients,
+            "gradients of earlier terms": gradients * num_earlier,
+            "activations": self._activation_bytes() / self.num_devices,
+            "logits": _TILE_COPIES * _MASTER_BYTES * tile,
+        }
+
+    @property
+    def _streams(self) -> list[Stream]:
+        """A pass over some of the responses for each."""
+        log_probs = np.zeros((1, self.loss.max_responses))
+        return self.loss.streams(log_probs, log_probs)
+
+    @property
+    def _rows(self) -> int:
+        """Sequences of a forward and backward pass, at their most."""
+        size = self.micro_batch_size
+        return max(
+            len(s.columns) * s.part_size(size, None) for s in self._streams
+        )
+
+    def _row_bytes(self, prompt_length: float) -> float:
+        """Of a prompt that is answered."""
+        return row_bytes(
+            self._sizes, prompt_length=prompt_length, new_tokens=self.new_tokens
+        )
+
+    @property
+    def _sizes(self) -> Sizes:
+        config = self.config
+        name = f"{ARCHITECTURES[config.model_type].keras_hub}Backbone"
+        parts = shiftable_parts(getattr(keras_hub.models, name))
+        sizes = Sizes(
+            **{name: getattr(config, name) for name in Sizes._fields[:-2]},
+            item_bytes=_COMPUTE_BYTES,
+            is_shiftable=parts is not None,
+        )
+        return sizes
+
+    def _generation_rows(self, prompt_length: float) -> int:
+        """Prompts that are answered together, on all devices."""
+        if self.generation_batch_size is not None:
+            return self.generation_batch_size
+        if not self.is_gpu:
+            return DEFAULT_ROWS
+        free = sum(self._training_bytes().values())
+        rows = rows_that_fit(self._row_bytes(prompt_length), free)
+        return self.num_devices * rows
 
     def _weights_bytes(self) -> float:
         if self.lora_rank is None:
@@ -295,14 +356,13 @@ class RunEstimate:
 
     def _activation_bytes(self) -> float:
         """Each layer's input, and one layer with its gradients."""
-        config = self.config
-        rows = 2 * self.micro_batch_size
+        config, rows = self.config, self._rows
         queries = config.num_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         layer = (  # normalised, attention's, feed-forward's
             2 * config.hidden_size
             + 2 * (queries + keys)
-            + 4 * config.intermediate_size
+            + 4 * config.inner_size
         )
         inputs = _COMPUTE_BYTES * config.num_layers * config.hidden_size
         token = inputs + _MASTER_BYTES * layer
@@ -312,12 +372,6 @@ class RunEstimate:
             rows * self.max_length * token
             + rows * _SCORE_COPIES * _MASTER_BYTES * scores
         )
-
-    def _cache_bytes(self) -> float:
-        config = self.config
-        keys = config.num_key_value_heads * config.head_dim
-        token = 2 * config.num_layers * keys * _COMPUTE_BYTES
-        return float(self.generation_batch_size * self.max_length * token)
 
     def __str__(self) -> str:
         """Tables of memory, disk and time."""

@@ -135,8 +135,8 @@ history = model.fit(pairs, epochs=5, verbose=0)
 #
 # Two scores of the words that are held out: the negative log-likelihood (NLL)
 # of the annotated answers, in nats per token, and the share of words whose most
-# likely answer is right. `KerasEngine` answers prompts; with a `GreedySampler`
-# it takes the most likely token each time.
+# likely answer is right. `KerasEngine` answers prompts; at temperature
+# 0 it takes the most likely token each time.
 
 # %%
 ENGINE = {
@@ -154,7 +154,7 @@ def evaluate(name, model):
     pairs = keras_iris.data.PairDataset(held_out, right, **BATCHES)
     log_probs = model.predict(pairs, verbose=0)
     engine = keras_iris.generation.KerasEngine(
-        model.causal_lm, sampler=keras_hub.samplers.GreedySampler(), **ENGINE
+        model.causal_lm, temperature=0, **ENGINE
     )
     found = engine.generate(
         [example.prompt_ids for example in held_out], seed=0

@@ -135,7 +135,7 @@ def make_evaluate(causal_lm, held_out, tokenizer):
         end_token_ids=tokenizer.end_token_ids,
         max_new_tokens=MAX_PHONEMES,
         batch_size=250,
-        sampler=keras_hub.samplers.GreedySampler(),
+        temperature=0,
     )
 
     def evaluate(model):

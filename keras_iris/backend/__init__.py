@@ -10,7 +10,8 @@ keeps compiled programs on disk, `is_on_cpu`, which tells where tensors are, and
 
 Of several processes: `start_processes`, `process_count` and `process_index`,
 `exchange` of texts, `read` and `cut`, arrays from and to the devices of all,
-`num_batch_shares`, parts of a batch, `IS_ONE_PROGRAM`, whether they compute
+`num_batch_shares`, parts of a batch, `free_bytes`, memory that is free on a
+device, `IS_ONE_PROGRAM`, whether they compute
 together or each on its own, `is_cut`, whether variables are cut over devices,
 and `sharded_checkpoints`, which writes such variables.
 """
@@ -57,6 +58,7 @@ head_log_probs = _head.head_log_probs
 IS_ONE_PROGRAM = _processes.IS_ONE_PROGRAM
 cut = _processes.cut
 exchange = _processes.exchange
+free_bytes = _processes.free_bytes
 is_cut = _processes.is_cut
 num_batch_shares = _processes.num_batch_shares
 process_count = _processes.process_count
@@ -76,6 +78,7 @@ __all__ = [
     "dataset",
     "device_names",
     "exchange",
+    "free_bytes",
     "head_log_probs",
     "is_cut",
     "is_on_cpu",

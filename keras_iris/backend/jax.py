@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_iris.arguments import check_shared
 from keras_iris.backend.gradients import gradient_norm
 from keras_iris.backend.jax_processes import local_rows, num_batch_shares
 from keras_iris.backend.jax_products import fold_products
@@ -109,12 +110,8 @@ class Trainer(SafeModel):
 
     def check_devices(self) -> None:
         """Refuses micro-batches that the devices don't divide."""
-        size, count = self.micro_batch_size or 0, num_batch_shares()
-        if size % count:
-            raise ValueError(
-                f"{count} devices have to divide every micro-batch. Received: "
-                f"micro_batch_size={size}. Choose a multiple of {count}."
-            )
+        size = self.micro_batch_size or 0
+        check_shared("micro_batch_size", size, num_batch_shares())
 
     def stateless_call(self, *arguments: Any, **options: Any) -> Any:
         """Keras' own; when it trains on one CPU, with folded products."""

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from jax.experimental import multihost_utils
 
+from keras_iris.arguments import check_shared
 from keras_iris.backend.jax_checkpoint import ShardedCheckpoints
 from keras_iris.backend.local_rows import LocalRows
 
@@ -90,12 +91,7 @@ def cut(array: np.ndarray) -> Any:
     distribution = keras.distribution.distribution()
     if distribution is None:
         return array
-    if len(array) % num_batch_shares():
-        raise ValueError(
-            f"{num_batch_shares()} devices have to divide every batch. "
-            f"Received: {len(array)} rows. Choose a multiple as `batch_size`, "
-            "of a `KerasEngine` as well."
-        )
+    check_shared("batch_size", len(array), num_batch_shares())
     layout = distribution.get_data_layout(array.shape).backend_layout
     return jax.make_array_from_callback(array.shape, layout, array.__getitem__)
 
@@ -107,6 +103,18 @@ def num_batch_shares() -> int:
         return 1
     mesh = distribution.device_mesh
     return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+
+
+def free_bytes() -> int | None:
+    """Memory that is free on the fullest device of all; None if not told."""
+    told = [device.memory_stats() or {} for device in jax.local_devices()]
+    free = [
+        stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        for stats in told
+    ]
+    # Every process has to go on with the same number.
+    least = min(map(int, exchange(str(min(free)))))
+    return least if least > 0 else None
 
 
 def is_cut() -> bool:

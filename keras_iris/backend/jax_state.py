@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_iris.arguments import check_shared
 from keras_iris.backend.jax_processes import num_batch_shares, replicate
 from keras_iris.backend.local_rows import LocalRows
 from keras_iris.data import PairDataset
@@ -141,12 +142,8 @@ def _check_rows(x: Tree, batch_size: int | None = 0, **others: Any) -> None:
         num_rows = arrays[0].shape[0] if arrays else 0
         size = num_rows if batch_size == 0 else batch_size or 32
         sizes = {min(size, num_rows), num_rows % size if size else 0}
-    if any(size % num_devices for size in sizes):
-        raise ValueError(
-            f"{num_devices} devices have to divide every batch, the last one "
-            f"too. Received: batches of {sorted(sizes - {0})} rows. Choose "
-            "`batch_size` and the number of rows as multiples."
-        )
+    for size in sorted(sizes):
+        check_shared("the rows of every batch, the last too", size, num_devices)
 
 
 def _is_gone(values: Tree) -> bool:

@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from keras_iris.arguments import check_shared
+
 
 class LocalRows(keras.utils.PyDataset):
     """Some rows of each batch.
@@ -22,12 +24,9 @@ class LocalRows(keras.utils.PyDataset):
         self.batches = batches
         self.num_shares = num_shares
         self.share = share
-        self.whole_batch_size: int = batches.batch_size
-        if self.whole_batch_size % num_shares:
-            raise ValueError(
-                f"{num_shares} processes have to divide every batch. Received: "
-                f"batches of {self.whole_batch_size} rows."
-            )
+        self.whole_batch_size = check_shared(
+            "batch_size", batches.batch_size, num_shares
+        )
 
     def __len__(self) -> int:
         return len(self.batches)

@@ -64,6 +64,22 @@ def num_batch_shares() -> int:
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
+def free_bytes() -> int | None:
+    """Memory that is free on the fullest GPU; None where nobody tells.
+
+    TensorFlow (2.21) tells the limit of a GPU that was given one.
+    """
+    free: list[int] = []
+    for number, gpu in enumerate(tf.config.list_physical_devices("GPU")):
+        told = tf.config.get_logical_device_configuration(gpu) or []
+        limits = [part.memory_limit for part in told if part.memory_limit]
+        if not limits:
+            return None
+        used = tf.config.experimental.get_memory_info(f"GPU:{number}")
+        free.append(int(sum(limits) * 2**20 - used["current"]))
+    return min(free, default=None)
+
+
 def gather(tensor: tf.Tensor) -> tf.Tensor:
     """The rows of all replicas, in their order."""
     replica = tf.distribute.get_replica_context()

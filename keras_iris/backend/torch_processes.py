@@ -72,6 +72,17 @@ def num_batch_shares() -> int:
     return process_count()
 
 
+def free_bytes() -> int | None:
+    """Memory of this process's GPU that is free; None without a GPU.
+
+    What PyTorch keeps for tensors to come is free as well.
+    """
+    if not torch.cuda.is_available():
+        return None
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return int(torch.cuda.mem_get_info()[0] + kept)
+
+
 def local_rows(batches: Any) -> Any:
     """A data set's batches as this process feeds them: its share of each."""
     if process_count() == 1:

@@ -33,7 +33,10 @@ def generate(  # noqa: PLR0913 (the options of a command)
     temperature: Annotated[
         float, typer.Option(help="0 for the likeliest token each time.")
     ] = 1.0,
-    batch_size: Annotated[int, typer.Option(help="Prompts together.")] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Prompts together; by default as memory allows."),
+    ] = None,
     seed: int = 0,
     dtype: DType = None,
 ) -> Result:
@@ -41,21 +44,17 @@ def generate(  # noqa: PLR0913 (the options of a command)
     conversations = [*(prompts or ()), *(_read_prompts(file) if file else ())]
     if not conversations:
         raise ValueError("No prompts came. Pass some, or --file FILE.")
-    import keras_hub
-
     import keras_iris
     from keras_iris.data import encode_prompt
 
     causal_lm = keras_iris.load(preset, dtype=dtype)
-    tokenizer, samplers = causal_lm.tokenizer, keras_hub.samplers
+    tokenizer = causal_lm.tokenizer
     engine = keras_iris.generation.KerasEngine(
         causal_lm,
         end_token_ids=tokenizer.end_token_ids,
         max_new_tokens=max_new_tokens,
-        batch_size=min(batch_size, len(conversations)),
-        sampler=samplers.RandomSampler(temperature=temperature)
-        if temperature
-        else samplers.GreedySampler(),
+        batch_size=batch_size,
+        temperature=temperature,
     )
     completions = engine.generate(
         [

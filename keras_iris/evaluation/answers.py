@@ -5,8 +5,6 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import keras_hub
-
 from keras_iris.evaluation.continuations import lengths_up_to
 from keras_iris.generation import KerasEngine
 
@@ -88,5 +86,5 @@ class GreedyAnswers:
             batch_size=self.batch_size,
             pad_token_id=self._tokenizer.pad_token_id,
             bucket_lengths=lengths_up_to(self.max_length - max_new_tokens),
-            sampler=keras_hub.samplers.GreedySampler(),
+            temperature=0,
         )

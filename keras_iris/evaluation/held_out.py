@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-import keras_hub
 import numpy as np
 
 from keras_iris.data import Example
 from keras_iris.generation import KerasEngine
 from keras_iris.metrics import ExampleScore
 from keras_iris.models import SelfPlayModel
-from keras_iris.models.score import divisible_batch_size, score_pairs
+from keras_iris.models.score import score_pairs
 
 
 class Scores(dict[str, float]):
@@ -96,8 +95,7 @@ class HeldOut:
                 causal_lm,
                 end_token_ids=tokenizer.end_token_ids,
                 max_new_tokens=self.max_new_tokens,
-                batch_size=divisible_batch_size(self.samples),
-                sampler=keras_hub.samplers.GreedySampler(),
+                temperature=0,
             )
         examples = self.examples[: self.samples]
         completions = self._engine.generate(

@@ -44,9 +44,21 @@ def right_aligned(causal_lm: Any) -> "RightAligned | None":
     backbone = causal_lm.backbone
     # A Qwen model's window is its attention's and not its mask's.
     has_window = getattr(backbone, "use_sliding_window_attention", False)
+    parts = shiftable_parts(type(backbone))
+    if parts is None or has_window:
+        return None
+    return RightAligned(causal_lm, parts)
+
+
+def shiftable_parts(backbone_type: type) -> Mapping[str, str] | None:
+    """The parts of a backbone's layers; `None` for KerasHub's own pass.
+
+    Args:
+        backbone_type: A class of `keras_hub.models`.
+    """
     for kind, parts in _SHIFTABLE.items():
-        if isinstance(backbone, kind) and not has_window:
-            return RightAligned(causal_lm, parts)
+        if issubclass(backbone_type, kind):
+            return parts
     return None
 
 

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_iris import backend
 from keras_iris.generation.cached_forward import cached_forward
+from keras_iris.generation.draw import NUMBERS, draw
 from keras_iris.models.checks import check_length
 
 
@@ -25,7 +26,7 @@ class Decoder:
 
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
-        sampler: A `keras_hub.samplers.Sampler`.
+        temperature: Divides the logits; 0 takes the likeliest token.
         end_token_ids: A row ends with any of these.
         max_new_tokens: A row ends after so many.
         pad_token_id: What follows the end of a row.
@@ -34,15 +35,17 @@ class Decoder:
     def __init__(
         self,
         causal_lm: Any,
-        sampler: Any,
         *,
+        temperature: float,
         end_token_ids: tuple[int, ...],
         max_new_tokens: int,
         pad_token_id: int,
     ) -> None:
         self.causal_lm = causal_lm
         self.forward = cached_forward(causal_lm)
-        self.sampler = sampler
+        self.is_greedy = not temperature
+        # Its loop and softmax; it draws nothing.
+        self.sampler = keras_hub.samplers.Sampler(temperature or 1.0)
         self.end_token_ids = end_token_ids
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
@@ -68,7 +71,9 @@ class Decoder:
         Args:
             inputs: `token_ids` int32 and `is_prompt` bool of shape
                 `(batch, prompt_time)`; `starts` int32, where the new tokens of
-                a row begin, and `is_real` bool, both of shape `(batch,)`.
+                a row begin, and `is_real` bool, both of shape `(batch,)`;
+                `noise` float32, `NUMBERS` of a new token after those of
+                another, of shape `(batch, NUMBERS * max_new_tokens)`.
 
         Returns:
             Token ids (int32) and their log-probs (float32, in nats, 0 for
@@ -96,6 +101,7 @@ class Decoder:
         is_prompt = ops.convert_to_tensor(inputs["is_prompt"], "bool")
         starts = ops.convert_to_tensor(inputs["starts"], "int32")
         is_real = ops.convert_to_tensor(inputs["is_real"], "bool")
+        noise = ops.convert_to_tensor(inputs["noise"], "float32")
         total = prompts.shape[1] + self.max_new_tokens
         check_length(self.causal_lm, total)
         cache = self.forward.prefill(prompts, is_prompt, total)
@@ -109,8 +115,13 @@ class Decoder:
         def decode_token(
             token_ids: Any, log_probs: Any, cache: Any, index: Any, active: Any
         ) -> tuple[Any, ...]:
+            number = ops.clip(index - starts, 0, self.max_new_tokens - 1)
+            columns = NUMBERS * number[:, None] + ops.arange(NUMBERS)
             sampled, sampled_log_probs, cache = self._sample(
-                token_ids, cache, index
+                token_ids,
+                cache,
+                index,
+                ops.take_along_axis(noise, columns, axis=1),
             )
             in_prompt = index < starts
             counts = ops.logical_and(active, ops.logical_not(in_prompt))
@@ -147,7 +158,7 @@ class Decoder:
         return token_ids, log_probs
 
     def _sample(
-        self, token_ids: Any, cache: Any, index: Any
+        self, token_ids: Any, cache: Any, index: Any, noise: Any
     ) -> tuple[Any, Any, Any]:
         """Ids for position `index`, `(batch,)`, their log-probs, the cache."""
         previous = ops.slice(
@@ -156,8 +167,10 @@ class Decoder:
         logits, cache = self.forward.step(previous, cache, index - 1)
         # (batch, vocabulary)
         probabilities = self.sampler.compute_probabilities(logits)
-        sampled = ops.cast(
-            self.sampler.get_next_token(probabilities), "int32"
+        sampled = (
+            ops.cast(ops.argmax(probabilities, axis=-1), "int32")
+            if self.is_greedy
+            else draw(probabilities, noise)
         )  # (batch,)
         drawn = ops.take_along_axis(probabilities, sampled[:, None], axis=-1)
         return sampled, ops.log(drawn[:, 0]), cache

@@ -7,7 +7,7 @@ import keras_hub
 import numpy as np
 
 from keras_iris import backend
-from keras_iris.arguments import check_count
+from keras_iris.arguments import check_between, check_count, check_shared
 from keras_iris.data.buckets import check_bucket_lengths
 from keras_iris.generation.batch_plan import (
     DEFAULT_BUCKET_LENGTHS,
@@ -15,7 +15,14 @@ from keras_iris.generation.batch_plan import (
     pad_prompts,
     plan_prompts,
 )
+from keras_iris.generation.batch_rows import (
+    DEFAULT_ROWS,
+    read_sizes,
+    row_bytes,
+    rows_that_fit,
+)
 from keras_iris.generation.decoder import Decoder
+from keras_iris.generation.draw import NUMBERS, make_noise
 from keras_iris.generation.engine import (
     Completion,
     Engine,
@@ -29,15 +36,17 @@ class KerasEngine(Engine):
     """Draws completions from a KerasHub causal LM.
 
     By default from the model itself: temperature 1, no top-k, no top-p.
-    Prompts are sorted by length into batches of a fixed number of rows and a
-    few fixed lengths, so that each shape is compiled once, at its first use,
-    and never for another seed, changed weights or a last incomplete batch.
-    Each call reads the current weights. The model's own sampler, its
-    preprocessor and its compiled functions are neither used nor changed.
+    Prompts are sorted by length into batches of a few shapes, so that each
+    shape is compiled once, at its first use, and never for another seed,
+    changed weights or a last incomplete batch. Each call reads the current
+    weights. The model's own sampler, its preprocessor and its compiled
+    functions are neither used nor changed.
 
     The same seed, prompts and weights give the same completions on one
-    backend and machine, also in another process. The noise of a prompt
-    depends on its place among the prompts of the call, not on the prompt.
+    backend and machine, also in another process and in batches of another
+    size, as far as sums of another order round to the same. The noise of a
+    prompt depends on its place among the prompts of the call, not on the
+    prompt.
 
     Args:
         causal_lm: A `keras_hub.models.CausalLM` with a decoding cache; its
@@ -45,15 +54,18 @@ class KerasEngine(Engine):
         end_token_ids: A completion ends with the first of these, which is
             kept.
         max_new_tokens: A completion ends after so many tokens at the latest.
-        batch_size: Prompts that are answered together.
+        batch_size: Prompts that are answered together. By default as many as
+            fit into 0.8 of the memory that is free, counted for each bucket
+            length from the model's sizes: a power of two for each device, at
+            most 1,024, and not more than the prompts need. 32 where nobody
+            tells how much is free, as on CPUs.
         pad_token_id: Any id of the vocabulary.
         bucket_lengths: Increasing lengths, in tokens, that prompts are padded
             to; one compilation for each that occurs. The last is the longest
             prompt that is answered. By default the powers of two from 16 to
             4,096, and 192 and 384.
-        sampler: A `keras_hub.samplers.Sampler` that draws token by token. By
-            default `RandomSampler(temperature=1.0)`, which is what self-play
-            needs. Its seed is set for each batch.
+        temperature: Divides the logits. Self-play needs 1; 0 takes the
+            likeliest token, and its log-prob is that at temperature 1.
 
     Raises:
         ValueError: If an argument can't be used.
@@ -72,22 +84,19 @@ class KerasEngine(Engine):
         *,
         end_token_ids: Sequence[int],
         max_new_tokens: int,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         pad_token_id: int = 0,
         bucket_lengths: Sequence[int] | None = None,
-        sampler: Any = None,
+        temperature: float = 1.0,
     ) -> None:
-        sampler = sampler or keras_hub.samplers.RandomSampler(temperature=1.0)
         _check_model(causal_lm)
-        _check_sampler(sampler)
+        self.temperature = check_between("temperature", temperature, 0, 100)
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
-        self.batch_size = check_count("batch_size", batch_size)
-        count = backend.num_batch_shares()
-        if backend.is_cut() and batch_size % count:
-            raise ValueError(
-                f"{count} devices have to divide every batch. Received: "
-                f"batch_size={batch_size}. Choose a multiple of {count}."
-            )
+        self.batch_size = batch_size
+        if batch_size is not None:
+            check_count("batch_size", batch_size)
+        if batch_size is not None and backend.is_cut():
+            check_shared("batch_size", batch_size, backend.num_batch_shares())
         self.end_token_ids = tuple(int(i) for i in np.ravel(end_token_ids))
         if not self.end_token_ids:
             raise ValueError(
@@ -101,9 +110,11 @@ class KerasEngine(Engine):
         if bucket_lengths is None:
             bucket_lengths = DEFAULT_BUCKET_LENGTHS
         self.bucket_lengths = check_bucket_lengths(bucket_lengths)
+        self._sizes = read_sizes(causal_lm.backbone)
+        self._rows: dict[int, int] = {}  # of a device, by bucket length
         self._decoder = Decoder(
             causal_lm,
-            sampler,
+            temperature=self.temperature,
             end_token_ids=self.end_token_ids,
             max_new_tokens=max_new_tokens,
             pad_token_id=pad_token_id,
@@ -127,28 +138,45 @@ class KerasEngine(Engine):
         check_prompts(prompts, self.bucket_lengths[-1])
         for i, prompt in enumerate(prompts):
             self._check_ids(f"prompt {i}", prompt)
+        if not len(prompts):
+            return []
         plan = plan_prompts(
-            [len(prompt) for prompt in prompts],
-            batch_size=self.batch_size,
-            bucket_lengths=self.bucket_lengths,
+            [len(prompt) for prompt in prompts], self._num_rows(len(prompts))
         )
         completions: dict[int, Completion] = {}
-        for number, batch in enumerate(plan):
-            self._seed_sampler(seed, number)
-            completions.update(self._answer(prompts, batch))
+        for batch in plan:
+            completions.update(self._answer(prompts, batch, seed))
         return [completions[i] for i in range(len(prompts))]
 
     def get_config(self) -> dict[str, Any]:
         """What decides the completions, beside model, prompts and seed."""
-        sampler = self._decoder.sampler
         return {
             "end_token_ids": self.end_token_ids,
             "max_new_tokens": self.max_new_tokens,
-            "batch_size": self.batch_size,
             "bucket_lengths": self.bucket_lengths,
-            "sampler": type(sampler).__name__,
-            **{f"sampler.{k}": v for k, v in sampler.get_config().items()},
+            "temperature": self.temperature,
         }
+
+    def _num_rows(self, num_prompts: int) -> dict[int, int]:
+        """Rows of a batch by bucket length."""
+        if self.batch_size is not None:
+            return dict.fromkeys(self.bucket_lengths, self.batch_size)
+        shares = backend.num_batch_shares() if backend.IS_ONE_PROGRAM else 1
+        free = backend.free_bytes()
+        for length in self.bucket_lengths:
+            rows = max(1, DEFAULT_ROWS // shares)
+            if self._sizes is not None and free is not None:
+                size = row_bytes(
+                    self._sizes,
+                    prompt_length=length,
+                    new_tokens=self.max_new_tokens,
+                )
+                rows = rows_that_fit(size, free)
+            # Never more again: another number is another compilation.
+            self._rows[length] = min(rows, self._rows.get(length, rows))
+        # The least power of two that is enough for all prompts.
+        enough = 1 << (-(-num_prompts // shares) - 1).bit_length()
+        return {n: shares * min(r, enough) for n, r in self._rows.items()}
 
     def _check_ids(self, name: str, token_ids: Prompt) -> None:
         if min(token_ids) < 0 or max(token_ids) >= self.vocabulary_size:
@@ -158,14 +186,21 @@ class KerasEngine(Engine):
                 "tokenizer that the model was trained with."
             )
 
-    def _answer(self, prompts: Prompts, batch: Batch) -> dict[int, Completion]:
+    def _answer(
+        self, prompts: Prompts, batch: Batch, seed: int
+    ) -> dict[int, Completion]:
         inputs = pad_prompts(
             prompts,
             batch,
-            batch_size=self.batch_size,
             pad_token_id=self.pad_token_id,
             pads_left=self._decoder.forward.pads_left,
         )
+        noise = np.zeros(
+            (batch.num_rows, NUMBERS * self.max_new_tokens), "float32"
+        )
+        for row, index in enumerate(batch.indices):
+            noise[row] = make_noise(seed, index, self.max_new_tokens)
+        inputs["noise"] = noise
         token_ids, log_probs = self._decoder(inputs)
         completions = {}
         # Rows without a prompt are the last ones.
@@ -187,18 +222,6 @@ class KerasEngine(Engine):
             log_probs[:length].astype("float32"),
         )
 
-    def _seed_sampler(self, seed: int, batch_number: int) -> None:
-        """Gives batch `batch_number` of a plan noise of its own.
-
-        A seed generator's state is (seed, number of draws); every backend
-        mixes the two, PyTorch by adding them. So batches get the same seed
-        and ranges of draws that can't overlap.
-        """
-        first = np.random.SeedSequence(seed).generate_state(1)[0] >> 1
-        draws = batch_number * (self.bucket_lengths[-1] + self.max_new_tokens)
-        for state in self._decoder.sampler.variables:
-            state.assign(np.array([first, draws % 2**31]).astype(state.dtype))
-
 
 def _check_model(causal_lm: Any) -> None:
     decodes = getattr(type(causal_lm), "call_with_cache", None) is not None
@@ -208,16 +231,4 @@ def _check_model(causal_lm: Any) -> None:
             "decoding cache (`call_with_cache`), received "
             f"{type(causal_lm).__name__}. Use another model, or another "
             "engine."
-        )
-
-
-def _check_sampler(sampler: Any) -> None:
-    base = keras_hub.samplers.Sampler
-    if not isinstance(sampler, base) or (
-        type(sampler).__call__ is not base.__call__
-    ):
-        raise ValueError(
-            "Expected `sampler` to be a keras_hub.samplers.Sampler that draws "
-            f"token by token, received {sampler!r}. Self-play needs the "
-            "default, RandomSampler(temperature=1.0)."
         )

@@ -262,6 +262,13 @@ class DecoderConfig:
         return int(number or 0)
 
     @property
+    def inner_size(self) -> int:
+        """The width of a feed-forward network, of all experts together."""
+        usual = self.intermediate_size
+        expert = int(self.entries.get("moe_intermediate_size", usual))
+        return max(usual, self._num_experts * expert)
+
+    @property
     def head_dim(self) -> int:
         """The width of a head."""
         usual = self.hidden_size // self.num_heads

@@ -58,13 +58,11 @@ def check_engine(engine: Any, options: Options) -> None:
             f"than max_response_length={longest}. Lower the one "
             "or raise the other."
         )
-    sampler = config.get("sampler", "RandomSampler")
-    temperature = config.get("sampler.temperature", 1.0)
-    if sampler != "RandomSampler" or temperature != 1.0:
+    temperature = config.get("temperature", 1.0)
+    if temperature != 1:
         raise ValueError(
-            "Self-play needs samples of the model itself, from "
-            "`RandomSampler(temperature=1.0)`. Received an engine with "
-            f"{sampler}(temperature={temperature})."
+            "Self-play needs samples of the model itself, at temperature 1. "
+            f"Received an engine with {temperature=}."
         )
     prompts = [example.prompt_ids.tolist() for example in options.examples]
     check_prompts(prompts, config.get("bucket_lengths", [None])[-1])

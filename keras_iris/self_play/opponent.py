@@ -1,8 +1,9 @@
 """What an iteration learns from: the opponent's responses and log-probs."""
 
+import time
 import warnings
-from collections.abc import Generator, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -288,9 +289,14 @@ class Opponent:
         self.engine.update(write(self.model.causal_lm, path))
 
 
-def _progress(total: int, unit: str) -> Any:
-    """A bar with what is done a second; none where nobody looks at it."""
-    return tqdm(total=total, unit=f" {unit}", disable=None)
+@contextmanager
+def _progress(total: int, unit: str) -> Iterator[Any]:
+    """A bar where somebody looks at it, and then what was done a second."""
+    start = time.perf_counter()
+    with tqdm(total=total, unit=f" {unit}", leave=False, disable=None) as bar:
+        yield bar
+    speed = total / (time.perf_counter() - start)
+    print(f"{total:,} {unit}, {speed:.3g} a second")
 
 
 def _arrays(completions: Sequence[Completion]) -> Arrays:

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_iris import backend
-from keras_iris.arguments import check_count, check_positive
+from keras_iris.arguments import check_count, check_positive, check_shared
 from keras_iris.data import ChatTemplate, Example, Tokenizer
 from keras_iris.data.pairs import check_batch_size
 from keras_iris.data.rows import OnBadRow
@@ -132,13 +132,7 @@ class Options:
                 "loss=keras_iris.losses.IRIS())` first."
             )
         model.check_devices()
-        count = backend.num_batch_shares()
-        if self.batch_size % count:
-            raise ValueError(
-                f"{count} devices or processes share every batch and have to "
-                f"divide it. Received: batch_size={self.batch_size}. Choose a "
-                f"multiple of {count}."
-            )
+        check_shared("batch_size", self.batch_size, backend.num_batch_shares())
         steps = model.steps_per_execution
         if self.batch_size * steps > model.recent.num_rows:
             raise ValueError(

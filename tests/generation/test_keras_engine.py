@@ -1,9 +1,9 @@
 import keras
-import keras_hub
 import numpy as np
 import pytest
 from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
+from keras_iris import backend
 from keras_iris.generation import KerasEngine
 from keras_iris.generation.cached_forward import RightAligned
 from keras_iris.models import Lora, add_lora
@@ -160,9 +160,53 @@ def test_a_restart_gives_the_same_ids(engine):
     assert ids(engine.generate(PROMPTS, seed=2)) != expected
 
 
-def test_batches_have_noise_of_their_own(engine):
-    completions = ids(engine.generate([[5, 6]] * (2 * BATCH_SIZE), seed=0))
-    assert completions[:BATCH_SIZE] != completions[BATCH_SIZE:]
+@pytest.mark.parametrize("architecture", ["qwen", "gemma"])
+def test_the_batch_changes_no_answer(architecture):
+    """Noise is that of a prompt's place, whatever it is answered with."""
+    causal_lm = make_causal_lm(architecture, num_layers=1)
+    prompts = [[5, 6]] * 5 + PROMPTS
+    expected = ids(make_engine(causal_lm).generate(prompts, seed=0))
+    assert len(set(expected[:5])) == 5
+    for options in (
+        {"batch_size": 5},
+        {"batch_size": None, "bucket_lengths": (3, 6, LONGEST_PROMPT)},
+    ):
+        engine = make_engine(causal_lm, **options)
+        assert ids(engine.generate(prompts, seed=0)) == expected
+        assert ids(engine.generate(prompts[:7], seed=0)) == expected[:7]
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_prompts", "expected"),
+    [
+        (30, 40, {6: 32, LONGEST_PROMPT: 16}),  # 0.8 of 30, and 10/6 of that
+        (30, 13, {6: 16, LONGEST_PROMPT: 16}),
+        (30, 4, {6: 4, LONGEST_PROMPT: 4}),
+        (0.1, 40, {6: 1, LONGEST_PROMPT: 1}),
+        (1e9, 5000, {6: 1024, LONGEST_PROMPT: 1024}),
+        (None, 5000, {6: 32, LONGEST_PROMPT: 32}),
+    ],
+)
+def test_rows_follow_the_free_memory(
+    rows, num_prompts, expected, causal_lm, monkeypatch
+):
+    engine = make_engine(
+        causal_lm, batch_size=None, bucket_lengths=(6, LONGEST_PROMPT)
+    )
+    # The prompt's keys and values, hidden states and inner products; float32.
+    bytes_of_row = 4 * LONGEST_PROMPT * (2 * 2 * 8 + 2 * 32 + 3 * 64)
+    free = rows and rows * bytes_of_row
+    monkeypatch.setattr(backend, "free_bytes", lambda: free)
+    assert engine._num_rows(num_prompts) == expected
+
+
+def test_rows_are_never_more_again(causal_lm, monkeypatch):
+    engine = make_engine(causal_lm, batch_size=None)
+    found = []
+    for free in (10**6, 10**4, 10**6):
+        monkeypatch.setattr(backend, "free_bytes", lambda free=free: free)
+        found += engine._num_rows(5000).values()
+    assert found[0] > found[1] == found[2]
 
 
 def test_nothing_compiles_twice(causal_lm, steps):
@@ -198,7 +242,7 @@ def test_prefill_computes_no_prompt_logits(architecture, monkeypatch):
 
 def test_current_weights_are_used():
     causal_lm = make_causal_lm("qwen", num_layers=1)
-    engine = make_engine(causal_lm, sampler=keras_hub.samplers.GreedySampler())
+    engine = make_engine(causal_lm, temperature=0)
     before = engine.generate(PROMPTS, seed=0)
     for variable in causal_lm.trainable_variables:
         variable.assign(-3.0 * variable)
@@ -258,8 +302,7 @@ def test_bad_prompts(engine, prompts, message):
         ({"batch_size": 4.0}, "`batch_size` has to be an int.* 4.0"),
         ({"bucket_lengths": ()}, r"increasing.*\(\)"),
         ({"bucket_lengths": (8, 4)}, r"increasing.*\(8, 4\)"),
-        ({"sampler": "top_k"}, "token by token, received 'top_k'"),
-        ({"sampler": keras_hub.samplers.BeamSampler()}, "token by token"),
+        ({"temperature": -1.0}, r"`temperature` has to be .*\[0, 100\]. .* -1"),
     ],
 )
 def test_bad_arguments(causal_lm, options, message):

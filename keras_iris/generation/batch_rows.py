@@ -1,0 +1,131 @@
+"""How many prompts are answered together: what a row takes, and what is free.
+
+Counted from the model's sizes, for JAX; `tests/test_run_estimate.py` holds it
+against what XLA allocates.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from keras_iris.generation.cached_forward import shiftable_parts
+
+# Where nobody tells how much memory is free, as on CPUs.
+DEFAULT_ROWS = 32
+# With so many, reading the weights is a small part of a step.
+MOST_ROWS = 1024
+# Of what is free; the rest is for what nobody counts.
+FREE_SHARE = 0.8
+_FLOAT_BYTES = 4
+# Attention's products, their exponentials and weights, of which a new token's
+# are two; a gate, its activation and what it is multiplied with; logits, their
+# exponentials and probabilities.
+_SCORE_COPIES, _STEP_COPIES, _INNER_COPIES, _LOGIT_COPIES = 3, 2, 3, 3
+_HEADS = ("num_query_heads", "num_attention_heads", "num_heads")
+# What KerasHub's backbones call them.
+_NAMES = {
+    "num_layers": ("num_layers",),
+    "num_heads": _HEADS,
+    "num_key_value_heads": ("num_key_value_heads", *_HEADS),
+    "hidden_size": ("hidden_dim",),
+    "vocabulary_size": ("vocabulary_size",),
+}
+
+
+class Sizes(NamedTuple):
+    """Numbers of a decoder.
+
+    Attributes:
+        num_layers: Decoder layers.
+        num_heads: Heads of queries.
+        num_key_value_heads: Heads of keys and values.
+        head_dim: The width of a head.
+        hidden_size: The width of hidden states.
+        inner_size: The width of a feed-forward network, of all experts
+            together: KerasHub computes all.
+        vocabulary_size: Rows of the embedding.
+        item_bytes: Bytes of a number that it computes with.
+        is_shiftable: Whether a step reads the cache as it is. KerasHub's own
+            pass makes another one, and the keys and values of a layer anew
+            for every head.
+    """
+
+    num_layers: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    inner_size: int
+    vocabulary_size: int
+    item_bytes: int
+    is_shiftable: bool
+
+
+def read_sizes(backbone: Any) -> Sizes | None:
+    """The sizes of a backbone; `None` if it has others than a decoder's."""
+    config = backbone.get_config()
+    found = {
+        name: next((int(config[n]) for n in names if config.get(n)), 0)
+        for name, names in _NAMES.items()
+    }
+    inner = _inner_size(config)
+    if not inner or 0 in found.values():
+        return None
+    usual = found["hidden_size"] // found["num_heads"]
+    return Sizes(
+        **found,
+        head_dim=int(config.get("head_dim") or usual),
+        inner_size=inner,
+        item_bytes=2 if "16" in backbone.compute_dtype else 4,
+        is_shiftable=shiftable_parts(type(backbone)) is not None,
+    )
+
+
+def _inner_size(config: Mapping[str, Any]) -> int:
+    usual = int(config.get("intermediate_dim") or 0)
+    expert = int(config.get("moe_intermediate_dim") or usual)
+    return max(usual, int(config.get("num_experts") or 0) * expert)
+
+
+def token_bytes(sizes: Sizes) -> int:
+    """Bytes of a token's keys and values."""
+    keys = sizes.num_key_value_heads * sizes.head_dim
+    return 2 * sizes.num_layers * keys * sizes.item_bytes
+
+
+def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
+    """Bytes that a row takes while its batch is answered, at their most.
+
+    Either while the prompts are read: keys and values, and attention, which
+    KerasHub doesn't fuse, or the feed-forward network of one layer. Or later:
+    keys and values of the new tokens as well, and attention or logits.
+
+    Args:
+        sizes: Of the model.
+        prompt_length: Tokens that prompts are padded to.
+        new_tokens: The most tokens of an answer.
+    """
+    token = token_bytes(sizes)
+    if not sizes.is_shiftable:
+        queries = sizes.num_heads * sizes.head_dim
+        token = 2 * token + 2 * 2 * queries * sizes.item_bytes
+    hidden = 2 * sizes.hidden_size * sizes.item_bytes
+    scores = _SCORE_COPIES * sizes.num_heads * prompt_length
+    inner = _INNER_COPIES * sizes.inner_size
+    prompts = token + hidden + _FLOAT_BYTES * max(scores, inner)
+    total = prompt_length + new_tokens
+    step = _FLOAT_BYTES * max(
+        _STEP_COPIES * sizes.num_heads * total,
+        _LOGIT_COPIES * sizes.vocabulary_size,
+    )
+    return max(prompt_length * prompts, total * token + step)
+
+
+def rows_that_fit(bytes_of_row: float, free_bytes: float) -> int:
+    """Rows of a device: a power of two, from 1 to `MOST_ROWS`.
+
+    Args:
+        bytes_of_row: As `row_bytes` counts them.
+        free_bytes: Memory of the device that is free.
+    """
+    rows = int(FREE_SHARE * free_bytes / bytes_of_row)
+    return 1 << max(0, min(rows, MOST_ROWS).bit_length() - 1)
