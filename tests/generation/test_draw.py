@@ -10,7 +10,7 @@ VOCABULARY_SIZE = 1000
 
 
 def drawn(probabilities, noise):
-    ids = draw(keras.ops.convert_to_tensor(probabilities), noise)
+    ids = draw(*map(keras.ops.convert_to_tensor, (probabilities, noise)))
     return keras.ops.convert_to_numpy(ids)
 
 
