@@ -291,8 +291,8 @@ evaluate("control", control)
 scores
 
 # %% [markdown]
-# Self-play made the model better than it was at the start, and more SFT makes the
-# NLL lower still. Without the control it would look like a success. This is
+# Self-play made the model better than it was at the start, and more SFT made
+# the NLL lower still. Without the control it would look like a success. It is
 # one run of a tiny model on little data; what it shows is the method, not what
 # the method is worth on another problem.
 #
