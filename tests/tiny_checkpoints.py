@@ -265,9 +265,11 @@ def save_sentencepiece(folder, **options):
 
 def _add_tokenizer_json(folder):
     # What transformers makes of tokenizer.model, as in published folders.
+    # By the class of its name: for a folder of type mistral `AutoTokenizer`
+    # gives other ids with each version.
     config = (folder / "tokenizer_config.json").read_text()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    factory = getattr(transformers, json.loads(config)["tokenizer_class"])
+    factory.from_pretrained(folder).save_pretrained(folder)
     (folder / "tokenizer_config.json").write_text(config)
 
 
