@@ -188,7 +188,7 @@ def main():
             f"There is no checkpoint in {arguments.preset}. Make it by "
             "`python tests/make_smollm2.py`, or pass `--preset`."
         )
-    num_rows = 2 if arguments.quick else 24
+    num_rows = 2 if arguments.quick else 8
     workers = {
         name: harness.Worker(
             __file__,

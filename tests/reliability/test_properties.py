@@ -222,18 +222,13 @@ def test_buckets_hold_all_lengths(lengths):
 def test_prompts_come_back_from_their_batches(prompts, batch_size, pads_left):
     plan = plan_prompts(
         [len(prompt) for prompt in prompts],
-        batch_size=batch_size,
-        bucket_lengths=(5, 10, 20),
+        dict.fromkeys((5, 10, 20), batch_size),
     )
     seen = [index for batch in plan for index in batch.indices]
     assert sorted(seen) == list(range(len(prompts)))
     for batch in plan:
         arrays = pad_prompts(
-            prompts,
-            batch,
-            batch_size=batch_size,
-            pad_token_id=PAD,
-            pads_left=pads_left,
+            prompts, batch, pad_token_id=PAD, pads_left=pads_left
         )
         assert arrays["token_ids"].shape == (batch_size, batch.bucket_length)
         assert arrays["is_real"].sum() == len(batch.indices)
