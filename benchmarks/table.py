@@ -259,7 +259,13 @@ def insert(document, block, name="benchmarks"):
 
 def _caption(found):
     record = next(iter(found.values()))
-    machine, versions = record["machine"], record["versions"]
+    machine = record["machine"]
+    # A package that one of them didn't need may be missing there.
+    versions = {
+        package: version
+        for each in found.values()
+        for package, version in each["versions"].items()
+    }
     dates = sorted(record["date"] for record in found.values())
     packages = ", ".join(
         f"{package} {versions[package]}"

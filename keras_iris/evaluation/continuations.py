@@ -125,7 +125,8 @@ class ContinuationScorer:
         """As `_score`, of rows that share a context."""
         rows = [row for group in groups for row in group]
         time = self._padded(len(groups[0][0].context))
-        count = _power_of_four(max(len(row.rest) for row in rows))
+        longest = max(len(row.rest) for row in rows)
+        count = 1 << (longest - 1).bit_length()
         most = _power_of_four(max(len(row.targets) for row in rows))
         size = self.batch_size
         x = {
