@@ -36,7 +36,9 @@ def main():
     for source in SOURCES:
         notebook = read(source)
         make_client(notebook).execute()
-        nbformat.write(notebook, source.with_suffix(".ipynb"))
+        # A warning tells where the package is on this machine.
+        text = nbformat.writes(notebook).replace(f"{FOLDER.parent}/", "")
+        source.with_suffix(".ipynb").write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -60,7 +60,9 @@ def _has_picture(cells):
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
 def test_notebook_is_its_source(source, execute):
     """With outputs, from one run from top to bottom."""
-    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    text = source.with_suffix(".ipynb").read_text()
+    assert f"{FOLDER.parent}/" not in text
+    notebook = nbformat.reads(text, as_version=4)
     expected = execute.read(source)
     assert [(cell.cell_type, cell.source) for cell in notebook.cells] == [
         (cell.cell_type, cell.source) for cell in expected.cells
