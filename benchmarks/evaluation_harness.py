@@ -17,6 +17,7 @@ process, which compiles in the first run; both times are told. Then all
 log-probs and answers are compared, request by request.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -52,7 +53,6 @@ def make_tasks(folder, num_rows):
             {
                 "message": chats[4 * i]["prompt"],
                 "replies": replies,
-                "spaced": [f" {reply}" for reply in replies],
                 "listed": "\n".join(listed),
                 "right": right,
                 "text": f"{chats[4 * i]['prompt']}\n{replies[right]}",
@@ -189,20 +189,40 @@ def main():
             "`python tests/make_smollm2.py`, or pass `--preset`."
         )
     num_rows = 2 if arguments.quick else 8
-    workers = {
-        name: harness.Worker(
-            __file__,
-            "Harness",
-            backend=backend,
-            environment={"OMP_NUM_THREADS": str(os.cpu_count())},
-            preset=arguments.preset,
-            is_hf=name == HF,
-            num_rows=num_rows,
-        )
-        for name, backend in CONTESTANTS.items()
-    }
-    for worker in workers.values():
-        worker.wait()
+    with contextlib.ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(
+                harness.Worker(
+                    __file__,
+                    "Harness",
+                    backend=backend,
+                    environment={"OMP_NUM_THREADS": str(os.cpu_count())},
+                    preset=arguments.preset,
+                    is_hf=name == HF,
+                    num_rows=num_rows,
+                )
+            )
+            for name, backend in CONTESTANTS.items()
+        }
+        for worker in workers.values():
+            worker.wait()
+        rows, bars = _race(workers)
+    records.finish(
+        __file__,
+        arguments,
+        settings={
+            "batch_size": BATCH_SIZE,
+            "max_length": MAX_LENGTH,
+            "shots": NUM_SHOTS,
+            "rows": num_rows,
+        },
+        rows=rows,
+        bars=bars,
+    )
+
+
+def _race(workers):
+    """The table's rows and the bars of all tasks."""
     rows, bars = [], []
     for task in ("letters", "answers", "texts", "generate"):
         runs = {name: [] for name in workers}
@@ -238,18 +258,7 @@ def main():
                     ),
                     records.bar(f"answers apart, {label}", number, at_most=0),
                 ]
-    records.finish(
-        __file__,
-        arguments,
-        settings={
-            "batch_size": BATCH_SIZE,
-            "max_length": MAX_LENGTH,
-            "shots": NUM_SHOTS,
-            "rows": num_rows,
-        },
-        rows=rows,
-        bars=bars,
-    )
+    return rows, bars
 
 
 if __name__ == "__main__":

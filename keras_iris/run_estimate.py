@@ -318,12 +318,11 @@ class RunEstimate:
         config = self.config
         name = f"{ARCHITECTURES[config.model_type].keras_hub}Backbone"
         parts = shiftable_parts(getattr(keras_hub.models, name))
-        sizes = Sizes(
+        return Sizes(
             **{name: getattr(config, name) for name in Sizes._fields[:-2]},
             item_bytes=_COMPUTE_BYTES,
             is_shiftable=parts is not None,
         )
-        return sizes
 
     def _generation_rows(self, prompt_length: float) -> int:
         """Prompts that are answered together, on all devices."""

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from programs import environment
 from tiny_checkpoints import copy, edit
 
 import keras_iris
@@ -131,11 +131,7 @@ def test_sharded_recipe(  # noqa: PLR0913
     arguments = _arguments(folder, data, run_dir, mesh=mesh, strategy=strategy)
     subprocess.run(
         [sys.executable, str(RECIPES / f"{name}.py"), *arguments],
-        env={
-            **os.environ,
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-            "PYTHONPATH": str(RECIPES.parent),
-        },
+        env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=4"),
         check=True,
     )
     # Products are rounded to bfloat16.

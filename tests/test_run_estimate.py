@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from types import SimpleNamespace
 
 import keras
 import pytest
+from programs import environment
 from tiny_checkpoints import save_checkpoint
 
 import keras_iris
@@ -200,15 +200,11 @@ def test_the_measured_run():
     assert speed == pytest.approx(29_000, rel=0.15)
 
 
-LIKE_A_GPU = {
-    **os.environ,
+LIKE_A_GPU = environment(
     # See `keras_iris.models.remat`.
-    "XLA_FLAGS": "--xla_cpu_enable_concurrency_optimized_scheduler=false",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
-    "PYTHONPATH": os.pathsep.join(
-        [str(RECIPES.parent), str(RECIPES.parent / "tests")]
-    ),
-}
+    XLA_FLAGS="--xla_cpu_enable_concurrency_optimized_scheduler=false",
+    JAX_DISABLE_MOST_OPTIMIZATIONS="0",
+)
 ALLOCATED = """
 import json, sys
 import jax, keras, numpy as np

@@ -10,6 +10,11 @@ WINDOW_BATCHES = 32  # rows are sorted by length within so many batches
 FINE_STEP, COARSE_STEP, COARSE_FROM = 8, 64, 256  # in tokens
 
 
+def next_power_of_two(number: int) -> int:
+    """The least power of two that isn't below a positive number."""
+    return 1 << (number - 1).bit_length()
+
+
 def choose_bucket_lengths(
     lengths: NDArray[np.int64], longest: int = 0
 ) -> tuple[int, ...]:

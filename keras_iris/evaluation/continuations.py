@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_iris import backend
 from keras_iris.arguments import check_count
+from keras_iris.data.buckets import next_power_of_two
 from keras_iris.generation.cached_forward import RightAligned, right_aligned
 from keras_iris.models.checks import check_causal_lm
 from keras_iris.models.score import divisible_batch_size
@@ -125,8 +126,7 @@ class ContinuationScorer:
         """As `_score`, of rows that share a context."""
         rows = [row for group in groups for row in group]
         time = self._padded(len(groups[0][0].context))
-        longest = max(len(row.rest) for row in rows)
-        count = 1 << (longest - 1).bit_length()
+        count = next_power_of_two(max(len(row.rest) for row in rows))
         most = _power_of_four(max(len(row.targets) for row in rows))
         size = self.batch_size
         x = {

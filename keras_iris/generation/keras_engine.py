@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_iris import backend
 from keras_iris.arguments import check_between, check_count, check_shared
-from keras_iris.data.buckets import check_bucket_lengths
+from keras_iris.data.buckets import check_bucket_lengths, next_power_of_two
 from keras_iris.generation.batch_plan import (
     DEFAULT_BUCKET_LENGTHS,
     Batch,
@@ -95,8 +95,9 @@ class KerasEngine(Engine):
         self.batch_size = batch_size
         if batch_size is not None:
             check_count("batch_size", batch_size)
-        if batch_size is not None and backend.is_cut():
-            check_shared("batch_size", batch_size, backend.num_batch_shares())
+            if backend.is_cut():
+                count = backend.num_batch_shares()
+                check_shared("batch_size", batch_size, count)
         self.end_token_ids = tuple(int(i) for i in np.ravel(end_token_ids))
         if not self.end_token_ids:
             raise ValueError(
@@ -174,8 +175,7 @@ class KerasEngine(Engine):
                 rows = rows_that_fit(size, free)
             # Never more again: another number is another compilation.
             self._rows[length] = min(rows, self._rows.get(length, rows))
-        # The least power of two that is enough for all prompts.
-        enough = 1 << (-(-num_prompts // shares) - 1).bit_length()
+        enough = next_power_of_two(-(-num_prompts // shares))
         return {n: shares * min(r, enough) for n, r in self._rows.items()}
 
     def _check_ids(self, name: str, token_ids: Prompt) -> None:
@@ -198,8 +198,9 @@ class KerasEngine(Engine):
         noise = np.zeros(
             (batch.num_rows, NUMBERS * self.max_new_tokens), "float32"
         )
-        for row, index in enumerate(batch.indices):
-            noise[row] = make_noise(seed, index, self.max_new_tokens)
+        if self.temperature:  # else nothing is drawn
+            for row, index in enumerate(batch.indices):
+                noise[row] = make_noise(seed, index, self.max_new_tokens)
         inputs["noise"] = noise
         token_ids, log_probs = self._decoder(inputs)
         completions = {}

@@ -8,6 +8,7 @@ import numpy as np
 
 from keras_iris import backend
 from keras_iris.data import Example, PairDataset, pad_pairs
+from keras_iris.data.buckets import next_power_of_two
 from keras_iris.models.self_play_model import SelfPlayModel
 
 
@@ -86,7 +87,7 @@ class TokenScorer:
         ]
         longest = max(len(r.prompt_ids) + len(r.response_ids) for r in rows)
         # A power of two, so that few lengths are compiled.
-        x = pad_pairs(rows, None, 1 << (longest - 1).bit_length())
+        x = pad_pairs(rows, None, next_power_of_two(longest))
         values = np.asarray(self._network.predict_on_batch(x))
         is_token = x["response_mask"][:, :, 1:]
         return [v[mask] for v, mask in zip(values, is_token, strict=True)]
