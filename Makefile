@@ -16,6 +16,11 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 quickstart: .venv/installed-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
 
+# The tests compile much and run little. JAX ends at a flag that it doesn't
+# know, so this goes with the version in constraints.txt.
+test test-slow: export XLA_FLAGS := $(XLA_FLAGS) \
+    --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+
 test: .venv/installed-dev
 	$(MAKE) lint
 	failed=0; marks="not slow"; for backend in $(BACKENDS); do \

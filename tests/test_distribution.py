@@ -17,7 +17,6 @@ from safetensors.numpy import load_file
 import keras_iris
 from keras_iris.distribution.launch import Launch, read_environment
 
-VIRTUAL_DEVICES = "--xla_force_host_platform_device_count={}"
 TOLERANCE = 1e-5  # float32, relative: sums in another order
 LARGEST_SHARE = 1.15  # of an equal one; norms and biases are whole
 
@@ -70,7 +69,7 @@ with open(target, "w") as file:
 def run_on_devices(number, program, *arguments):
     subprocess.run(
         [sys.executable, "-c", program, *map(str, arguments)],
-        env=environment(XLA_FLAGS=VIRTUAL_DEVICES.format(number)),
+        env=environment(number),
         check=True,
         cwd=TESTS.parent,
         stdout=subprocess.DEVNULL,
@@ -220,9 +219,9 @@ LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 
 def start_run(num_devices=1, rank=0, num_processes=1, port=0, **options):
     """A process of tests/distributed_run.py."""
-    variables = {"XLA_FLAGS": VIRTUAL_DEVICES.format(num_devices)}
+    variables = {}
     if num_processes > 1:
-        variables |= {
+        variables = {
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "WORLD_SIZE": str(num_processes),
@@ -234,7 +233,7 @@ def start_run(num_devices=1, rank=0, num_processes=1, port=0, **options):
             str(TESTS / "distributed_run.py"),
             json.dumps(options, default=str),
         ],
-        env=environment(**variables),
+        env=environment(num_devices, **variables),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -131,7 +131,7 @@ def test_sharded_recipe(  # noqa: PLR0913
     arguments = _arguments(folder, data, run_dir, mesh=mesh, strategy=strategy)
     subprocess.run(
         [sys.executable, str(RECIPES / f"{name}.py"), *arguments],
-        env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=4"),
+        env=environment(num_devices=4),
         check=True,
     )
     # Products are rounded to bfloat16.
