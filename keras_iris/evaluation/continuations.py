@@ -1,7 +1,7 @@
 """Log-probs of continuations of contexts, many at a time."""
 
-import functools
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -22,28 +22,26 @@ Score: TypeAlias = tuple[float, bool]
 # Positions whose logits are held at a time.
 _TILE = 256
 _SHORTEST = 32
-# Continuations that follow a context in one pass; a number is compiled.
-_AT_ONCE = 4
-# How many times as long as the tokens behind it a context has to be, for its
-# keys and values to be kept.
-_LONG = 2
+# How many times as long as a beginning all that follows it in one row may be:
+# attention computes scores of all pairs of tokens, and masks most.
+_MOST_BRANCHES = 2
 
 
 class ContinuationScorer:
     """Scores continuations of contexts under a causal LM.
 
-    What comes before the last token of a continuation is computed once for
-    all requests that it is the beginning of: the letters of a multiple choice
-    are one row of a batch. Where several longer continuations follow a
-    context, as in HellaSwag, its keys and values are computed once for all of
-    them (Llama, Mistral, Qwen). Rows are sorted by length and padded to a few
-    lengths, so that few shapes are compiled.
+    What several requests begin with is computed once for all of them, as far
+    as they are scored together: a context with its endings, or the solved
+    examples in front of all questions of a task. They are branches of one row,
+    masked from each other (Llama, Mistral, Qwen; other models share what comes
+    before the last token of a continuation). Rows are sorted by length and
+    padded to a few lengths, so that few shapes are compiled.
 
     Args:
         causal_lm: As in `keras_iris.SelfPlayModel`.
-        batch_size: Rows of a forward pass; as many more as it takes for the
+        batch_size: Texts of a forward pass; as many more as it takes for the
             devices that share a batch to divide it.
-        max_length: Tokens that the model reads at most.
+        max_length: Tokens of a text that the model reads at most.
 
     Raises:
         ValueError: If an argument can't be used.
@@ -53,17 +51,15 @@ class ContinuationScorer:
         self, causal_lm: Any, *, batch_size: int, max_length: int
     ) -> None:
         check_causal_lm(causal_lm)
+        self._shares = divisible_batch_size(1)
         self.batch_size = divisible_batch_size(
             check_count("batch_size", batch_size)
         )
         self.max_length = check_count("max_length", max_length, at_least=2)
-        self._lengths = lengths_up_to(max_length)
-        self._network = _Network(causal_lm)
-        self._passes: Any = right_aligned(causal_lm)
-        # TensorFlow would trace one with lengths that it doesn't know.
-        self._contexts = functools.cache(
-            lambda *shape: _Contexts(causal_lm, self._passes)
-        )
+        self._passes = right_aligned(causal_lm)
+        most = 1 if self._passes is None else 1 + _MOST_BRANCHES
+        self._lengths = lengths_up_to(most * max_length)
+        self._network = _Network(causal_lm, self._passes)
 
     def __call__(
         self, requests: Sequence[Request]
@@ -83,14 +79,18 @@ class ContinuationScorer:
             ValueError: If a context or continuation is empty, or a
                 continuation longer than `max_length`.
         """
-        rows = _share_rows([self._cut(*request) for request in requests])
-        groups, rows = _share_contexts(rows, self._passes is not None)
-        groups.sort(key=lambda group: len(group[0].context), reverse=True)
-        for start in range(0, len(groups), self.batch_size):
-            yield self._score_groups(groups[start : start + self.batch_size])
-        rows.sort(key=lambda row: len(row.inputs), reverse=True)
-        for start in range(0, len(rows), self.batch_size):
-            yield self._score(rows[start : start + self.batch_size])
+        texts = _share_texts([self._cut(*request) for request in requests])
+        most = 1 if self._passes is None else self.batch_size // self._shares
+        batch: list[_Row] = []
+        count = 0
+        for row in sorted(_make_rows(texts, most), key=len, reverse=True):
+            count += len(row.texts)
+            if count > self.batch_size and len(batch) >= self._shares:
+                yield self._score(batch)
+                batch, count = [], len(row.texts)
+            batch.append(row)
+        if batch:
+            yield self._score(batch)
 
     def _cut(self, context: list[int], continuation: list[int]) -> Request:
         if not context or not 0 < len(continuation) <= self.max_length:
@@ -104,57 +104,27 @@ class ContinuationScorer:
         return context[-room:], continuation
 
     def _score(self, rows: list["_Row"]) -> dict[int, Score]:
-        time = self._padded(len(rows[0].inputs))
-        most = _power_of_four(max(len(row.targets) for row in rows))
-        size = self.batch_size
-        x = {
-            "token_ids": np.zeros((size, time), "int32"),
-            "padding_mask": np.zeros((size, time), "int32"),
-            "positions": np.zeros((size, most), "int32"),
-            "targets": np.zeros((size, most), "int32"),
+        filled = [row.lay_out() for row in rows]
+        time = next(n for n in self._lengths if n >= len(rows[0]))
+        asked = next_power_of_two(max(len(x["asked"]) for x in filled))
+        num_rows = next_power_of_two(-(-len(rows) // self._shares))
+        num_rows = min(self.batch_size, self._shares * num_rows)
+        batch = {
+            name: np.zeros(
+                (num_rows, asked if name in ("asked", "targets") else time),
+                "int32",
+            )
+            for name in filled[0]
         }
-        x["padding_mask"][:, 0] = 1  # a softmax over nothing can be NaN
-        for i, row in enumerate(rows):
-            x["token_ids"][i, : len(row.inputs)] = row.inputs
-            x["padding_mask"][i, : len(row.inputs)] = 1
-            x["positions"][i, : len(row.targets)] = row.positions
-            x["targets"][i, : len(row.targets)] = row.targets
-        scores = np.asarray(self._network.predict_on_batch(x))
-        return _read(zip(rows, scores, strict=False))
-
-    def _score_groups(self, groups: list[list["_Row"]]) -> dict[int, Score]:
-        """As `_score`, of rows that share a context."""
-        rows = [row for group in groups for row in group]
-        time = self._padded(len(groups[0][0].context))
-        count = next_power_of_two(max(len(row.rest) for row in rows))
-        most = _power_of_four(max(len(row.targets) for row in rows))
-        size = self.batch_size
-        x = {
-            "token_ids": np.zeros((size, time), "int32"),
-            "is_prompt": np.zeros((size, time), bool),
-            "rest": np.zeros((size, _AT_ONCE, count), "int32"),
-            "positions": np.zeros((size, _AT_ONCE, most), "int32"),
-            "targets": np.zeros((size, _AT_ONCE, most), "int32"),
-        }
-        for i, group in enumerate(groups):
-            context = group[0].context
-            x["token_ids"][i, time - len(context) :] = context
-            x["is_prompt"][i, time - len(context) :] = True
-            for j, row in enumerate(group):
-                positions = np.subtract(row.positions, len(context))
-                x["rest"][i, j, : len(row.rest)] = row.rest
-                x["positions"][i, j, : len(positions)] = positions
-                x["targets"][i, j, : len(positions)] = row.targets
-        network = self._contexts(time, count, most)
-        scores = np.asarray(network.predict_on_batch(x))
-        return _read(
-            (row, scores[i, j])
-            for i, group in enumerate(groups)
-            for j, row in enumerate(group)
-        )
-
-    def _padded(self, longest: int) -> int:
-        return next(length for length in self._lengths if length >= longest)
+        batch["padding_mask"][:, 0] = 1  # a softmax over nothing can be NaN
+        for i, x in enumerate(filled):
+            for name, values in x.items():
+                batch[name][i, : len(values)] = values
+        scores = np.asarray(self._network.predict_on_batch(batch))
+        found: dict[int, Score] = {}
+        for row, of_row in zip(rows, scores, strict=False):
+            found |= row.read(of_row)
+        return found
 
 
 def lengths_up_to(longest: int) -> tuple[int, ...]:
@@ -165,126 +135,161 @@ def lengths_up_to(longest: int) -> tuple[int, ...]:
 
 
 @dataclass
-class _Row:
+class _Text:
     """What the model reads, and what is asked of it.
 
     Attributes:
-        inputs: Token ids.
-        positions: After which of them a token is predicted.
+        token_ids: What is read.
+        asked: After which of them a token is predicted.
         targets: These tokens.
         requests: Which of them are a request's.
     """
 
-    inputs: tuple[int, ...]
-    positions: list[int] = field(default_factory=list)
+    token_ids: tuple[int, ...]
+    asked: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
     requests: dict[int, slice] = field(default_factory=dict)
 
-    @property
-    def context(self) -> tuple[int, ...]:
-        """What is read before anything is asked."""
-        return self.inputs[: min(self.positions)]
 
-    @property
-    def rest(self) -> tuple[int, ...]:
-        """What is read after `context`."""
-        return self.inputs[min(self.positions) :]
+class _Row:
+    """Texts with one beginning, and the branches that follow it."""
+
+    def __init__(self, text: _Text) -> None:
+        self.texts = [text]
+        self._start = len(text.token_ids)  # where they differ
+
+    def __len__(self) -> int:
+        lengths = [len(text.token_ids) for text in self.texts]
+        return sum(lengths) - (len(lengths) - 1) * self._start
+
+    def take(self, text: _Text, most: int) -> bool:
+        """Adds a text, if that saves tokens and there are at most `most`."""
+        start = min(self._start, _common_length(self.texts[-1], text))
+        count = len(self.texts)
+        lengths = [len(text.token_ids) for text in [*self.texts, text]]
+        branches = sum(lengths) - len(lengths) * start
+        is_taken = (
+            count < most
+            and count * start > (count - 1) * self._start
+            and branches <= _MOST_BRANCHES * start
+        )
+        if is_taken:
+            self.texts.append(text)
+            self._start = start
+        return is_taken
+
+    def lay_out(self) -> dict[str, list[int]]:
+        """A row of what `_Network` takes."""
+        start = self._start
+        token_ids = list(self.texts[0].token_ids[:start])
+        x = {
+            "token_ids": token_ids,
+            "positions": list(range(start)),
+            "branches": [0] * start,
+            "asked": [],
+            "targets": [],
+        }
+        for number, text in enumerate(self.texts, 1):
+            shift = len(token_ids) - start
+            x["asked"] += [i + shift * (i >= start) for i in text.asked]
+            x["targets"] += text.targets
+            branch = text.token_ids[start:]
+            token_ids += branch
+            x["positions"] += range(start, start + len(branch))
+            x["branches"] += [number] * len(branch)
+        return x | {"padding_mask": [1] * len(token_ids)}
+
+    def read(self, scores: Any) -> dict[int, Score]:
+        """The scores of requests from those of the targets, `(targets, 2)`."""
+        found = {}
+        for text in self.texts:
+            for request, part in text.requests.items():
+                log_probs, is_largest = scores[part].T
+                found[request] = (
+                    float(log_probs.sum()),
+                    bool(is_largest.all()),
+                )
+            scores = scores[len(text.targets) :]
+        return found
 
 
-def _power_of_four(number: int) -> int:
-    """The next one, as each number is compiled."""
-    return int(4 ** -(-(number - 1).bit_length() // 2))
+def _common_length(one: _Text, other: _Text) -> int:
+    """How many token ids two texts begin with in common."""
+    pairs = zip(one.token_ids, other.token_ids, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], pairs))
 
 
-def _read(pairs: Iterable[tuple["_Row", Any]]) -> dict[int, Score]:
-    """The scores of requests from those of rows' targets, `(targets, 2)`."""
-    return {
-        request: (float(scores[part, 0].sum()), bool(scores[part, 1].all()))
-        for row, scores in pairs
-        for request, part in row.requests.items()
-    }
-
-
-def _share_rows(requests: Sequence[Request]) -> list[_Row]:
-    """As few rows as hold all requests' inputs."""
+def _share_texts(requests: Sequence[Request]) -> list[_Text]:
+    """As few texts as hold all requests' inputs, with likes side by side."""
     inputs = [(*context, *rest[:-1]) for context, rest in requests]
-    rows: list[_Row] = []
+    texts: list[_Text] = []
     # Backwards, what begins with some ids comes right before these ids alone.
     order = sorted(range(len(inputs)), key=lambda i: inputs[i], reverse=True)
     for i in order:
         context, continuation = requests[i]
-        if not rows or rows[-1].inputs[: len(inputs[i])] != inputs[i]:
-            rows.append(_Row(inputs[i]))
-        row, first = rows[-1], len(context) - 1
-        start = len(row.targets)
-        row.positions += range(first, first + len(continuation))
-        row.targets += continuation
-        row.requests[i] = slice(start, len(row.targets))
+        if not texts or texts[-1].token_ids[: len(inputs[i])] != inputs[i]:
+            texts.append(_Text(inputs[i]))
+        text, first = texts[-1], len(context) - 1
+        start = len(text.targets)
+        text.asked += range(first, first + len(continuation))
+        text.targets += continuation
+        text.requests[i] = slice(start, len(text.targets))
+    return texts
+
+
+def _make_rows(texts: Sequence[_Text], most: int) -> list[_Row]:
+    """Rows of at most `most` texts, likes together."""
+    rows: list[_Row] = []
+    for text in texts:
+        if not rows or not rows[-1].take(text, most):
+            rows.append(_Row(text))
     return rows
-
-
-def _share_contexts(
-    rows: Sequence[_Row], is_possible: bool
-) -> tuple[list[list[_Row]], list[_Row]]:
-    """Groups of rows that share a long context, and all other rows."""
-    by_context: dict[tuple[int, ...], list[_Row]] = {}
-    others = []
-    for row in rows:
-        if is_possible and len(row.context) >= _LONG * len(row.rest):
-            by_context.setdefault(row.context, []).append(row)
-        else:
-            others.append(row)
-    groups = []
-    for found in by_context.values():
-        for start in range(0, len(found), _AT_ONCE):
-            part = found[start : start + _AT_ONCE]
-            if len(part) > 1:
-                groups.append(part)
-            else:
-                others += part
-    return groups, others
 
 
 class _Network(keras.Model):
     """Log-probs of tokens at any positions, and whether they are largest."""
 
-    def __init__(self, causal_lm: keras.Model) -> None:
+    def __init__(
+        self, causal_lm: keras.Model, passes: RightAligned | None
+    ) -> None:
         # TensorFlow takes no underscore in front.
         super().__init__(name="continuation_scores")
         self.causal_lm = causal_lm
+        self.passes = passes
         self.built = True
 
     def call(self, inputs: dict[str, Any]) -> Any:
         """Scores of `targets`.
 
         Args:
-            inputs: Integers: `token_ids` and `padding_mask` of shape `(rows,
-                time)`, the mask 1 for tokens; `positions` and `targets` of
-                shape `(rows, n)`.
+            inputs: Integers. Of shape `(rows, time)`: `token_ids`,
+                `padding_mask`, 1 for tokens, `positions` and `branches` as in
+                `RightAligned.branch`. Of shape `(rows, n)`: `asked`, places in
+                a row, and `targets`.
 
         Returns:
             Float32 tensor of shape `(rows, n, 2)`: the log-prob, in nats, of
-            each target as the token after its position, and 1 if no token has
-            a larger one.
+            each target as the token after its place, and 1 if no token has a
+            larger one.
         """
-        hidden_states = self.causal_lm.backbone(
-            {name: inputs[name] for name in ("token_ids", "padding_mask")},
-            training=False,
-        )
-        return self._scores(
-            hidden_states, inputs["positions"], inputs["targets"]
-        )
-
-    def _scores(self, hidden_states: Any, positions: Any, targets: Any) -> Any:
+        if self.passes is None:
+            hidden_states = self.causal_lm.backbone(
+                {name: inputs[name] for name in ("token_ids", "padding_mask")},
+                training=False,
+            )
+        else:
+            hidden_states = self.passes.branch(
+                inputs["token_ids"], inputs["positions"], inputs["branches"]
+            )
         hidden_states = ops.take_along_axis(
-            hidden_states, positions[..., None], axis=1
+            hidden_states, inputs["asked"][..., None], axis=1
         )  # (rows, n, width)
-        rows, count = ops.shape(targets)  # tensors where TensorFlow traces
+        rows, count = ops.shape(inputs["targets"])  # tensors in TensorFlow
         num = rows * count
         width = hidden_states.shape[-1]
         parts = {
             "hidden_states": ops.reshape(hidden_states, (num, width)),
-            "targets": ops.reshape(targets, (num,)),
+            "targets": ops.reshape(inputs["targets"], (num,)),
         }
         tile = min(_TILE, num) if isinstance(num, int) else _TILE
         scores = backend.map_parts(self._part, parts, tile)
@@ -299,37 +304,3 @@ class _Network(keras.Model):
         log_probs = own - ops.logsumexp(logits, axis=1)
         is_largest = ops.argmax(logits, axis=1) == inputs["targets"]
         return ops.stack([log_probs, ops.cast(is_largest, "float32")], axis=1)
-
-
-class _Contexts(_Network):
-    """As `_Network`, of several continuations of each context."""
-
-    def __init__(self, causal_lm: keras.Model, passes: RightAligned) -> None:
-        super().__init__(causal_lm)
-        self.passes = passes
-
-    def call(self, inputs: dict[str, Any]) -> Any:
-        """Scores of `targets`.
-
-        Args:
-            inputs: `token_ids` and `is_prompt` of shape `(contexts, time)`,
-                the contexts on the right; integers `rest` of shape `(contexts,
-                k, tokens)`, and `positions` in it and `targets` of shape
-                `(contexts, k, n)`.
-
-        Returns:
-            Float32 tensor of shape `(contexts, k, n, 2)`.
-        """
-        token_ids = inputs["token_ids"]
-        cache = self.passes.prefill(
-            token_ids, inputs["is_prompt"], token_ids.shape[1]
-        )
-        parts = [
-            self._scores(
-                self.passes.extend(inputs["rest"][:, i], cache),
-                inputs["positions"][:, i],
-                inputs["targets"][:, i],
-            )
-            for i in range(_AT_ONCE)
-        ]
-        return ops.stack(parts, axis=1)

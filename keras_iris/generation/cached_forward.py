@@ -135,13 +135,13 @@ class RightAligned(CachedForward):
         caches: list[Any] = []
 
         def attend(layer: Any, hidden_states: Any) -> Any:
-            query, key, value = self._project(layer, hidden_states, 0)
+            parts = self._project(layer, hidden_states, start_index=0)
             widths = ((0, 0), (0, 0), (0, total - time), (0, 0))
             caches.extend(
-                ops.pad(ops.swapaxes(new, 1, 2), widths) for new in (key, value)
+                ops.pad(ops.swapaxes(new, 1, 2), widths) for new in parts[1:]
             )
             layer_mask = self._mask(layer, hidden_states, mask, None, 0)
-            return self._attend(layer, query, key, value, layer_mask)
+            return self._attend(layer, *parts, layer_mask)
 
         self._layers(token_ids, attend)
         is_key = ops.pad(
@@ -155,7 +155,7 @@ class RightAligned(CachedForward):
         old, updated = iter(caches), list[Any]()
 
         def attend(layer: Any, hidden_states: Any) -> Any:
-            query, *new = self._project(layer, hidden_states, index)
+            query, *new = self._project(layer, hidden_states, start_index=index)
             key, value = (
                 backend.write(next(old), index, ops.swapaxes(part, 1, 2))
                 for part in new
@@ -171,34 +171,33 @@ class RightAligned(CachedForward):
         logits = backbone.token_embedding(hidden_states, reverse=True)
         return logits[:, 0], (is_key, *updated)
 
-    def extend(self, token_ids: Any, cache: Any) -> Any:
-        """Hidden states of several tokens behind a prompt, for the head.
+    def branch(self, token_ids: Any, positions: Any, branches: Any) -> Any:
+        """Hidden states, for the head, of rows whose texts branch.
 
         Args:
-            token_ids: Integer tensor of shape `(batch, n)`. What fills up a
-                row comes last.
-            cache: What `prefill` gave without room for more, and isn't changed:
-                other tokens may follow the same prompts.
+            token_ids: Integer tensor of shape `(batch, time)`: what texts
+                begin with, then what follows it in one text after the other.
+            positions: Of tokens in their text, in that shape.
+            branches: Numbers of texts, in that shape; 0 for what all begin
+                with, and for padding behind them.
 
         Returns:
-            Tensor of shape `(batch, n, width)`.
+            Tensor of shape `(batch, time, width)`.
         """
-        is_key, *caches = cache
-        start, count = is_key.shape[1], token_ids.shape[1]
-        is_key = ops.pad(is_key, ((0, 0), (0, count)), constant_values=True)
-        is_key = ops.repeat(is_key[:, None], count, axis=1)
-        old = iter(caches)
+        place = ops.arange(ops.shape(token_ids)[1])
+        is_own = ops.equal(branches[:, :, None], branches[:, None])
+        mask = ops.logical_and(
+            ops.logical_or(ops.equal(branches, 0)[:, None], is_own),
+            ops.greater_equal(place[:, None], place[None]),
+        )  # (batch, time, time)
+        window = getattr(self.causal_lm.backbone, "sliding_window", None)
+        if window is not None:
+            distances = positions[:, :, None] - positions[:, None]
+            mask = ops.logical_and(mask, ops.less(distances, window))
 
         def attend(layer: Any, hidden_states: Any) -> Any:
-            query, *new = self._project(layer, hidden_states, start)
-            key, value = (
-                ops.concatenate([ops.swapaxes(next(old), 1, 2), part], axis=1)
-                for part in new
-            )
-            mask = self._mask(
-                layer, hidden_states, is_key, ops.swapaxes(key, 1, 2), start
-            )
-            return self._attend(layer, query, key, value, mask)
+            parts = self._project(layer, hidden_states, positions=positions)
+            return self._attend(layer, *parts, mask)
 
         hidden_states = self._layers(token_ids, attend)
         return self.causal_lm.backbone.layer_norm(hidden_states)
@@ -232,9 +231,13 @@ class RightAligned(CachedForward):
         return hidden_states
 
     def _project(
-        self, layer: Any, inputs: Any, index: Any
+        self, layer: Any, inputs: Any, **place: Any
     ) -> tuple[Any, Any, Any]:
-        """Queries, keys and values, `(batch, time, heads, head width)`."""
+        """Queries, keys and values, `(batch, time, heads, head width)`.
+
+        Args:
+            **place: `start_index` or `positions`, as rotary embeddings take.
+        """
         query = self._part(layer, "query")(inputs)
         key = self._part(layer, "key")(inputs)
         if "query_norm" in self._parts:
@@ -242,8 +245,8 @@ class RightAligned(CachedForward):
             key = self._part(layer, "key_norm")(key)
         rotate = self._part(layer, "rope")
         return (
-            rotate(query, start_index=index),
-            rotate(key, start_index=index),
+            rotate(query, **place),
+            rotate(key, **place),
             self._part(layer, "value")(inputs),
         )
 

@@ -222,7 +222,8 @@ def test_cache(checkpoint, tasks, manager, tmp_path, monkeypatch):
         if len(scored) == 1:
             scored.append(None)
             raise KeyboardInterrupt
-        scored.append(sum(len(row.requests) for row in rows))
+        texts = [text for row in rows for text in row.texts]
+        scored.append(sum(len(text.requests) for text in texts))
         return score(self, rows)
 
     monkeypatch.setattr(ContinuationScorer, "_score", count)
@@ -287,34 +288,41 @@ def test_requests_share_rows():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "options"),
-    [("qwen", {}), ("mistral", {"sliding_window": 9})],
+    ("architecture", "options", "num_tokens"),
+    [
+        ("qwen", {}, 30 + 3 * 10 + 10),
+        ("mistral", {"sliding_window": 9}, 30 + 3 * 10 + 10),
+        ("gemma", {}, 3 * 40 + 10),  # masks are its own
+    ],
 )
-def test_requests_share_contexts(architecture, options):
-    """Five endings of a context, three of another one, and one alone."""
+def test_requests_share_beginnings(architecture, options, num_tokens):
+    """Three questions behind the same examples, with endings, and another."""
     causal_lm = make_causal_lm(architecture, **options)
-    scorer = ContinuationScorer(causal_lm, batch_size=2, max_length=40)
+    scorer = ContinuationScorer(causal_lm, batch_size=8, max_length=64)
     rng = np.random.default_rng(0)
 
     def ids(length):
         return rng.integers(1, 37, length).tolist()
 
-    long, other, alone = ids(30), ids(14), ids(20)
-    requests = [(long, ids(n)) for n in (2, 5, 3, 1, 6)]
-    requests += [(other, ids(n)) for n in (4, 2, 3)] + [(alone, ids(3))]
-    prefilled = []
-    prefill = scorer._passes.prefill
+    examples, alone = ids(30), ids(10)
+    requests = [(alone, ids(1))]
+    for _ in range(3):
+        question = examples + ids(8)
+        # The second is in part the first, and no text of its own.
+        requests += [(question, [5, 6, 7]), (question, [5, 9])]
+    batches = []
+    predict = scorer._network.predict_on_batch
 
-    def counted(token_ids, is_prompt, total):
-        prefilled.append(token_ids.shape)
-        return prefill(token_ids, is_prompt, total)
+    def counted(batch):
+        batches.append(int(batch["padding_mask"].sum()))
+        return predict(batch)
 
-    scorer._passes.prefill = counted
+    scorer._network.predict_on_batch = counted
     found = {}
     for scores in scorer(requests):
         found |= scores
-    assert set(prefilled) == {(2, 32)}
-    plain = ContinuationScorer(causal_lm, batch_size=1, max_length=40)
+    assert sum(batches) == num_tokens
+    plain = ContinuationScorer(causal_lm, batch_size=1, max_length=64)
     expected = [next(plain([request]))[0] for request in requests]
     _same_scores([found[i] for i in range(len(requests))], expected)
 
