@@ -31,21 +31,42 @@ ONCE = (
 )
 
 # What a run does in which order, with which options, and how it is taken up
-# again. On TensorFlow, which traces for seconds what others do at once, these
-# are slow tests.
-SLOW_TO_TRACE = (
-    "self_play/test_control.py",
-    "self_play/test_fit_options.py",
-    "self_play/test_loop.py",
-    "self_play/test_resume.py",
-    "self_play/test_termination.py",
-)
-# One for all.
-BUT_FOR = "test_kill_9_in_the_middle_of_fit"
+# again. PyTorch runs all of it; where every run is traced again, for seconds,
+# these are slow tests, but for one of each kind.
+SLOW_TO_TRACE = {
+    "torch": (),
+    "jax": (
+        "self_play/test_control.py",
+        "self_play/test_fit_options.py",
+        "self_play/test_termination.py",
+    ),
+    "tensorflow": (
+        "models/test_lora.py",
+        "self_play/test_control.py",
+        "self_play/test_fit_options.py",
+        "self_play/test_loop.py",
+        "self_play/test_resume.py",
+        "self_play/test_termination.py",
+        "self_play/test_tspin.py",
+    ),
+}
+BUT_FOR = {
+    "torch": (),
+    "jax": (
+        "test_a_run_that_is_cut_off_ends_the_same[accumulation]",
+        "test_sft_from_the_same_start_in_the_same_steps",
+        "test_sigterm[2-3]",
+    ),
+    "tensorflow": (
+        "test_kill_9_in_the_middle_of_fit",
+        "test_trains_the_adapters_alone[float32]",
+    ),
+}
 
 # Before anything imports TensorFlow, which KerasHub does.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The tests compile much and run little, and much of it twice.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 # Without a largest size: processes that make room take each other's files.
@@ -55,7 +76,12 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 # On GPUs JAX multiplies float32 with 10 bits after the point, unless told so.
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 # Several test processes on few cores: waiting threads would spin.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+for variable in (
+    "OMP_NUM_THREADS",
+    "TF_NUM_INTEROP_THREADS",
+    "TF_NUM_INTRAOP_THREADS",
+):
+    os.environ.setdefault(variable, "1")
 
 
 # Few and long tests: a process that began them last would end alone.
@@ -65,12 +91,13 @@ FIRST = ("test_notebooks.py", "test_backends.py", "test_distribution.py")
 def pytest_collection_modifyitems(items):
     """Marks the tests of `ONCE`, and begins with those of `FIRST`."""
     items.sort(key=lambda item: item.path.name not in FIRST)
-    is_tensorflow = os.environ.get("KERAS_BACKEND") == "tensorflow"
+    backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     for item in items:
         name = str(item.path.relative_to(ROOT / "tests"))
         if name.startswith(ONCE):
             item.add_marker(pytest.mark.once)
-        if is_tensorflow and name in SLOW_TO_TRACE and item.name != BUT_FOR:
+        is_slow = name in SLOW_TO_TRACE[backend]
+        if is_slow and item.name not in BUT_FOR[backend]:
             item.add_marker(pytest.mark.slow)
 
 

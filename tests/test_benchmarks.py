@@ -232,7 +232,7 @@ def test_records_are_of_the_settings_of_the_scripts():
         assert settings[name].items() >= (expected | races).items()
     assert settings["log_probs_gpu"].items() >= log_probs.SIZES.items()
     assert settings["tabular"] == tabular_problem.SETTINGS
-    assert settings["smollm2_study"].items() >= smollm2_study.SETTINGS.items()
+    assert settings["smollm2_study"].items() >= smollm2_study.SMALL.items()
 
 
 def test_tabular_is_exact():

@@ -6,6 +6,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from programs import environment
 from tiny_models import make_causal_lm, make_pairs
 
 import keras_iris
@@ -184,14 +185,12 @@ model.fit(pairs, opponent, batch_size=4)
     ],
     ids=["strategy", "parallel", "indivisible"],
 )
-def test_distributions(backends, program, monkeypatch, request):
+def test_distributions(backends, program, request):
     if name not in backends:
         pytest.skip(f"of {backends}")
-    flags = "--xla_force_host_platform_device_count=4"
-    monkeypatch.setenv("XLA_FLAGS", flags)
-    monkeypatch.setenv("PYTHONPATH", f"{request.config.rootpath / 'tests'}")
     result = subprocess.run(
         [sys.executable, "-c", DISTRIBUTED + program],
+        env=environment(num_devices=4),
         capture_output=True,
         text=True,
         cwd=request.config.rootpath,
