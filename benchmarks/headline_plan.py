@@ -54,13 +54,16 @@ METHODS = {
 }
 
 
-def _few(anchor=0.0):
-    """The control and three methods, for the grid."""
-    return {
-        CONTROL: METHODS[CONTROL],
-        "SPACE": Method(functools.partial(SPACE, sft_weight=anchor)),
-        "SPIF 0.3": Method(functools.partial(SPIF, 0.3, sft_weight=anchor)),
-        ADAPTIVE: Method(functools.partial(IRIS, sft_weight=anchor), None),
+def _few(anchor=0.0, num_samples=1):
+    """The control and four methods, for the grid."""
+    makes = {
+        "SPACE": (functools.partial(SPACE, sft_weight=anchor), 1.0),
+        "SPIF 0.3": (functools.partial(SPIF, 0.3, sft_weight=anchor), 1.0),
+        "T-SPIN": (functools.partial(TSPIN, sft_weight=anchor), 1.0),
+        ADAPTIVE: (functools.partial(IRIS, sft_weight=anchor), None),
+    }
+    return {CONTROL: METHODS[CONTROL]} | {
+        name: Method(*make, num_samples) for name, make in makes.items()
     }
 
 
@@ -81,4 +84,9 @@ GRID = {
     "early start": ({"sft_epochs": 16} | _RATES, FEW),
     "noisy start": ({"noise": 0.15} | _RATES, FEW),
     "anchor": ({}, _few(anchor=1.0)),
+    # As many answers and steps as in the main setting, all of the first policy.
+    "one iteration": (
+        {"iterations": 1, "epochs": 6},
+        _few(num_samples=3),
+    ),
 }

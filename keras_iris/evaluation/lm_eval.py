@@ -110,7 +110,7 @@ class KerasLM(TemplateLM):
     Args:
         causal_lm: A model of `keras_iris.load`, with its `tokenizer` and
             `chat_template`.
-        batch_size: Rows of a forward pass, and prompts that are answered
+        batch_size: Texts of a forward pass, and prompts that are answered
             together.
         max_length: Tokens of context and answer; longer contexts lose their
             beginning. Defaults to the model's `max_position_embeddings`, or
