@@ -25,6 +25,7 @@ import json, sys
 import keras, numpy as np
 import keras_iris
 from keras_iris.distribution import make_distribution
+from keras_iris.evaluation.continuations import ContinuationScorer
 from tiny_models import make_pairs
 
 def run(folder, options):
@@ -41,11 +42,17 @@ def run(folder, options):
     )
     pairs = make_pairs(batch_size=8)
     opponent = model.predict(pairs, verbose=0)
-    losses = [model.train_on_batch(pairs, opponent) for _ in range(3)]
+    losses = [float(model.train_on_batch(pairs, opponent)) for _ in range(3)]
     engine = keras_iris.generation.KerasEngine(
         causal_lm, end_token_ids=(2,), max_new_tokens=5, batch_size=8
     )
     completions = engine.generate([[5, 6, 7]] * 8, seed=0)
+    requests = [([5, 6, 7, 8], [i, 9]) for i in range(6)] + [([3], [4])]
+    scorer = ContinuationScorer(causal_lm, batch_size=6, max_length=16)
+    scores = {}
+    for found in scorer(requests):
+        scores |= found
+    log_probs = [scores[i][0] for i in range(len(requests))]
     variables = causal_lm.variables + model.optimizer.variables
     sizes = {}
     for variable in variables:
@@ -55,7 +62,7 @@ def run(folder, options):
     total = sum(variable.value.nbytes for variable in variables)
     share = max(sizes.values()) * len(sizes) / total
     tokens = [c.token_ids for c in completions]
-    return opponent.tolist(), np.asarray(losses).tolist(), tokens, share
+    return opponent.tolist(), losses, log_probs, tokens, share
 
 folder, target, options = sys.argv[1:]
 one = run(folder, json.loads(options))
@@ -90,13 +97,13 @@ def test_sharded(architecture, options, checkpoint, tmp_path):
     options = json.dumps(options)
     run_on_devices(4, PROGRAM, checkpoint(architecture), target, options)
     one, four = json.loads(target.read_text())
-    for expected, actual in zip(one[:2], four[:2], strict=True):
+    for expected, actual in zip(one[:3], four[:3], strict=True):
         np.testing.assert_allclose(
             actual, expected, rtol=TOLERANCE, atol=TOLERANCE
         )
-    assert four[2] == one[2]  # generated tokens
-    assert one[3] == 1
-    assert four[3] < LARGEST_SHARE
+    assert four[3] == one[3]  # generated tokens
+    assert one[4] == 1
+    assert four[4] < LARGEST_SHARE
 
 
 DATA_PARALLEL = """
