@@ -18,8 +18,9 @@ are the package's own; only the gradient step is this program's.
   `F` and `V` its covariances under opponent and data, `J` the observed
   information.
 
-What an exact table can't show is noise, most of what training on samples has.
-T-SPIN isn't here, as the package doesn't have it.
+T-SPIN sees triples from the second iteration on, with a symbol of the first
+policy. What an exact table can't show is noise, which training on samples is
+full of.
 """
 
 import os

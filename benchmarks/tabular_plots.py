@@ -11,6 +11,7 @@ COLORS = {
     "SPIN 1": "#d55e00",
     "SPACE 1": "#007f5f",
     "SPIF 1": "#a8487f",
+    "T-SPIN": "#8c6d31",
     "IRIS adaptive": "#0072b2",
 }
 # Blue below order 1, dark at it, brown above.
@@ -96,13 +97,14 @@ def draw_solved(axes, found):
     shown = {
         "SPIN 0.1": COLORS["SPIN 0.1"],
         "SPIF 1": COLORS["SPIF 1"],
+        "T-SPIN": COLORS["T-SPIN"],
         "IRIS 3": ORDER_COLORS[3.0],
         "IRIS 2": ORDER_COLORS[2.0],
     }
     curves = {name: found[name]["solved"] for name in shown}
     others = [found[name]["solved"] for name in found if name not in shown]
     curves["all others"] = np.max(others, axis=0)
-    for (name, values), marker in zip(curves.items(), "os^vD", strict=True):
+    for (name, values), marker in zip(curves.items(), "os^vPD", strict=True):
         axes.semilogy(
             np.maximum(values, FLOOR),
             marker=marker,

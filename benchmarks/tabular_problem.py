@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_iris.callbacks import AlphaScheduler
 from keras_iris.callbacks.gap import gap_of_moments, pair_moments
-from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN
+from keras_iris.losses import IRIS, SFT, SPACE, SPIF, SPIN, TSPIN
 from keras_iris.metrics import PairBatch
 
 SETTINGS = {
@@ -30,6 +30,7 @@ METHODS = {
     "SPIN 1": (functools.partial(SPIN, 1.0), 1.0),
     "SPACE 1": (functools.partial(SPACE, 1.0), 1.0),
     "SPIF 1": (functools.partial(SPIF, 1.0), 1.0),
+    "T-SPIN": (TSPIN, 1.0),
     **{f"IRIS {alpha:g}": (IRIS, alpha) for alpha in ORDERS},
     ADAPTIVE: (IRIS, None),
 }
@@ -53,22 +54,21 @@ def d2(log_p, log_q):
     return float(np.log(np.sum(np.exp(2 * log_p - log_q))))
 
 
-def pair_table(log_real, log_synthetic, values):
-    """Every pair of symbols.
+def table_of(values, *log_probs):
+    """All pairs of symbols, or triples.
 
     Args:
-        log_real: Log-probs of the annotated symbol, shape `(symbols,)`.
-        log_synthetic: Of the synthetic one.
         values: What is wanted of a symbol, shape `(symbols,)`.
+        *log_probs: Of the annotated symbol, the synthetic one, and of the
+            proto-synthetic one if there is any, in that shape.
 
     Returns:
-        Values of shape `(pairs, 2)`, and the pairs' probabilities.
+        Values of shape `(symbols ** n, n)`, and probabilities.
     """
-    real, synthetic = np.indices([len(values)] * 2).reshape(2, -1)
-    weight = jnp.exp(
-        jnp.take(log_real, real) + jnp.take(log_synthetic, synthetic)
-    )
-    return jnp.stack([values[real], values[synthetic]], axis=1), weight
+    shape = (len(values),) * len(log_probs)
+    columns = np.indices(shape).reshape(len(log_probs), -1)
+    parts = [jnp.take(p, c) for p, c in zip(log_probs, columns, strict=True)]
+    return jnp.stack([values[c] for c in columns], axis=1), jnp.exp(sum(parts))
 
 
 class ExactGap:
@@ -87,9 +87,7 @@ class Order:
     def __init__(self, log_data, log_old):
         self.alpha, self.gap = keras.Variable(1.0), keras.Variable(0.0)
         self.gap_sums = keras.Variable(np.zeros((2, 3)))
-        opponent, weight = map(
-            np.asarray, pair_table(log_data, log_old, log_old)
-        )
+        opponent, weight = map(np.asarray, table_of(log_old, log_data, log_old))
         # All pairs are there: no batch is small, so its guard isn't asked.
         scheduler = AlphaScheduler(gap=ExactGap())
         scheduler.set_model(self)
@@ -98,14 +96,21 @@ class Order:
         )
 
 
-def make_loss(loss, log_data):
-    """The loss as a function of logits, of the opponent and of alpha."""
+def make_loss(loss, log_data, *log_first):
+    """The loss as a function of logits, of the opponent and of alpha.
+
+    Args:
+        loss: Of the package.
+        log_data: Log-probs of annotated symbols.
+        *log_first: Those of the first policy, if the loss asks for them.
+    """
     order = keras.Variable(1.0, trainable=False)
     loss.bind_alpha(order)
 
     def value(logits, log_old, alpha):
-        opponent, weight = pair_table(log_data, log_old, log_old)
-        policy, _ = pair_table(log_data, log_old, jax.nn.log_softmax(logits))
+        log_probs = log_data, log_old, *log_first
+        opponent, weight = table_of(log_old, *log_probs)
+        policy, _ = table_of(jax.nn.log_softmax(logits), *log_probs)
         with keras.StatelessScope(state_mapping=[(order, alpha)]):
             return loss(opponent, policy, weight)
 
@@ -113,13 +118,18 @@ def make_loss(loss, log_data):
 
 
 @functools.cache
-def make_descent(make, num_symbols, num_steps, is_natural):
+def make_descent(make, num_symbols, num_steps, is_natural, is_first):
     """A function that trains against an opponent, side by side for rates.
 
     It maps logits `(rates, symbols)`, orders and rates to logits
-    `(rates, steps, symbols)` and losses `(rates,)`.
+    `(rates, steps, symbols)` and losses `(rates,)`. In the first iteration
+    synthetic symbols are the first policy's, and there are no others.
     """
-    value = make_loss(make(), make_problem(num_symbols)[0])
+    loss, (log_data, start) = make(), make_problem(num_symbols)
+    log_first = [jax.nn.log_softmax(start)]
+    if is_first or loss.max_responses < 3:
+        log_first = []
+    value = make_loss(loss, log_data, *log_first)
 
     def descend(start, alpha, rate):
         log_old = jax.nn.log_softmax(start)
@@ -147,12 +157,14 @@ def play(name, settings, is_solved=False):
     log_data, start = make_problem(settings["symbols"])
     make, alpha = METHODS[name]
     num_steps = settings["steps_until_solved" if is_solved else "steps"]
-    descend = make_descent(make, settings["symbols"], num_steps, is_solved)
     # Of a natural gradient 1 is the step to the minimum, or near it.
     rates = 0.5 ** np.arange(6) if is_solved else np.array(settings["rates"])
     logits = np.tile(start, (len(rates), 1))
     path, orders = [logits[:, None]], []
-    for _ in range(settings["iterations"]):
+    for iteration in range(settings["iterations"]):
+        descend = make_descent(
+            make, settings["symbols"], num_steps, is_solved, iteration == 0
+        )
         alphas = np.array(
             [
                 _alpha(log_data, row) if alpha is None else alpha
