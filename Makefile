@@ -17,22 +17,22 @@ quickstart: .venv/installed-$(KERAS_BACKEND)
 	KERAS_BACKEND=$(KERAS_BACKEND) $(BIN)/python recipes/quickstart.py
 
 # The tests compile much and run little. JAX ends at a flag that it doesn't
-# know, so this goes with the version in constraints.txt.
-test test-slow: export XLA_FLAGS := $(XLA_FLAGS) \
-    --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
+# know, so these go with the versions in constraints.txt.
+flags_jax := --xla_cpu_use_fusion_emitters=false \
+    --xla_cpu_parallel_codegen_split_count=1
+flags_tensorflow := --xla_backend_optimization_level=0
+pytest = echo "== $(1)"; KERAS_BACKEND=$(1) \
+    XLA_FLAGS="$(XLA_FLAGS) $(flags_$(1))" $(PYTEST)
 
 test: .venv/installed-dev
 	$(MAKE) lint
-	failed=0; marks="not slow"; for backend in $(BACKENDS); do \
-	    echo "== $$backend"; \
-	    KERAS_BACKEND=$$backend $(PYTEST) -m "$$marks" $(ARGS) || failed=1; \
-	    marks="not slow and not once"; \
-	done; exit $$failed
+	failed=0; marks="not slow"; $(foreach backend,$(BACKENDS), \
+	    $(call pytest,$(backend)) -m "$$marks" $(ARGS) || failed=1; \
+	    marks="not slow and not once";) exit $$failed
 
 test-slow: .venv/installed-slow
-	for backend in $(BACKENDS); do \
-	    KERAS_BACKEND=$$backend $(PYTEST) -m slow || exit 1; \
-	done
+	$(foreach backend,$(BACKENDS), \
+	    $(call pytest,$(backend)) -m slow || exit 1;)
 
 # Half an hour, 10 GB; `ARGS="jax torch"` for some of the environments.
 test-packages: .venv/installed-packages

@@ -73,7 +73,8 @@ def draw_methods(axes, settings, found):
         axes.semilogy(found[name]["kl"], color=color, label=name, **style)
     axes.set_title("KL of data from policy, equal steps")
     mark_iterations(axes, settings)
-    axes.legend(ncols=2)
+    axes.set_ylim(top=100)  # room for the legend
+    axes.legend(ncols=2, loc="upper right")
 
 
 def draw_orders(axes, settings, found):
