@@ -26,12 +26,12 @@ pytest = echo "== $(1)"; KERAS_BACKEND=$(1) \
 
 test: .venv/installed-dev
 	$(MAKE) lint
-	failed=0; marks="not slow"; $(foreach backend,$(BACKENDS), \
+	@failed=0; marks="not slow"; $(foreach backend,$(BACKENDS), \
 	    $(call pytest,$(backend)) -m "$$marks" $(ARGS) || failed=1; \
 	    marks="not slow and not once";) exit $$failed
 
 test-slow: .venv/installed-slow
-	$(foreach backend,$(BACKENDS), \
+	@$(foreach backend,$(BACKENDS), \
 	    $(call pytest,$(backend)) -m slow || exit 1;)
 
 # Half an hour, 10 GB; `ARGS="jax torch"` for some of the environments.

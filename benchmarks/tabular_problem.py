@@ -118,18 +118,16 @@ def make_loss(loss, log_data, *log_first):
 
 
 @functools.cache
-def make_descent(make, num_symbols, num_steps, is_natural, is_first):
+def make_descent(make, num_symbols, num_steps, is_natural, num_responses):
     """A function that trains against an opponent, side by side for rates.
 
     It maps logits `(rates, symbols)`, orders and rates to logits
-    `(rates, steps, symbols)` and losses `(rates,)`. In the first iteration
-    synthetic symbols are the first policy's, and there are no others.
+    `(rates, steps, symbols)` and losses `(rates,)`. With three responses the
+    third is the first policy's.
     """
-    loss, (log_data, start) = make(), make_problem(num_symbols)
-    log_first = [jax.nn.log_softmax(start)]
-    if is_first or loss.max_responses < 3:
-        log_first = []
-    value = make_loss(loss, log_data, *log_first)
+    log_data, start = make_problem(num_symbols)
+    log_first = [jax.nn.log_softmax(start)] * (num_responses - 2)
+    value = make_loss(make(), log_data, *log_first)
 
     def descend(start, alpha, rate):
         log_old = jax.nn.log_softmax(start)
@@ -162,8 +160,10 @@ def play(name, settings, is_solved=False):
     logits = np.tile(start, (len(rates), 1))
     path, orders = [logits[:, None]], []
     for iteration in range(settings["iterations"]):
+        # In the first iteration synthetic symbols are the first policy's.
+        num_responses = make().max_responses if iteration else 2
         descend = make_descent(
-            make, settings["symbols"], num_steps, is_solved, iteration == 0
+            make, settings["symbols"], num_steps, is_solved, num_responses
         )
         alphas = np.array(
             [

@@ -34,7 +34,6 @@ ONCE = (
 # again. PyTorch runs all of it; where every run is traced again, for seconds,
 # these are slow tests, but for one of each kind.
 SLOW_TO_TRACE = {
-    "torch": (),
     "jax": (
         "self_play/test_control.py",
         "self_play/test_fit_options.py",
@@ -51,7 +50,6 @@ SLOW_TO_TRACE = {
     ),
 }
 BUT_FOR = {
-    "torch": (),
     "jax": (
         "test_a_run_that_is_cut_off_ends_the_same[accumulation]",
         "test_sft_from_the_same_start_in_the_same_steps",
@@ -96,7 +94,7 @@ def pytest_collection_modifyitems(items):
         name = str(item.path.relative_to(ROOT / "tests"))
         if name.startswith(ONCE):
             item.add_marker(pytest.mark.once)
-        is_slow = name in SLOW_TO_TRACE[backend]
+        is_slow = name in SLOW_TO_TRACE.get(backend, ())
         if is_slow and item.name not in BUT_FOR[backend]:
             item.add_marker(pytest.mark.slow)
 

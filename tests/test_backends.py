@@ -18,7 +18,7 @@ import keras_iris
 from tiny_models import make_causal_lm, make_pairs
 
 source, target = sys.argv[1:]
-causal_lm = make_causal_lm("mistral", num_layers=1)
+causal_lm = make_causal_lm("mistral")
 weights = np.load(source)
 causal_lm.set_weights([weights[f"{i:04d}"] for i in range(len(weights.files))])
 pairs = make_pairs()
@@ -51,7 +51,7 @@ np.savez(target, **results)
 def test_same_numbers(tmp_path):
     from tiny_models import make_causal_lm
 
-    causal_lm = make_causal_lm("mistral", num_layers=1)
+    causal_lm = make_causal_lm("mistral")
     weights = causal_lm.get_weights()
     source = tmp_path / "weights.npz"
     np.savez(source, **{f"{i:04d}": w for i, w in enumerate(weights)})

@@ -11,9 +11,9 @@ keeps compiled programs on disk, `is_on_cpu`, which tells where tensors are, and
 Of several processes: `start_processes`, `process_count` and `process_index`,
 `exchange` of texts, `read` and `cut`, arrays from and to the devices of all,
 `num_batch_shares`, parts of a batch, `free_bytes`, memory that is free on a
-device, `IS_ONE_PROGRAM`, whether they compute
-together or each on its own, `is_cut`, whether variables are cut over devices,
-and `sharded_checkpoints`, which writes such variables.
+device, `IS_ONE_PROGRAM`, whether they compute together or each on its own,
+`num_row_shares`, parts of a forward pass' rows, `is_cut`, whether variables are
+cut over devices, and `sharded_checkpoints`, which writes such variables.
 """
 
 # mypy: disable-error-code="no-redef"
@@ -67,6 +67,12 @@ read = _processes.read
 sharded_checkpoints = _processes.sharded_checkpoints
 start_processes = _processes.start_processes
 
+
+def num_row_shares() -> int:
+    """Parts that the rows of a forward pass without training are cut in."""
+    return num_batch_shares() if IS_ONE_PROGRAM else 1
+
+
 __all__ = [
     "IS_ONE_PROGRAM",
     "AutocastScope",
@@ -84,6 +90,7 @@ __all__ = [
     "is_on_cpu",
     "map_parts",
     "num_batch_shares",
+    "num_row_shares",
     "prepare_remat",
     "process_count",
     "process_index",

@@ -51,14 +51,17 @@ class ContinuationScorer:
         self, causal_lm: Any, *, batch_size: int, max_length: int
     ) -> None:
         check_causal_lm(causal_lm)
-        self._shares = divisible_batch_size(1)
+        self._shares = backend.num_row_shares()
         self.batch_size = divisible_batch_size(
             check_count("batch_size", batch_size)
         )
         self.max_length = check_count("max_length", max_length, at_least=2)
         self._passes = right_aligned(causal_lm)
-        most = 1 if self._passes is None else 1 + _MOST_BRANCHES
-        self._lengths = lengths_up_to(most * max_length)
+        self._most, longest = 1, max_length  # of a row: texts and tokens
+        if self._passes is not None:
+            self._most = self.batch_size // self._shares
+            longest *= 1 + _MOST_BRANCHES
+        self._lengths = lengths_up_to(longest)
         self._network = _Network(causal_lm, self._passes)
 
     def __call__(
@@ -80,10 +83,10 @@ class ContinuationScorer:
                 continuation longer than `max_length`.
         """
         texts = _share_texts([self._cut(*request) for request in requests])
-        most = 1 if self._passes is None else self.batch_size // self._shares
+        rows = sorted(_make_rows(texts, self._most), key=len, reverse=True)
         batch: list[_Row] = []
         count = 0
-        for row in sorted(_make_rows(texts, most), key=len, reverse=True):
+        for row in rows:
             count += len(row.texts)
             if count > self.batch_size and len(batch) >= self._shares:
                 yield self._score(batch)
@@ -164,13 +167,14 @@ class _Row:
 
     def take(self, text: _Text, most: int) -> bool:
         """Adds a text, if that saves tokens and there are at most `most`."""
-        start = min(self._start, _common_length(self.texts[-1], text))
         count = len(self.texts)
+        if count == most:
+            return False
+        start = min(self._start, _common_length(self.texts[-1], text))
         lengths = [len(text.token_ids) for text in [*self.texts, text]]
         branches = sum(lengths) - len(lengths) * start
         is_taken = (
-            count < most
-            and count * start > (count - 1) * self._start
+            count * start > (count - 1) * self._start
             and branches <= _MOST_BRANCHES * start
         )
         if is_taken:

@@ -162,7 +162,7 @@ class KerasEngine(Engine):
         """Rows of a batch by bucket length."""
         if self.batch_size is not None:
             return dict.fromkeys(self.bucket_lengths, self.batch_size)
-        shares = backend.num_batch_shares() if backend.IS_ONE_PROGRAM else 1
+        shares = backend.num_row_shares()
         free = backend.free_bytes()
         for length in self.bucket_lengths:
             rows = max(1, DEFAULT_ROWS // shares)

@@ -14,7 +14,7 @@ from keras_iris.models.self_play_model import SelfPlayModel
 
 def divisible_batch_size(size: int) -> int:
     """The next batch size that the devices which share a batch divide."""
-    count = backend.num_batch_shares() if backend.IS_ONE_PROGRAM else 1
+    count = backend.num_row_shares()
     return -(-size // count) * count
 
 

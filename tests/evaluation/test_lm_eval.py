@@ -327,6 +327,26 @@ def test_requests_share_beginnings(architecture, options, num_tokens):
     _same_scores([found[i] for i in range(len(requests))], expected)
 
 
+def test_more_endings_than_a_batch_has_texts():
+    """Five endings of a context, three of another one, and one alone."""
+    causal_lm = make_causal_lm("mistral", sliding_window=9)
+    scorer = ContinuationScorer(causal_lm, batch_size=2, max_length=40)
+    rng = np.random.default_rng(0)
+
+    def ids(length):
+        return rng.integers(1, 37, length).tolist()
+
+    long, other, alone = ids(30), ids(14), ids(20)
+    requests = [(long, ids(n)) for n in (2, 5, 3, 1, 6)]
+    requests += [(other, ids(n)) for n in (4, 2, 3)] + [(alone, ids(3))]
+    found = {}
+    for scores in scorer(requests):
+        found |= scores
+    plain = ContinuationScorer(causal_lm, batch_size=1, max_length=40)
+    expected = [next(plain([request]))[0] for request in requests]
+    _same_scores([found[i] for i in range(len(requests))], expected)
+
+
 class _Task(ConfigurableTask):
     """A task without its data."""
 
