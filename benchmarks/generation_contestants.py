@@ -127,18 +127,24 @@ class Transformers:
         import torch
         import transformers
 
-        self.torch = torch
-        self.model = transformers.Qwen2ForCausalLM.from_pretrained(
+        model = transformers.Qwen2ForCausalLM.from_pretrained(
             folder, dtype=torch.float32
-        ).eval()
-        self.ends = end_token_ids(vocabulary)
+        )
+        self.use(model, end_token_ids(vocabulary), max_new_tokens)
+
+    def use(self, model, ends, max_new_tokens):
+        """Answers with this model from now on."""
+        import torch
+        import transformers
+
+        self.torch, self.model, self.ends = torch, model.eval(), ends
         self.config = transformers.GenerationConfig(
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
             max_new_tokens=max_new_tokens,
-            eos_token_id=self.ends,
+            eos_token_id=ends,
             pad_token_id=1,
         )
 
@@ -147,12 +153,16 @@ class Transformers:
         self.torch.manual_seed(seed)
         harness.reset_peak()
         start = time.perf_counter()
-        lengths = []
         if is_sorted:
             prompts = sorted(prompts, key=len)
-        for first in range(0, len(prompts), BATCH_SIZE):
-            lengths += self._generate(prompts[first : first + BATCH_SIZE])
-        return _answer(start, lengths)
+        return _answer(start, self.answer(prompts, BATCH_SIZE))
+
+    def answer(self, prompts, batch_size):
+        """The length of each answer."""
+        lengths = []
+        for first in range(0, len(prompts), batch_size):
+            lengths += self._generate(prompts[first : first + batch_size])
+        return lengths
 
     def _generate(self, prompts):
         torch = self.torch
@@ -166,7 +176,7 @@ class Transformers:
             result = self.model.generate(
                 token_ids, attention_mask=mask, generation_config=self.config
             )
-        new = result[:, longest:].numpy()
+        new = result[:, longest:].cpu().numpy()
         is_end = np.isin(new, self.ends)
         stops = np.where(
             is_end.any(axis=1), is_end.argmax(axis=1) + 1, new.shape[1]

@@ -5,8 +5,9 @@ its train step, `map_parts`, a function of a batch's parts, `head_log_probs`,
 log-probs from hidden states, `write`, which puts keys and values into a cache,
 `dataset`, what `fit` takes for batches, `seed_step`, which seeds a step's
 random numbers where no variable of the model does, `cache_compilations`, which
-keeps compiled programs on disk, `is_on_cpu`, which tells where tensors are, and
-`prepare_remat`, what has to be done before layers are rematerialised.
+keeps compiled programs on disk, `is_on_cpu`, which tells where tensors are,
+`remat`, a function that the backward pass calls again, and `prepare_remat`,
+what has to be done before layers are.
 
 Of several processes: `start_processes`, `process_count` and `process_index`,
 `exchange` of texts, `read` and `cut`, arrays from and to the devices of all,
@@ -52,6 +53,7 @@ device_names = _step.device_names
 is_on_cpu = _step.is_on_cpu
 map_parts = _step.map_parts
 prepare_remat = _step.prepare_remat
+remat = _step.remat
 seed_step = _step.seed_step
 write = _step.write
 head_log_probs = _head.head_log_probs
@@ -96,6 +98,7 @@ __all__ = [
     "process_index",
     "read",
     "refuse_layer_losses",
+    "remat",
     "seed_step",
     "sharded_checkpoints",
     "start_processes",

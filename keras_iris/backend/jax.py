@@ -58,6 +58,9 @@ def seed_step(seed: int) -> None:
     """Does nothing: dropout's seeds are variables of the model."""
 
 
+remat = keras.remat
+
+
 def prepare_remat() -> None:
     """Does nothing: rematerialised layers are right as they are."""
 

@@ -23,6 +23,8 @@ from keras_iris.backend.tensorflow_processes import gather, gathered
 from keras_iris.data import PairDataset
 from keras_iris.losses.stream import Stream, shares
 
+remat = keras.remat
+
 
 def prepare_remat() -> None:
     """Switches a pass of Grappler off, in the whole process.

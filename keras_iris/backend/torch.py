@@ -1,12 +1,14 @@
 """The train step of `SelfPlayModel` on PyTorch."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import keras
 import torch
+import torch.utils.checkpoint
 
 from keras_iris.backend.gradients import gradient_norm
 from keras_iris.backend.refusals import (
@@ -19,6 +21,7 @@ from keras_iris.backend.routers import (
     router_sums,
     split_sums,
 )
+from keras_iris.backend.torch_graphs import Recorder
 from keras_iris.backend.torch_processes import (
     add_up,
     gather,
@@ -66,6 +69,20 @@ def prepare_remat() -> None:
     """Does nothing: rematerialised layers are right as they are."""
 
 
+def remat(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function whose backward pass calls it again; it draws nothing.
+
+    `keras.remat` reads and sets the state of random numbers, which can't be
+    recorded.
+    """
+    return functools.partial(
+        torch.utils.checkpoint.checkpoint,
+        function,
+        use_reentrant=False,
+        preserve_rng_state=False,
+    )
+
+
 def write(cache: torch.Tensor, index: Any, new: torch.Tensor) -> torch.Tensor:
     """A cache with new positions: see `keras_iris.backend.jax.write`."""
     cache[:, :, index : index + new.shape[2]] = new
@@ -90,8 +107,11 @@ def map_parts(
 class Trainer(keras.Model):
     """A `keras.Model` with the micro-batched train step.
 
-    See `keras_iris.backend.jax.Trainer` for how it adds up gradients.
+    See `keras_iris.backend.jax.Trainer` for how it adds up gradients. On a GPU
+    its passes are recorded as CUDA graphs, unless `run_eagerly` is set.
     """
+
+    _recorder: Recorder | None = None
 
     def device_scope(self) -> contextlib.AbstractContextManager[None]:
         """Where the optimizer makes its variables: anywhere."""
@@ -114,6 +134,12 @@ class Trainer(keras.Model):
 
         In several processes each has some of its rows.
         """
+        if self._recorder is None:
+            return self._step(data)
+        with self._recorder.scope():
+            return self._step(data)
+
+    def _step(self, data: Any) -> dict[str, Any]:
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         num_rows = 0 if y is None else y.shape[0]  # without, the loss raises
         is_whole = (self.micro_batch_size or num_rows) >= num_rows
@@ -121,7 +147,7 @@ class Trainer(keras.Model):
         if is_whole and process_count() == 1:
             whole = x, y, sample_weight
             self.zero_grad()
-            y_pred = self(x, training=True)
+            y_pred = self._call(x)
             loss = self._batch_loss(whole, y_pred)
             self.optimizer.scale_loss(loss).backward()
             gradients: Gradients = [v.value.grad for v in variables]
@@ -136,6 +162,18 @@ class Trainer(keras.Model):
             )
             self.optimizer.apply(gradients, variables)
         return self.compute_metrics(x, y, y_pred, sample_weight=sample_weight)
+
+    def _call(self, x: Any) -> torch.Tensor:
+        """The model's log-probs in training; on a GPU by recorded passes."""
+        x = keras.tree.map_structure(keras.ops.convert_to_tensor, x)
+        is_recorded = x["token_ids"].is_cuda and not (
+            self.run_eagerly or self.jit_compile or has_routers(self)
+        )
+        if not is_recorded:
+            return self(x, training=True)
+        if self._recorder is None:
+            self._recorder = Recorder(self)
+        return self._recorder(x)
 
     def _gathered(self, x: Any, y: Any, sample_weight: Any) -> Any:
         """What loss and metrics see of a batch, of all processes."""
@@ -261,7 +299,7 @@ class Trainer(keras.Model):
         for start in range(0, num_rows, size):
             rows = slice(start, start + size)
             x_rows = keras.tree.map_structure(lambda a, r=rows: a[r, read], x)
-            y_pred = self(x_rows, training=True)
+            y_pred = self._call(x_rows)
             refuse_layer_losses(self)
             predictions.append(y_pred.detach())
             objective, part, new_shift = stream.objective(
@@ -273,6 +311,8 @@ class Trainer(keras.Model):
             _multiply(gradients, shrink)
             self.optimizer.scale_loss(objective).backward()
             _take_gradients(values, gradients)
+            # Nothing may hold on to these passes while others are recorded.
+            del y_pred, objective
         if count > 1:
             # The sums of other processes count from other exponents.
             shrink = torch.exp(shift - gather(shift[None]).max())
@@ -280,10 +320,11 @@ class Trainer(keras.Model):
             _multiply(gradients, shrink)
             add_up([total, *gradients])
         total = torch.where(total == 0, 1, total)
-        for gradient in gradients:
-            if gradient is not None:
-                gradient /= total
         self.zero_grad()
+        for i, gradient in enumerate(gradients):
+            if gradient is not None:
+                # Not in place: recorded passes add to the same tensors again.
+                gradients[i] = gradient / total
         return torch.cat(predictions), gradients
 
 

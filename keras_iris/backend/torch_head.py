@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from keras_iris.backend.head import HeadOptions
+from keras_iris.backend.torch_graphs import known_num_used
 
 
 def head_log_probs(
@@ -21,7 +22,8 @@ def head_log_probs(
     See `keras_iris.backend.jax_head.head_log_probs`.
     """
     # As shapes may change, only tokens in use are computed.
-    num_used = int(num_used)
+    known = known_num_used()
+    num_used = int(num_used) if known is None else known
     log_probs = _LogProbs.apply(
         hidden[:num_used], table, token_ids[:num_used], options
     )
@@ -130,10 +132,14 @@ class _Head:
         log_probs = chosen - normalizers.logsumexp(dim=0)
         own = (upstream * self._by_own_logit(chosen, log_probs))[:, None]
         by_hidden += own * self.table[self.token_ids]
-        outputs, place = self.token_ids.unique(return_inverse=True)
-        by_outputs = by_hidden.new_zeros(len(outputs), self.hidden.shape[1])
-        by_outputs.index_add_(0, place, own * self.hidden)
-        by_table[outputs] += by_outputs.to(by_table.dtype)
+        by_own = own * self.hidden
+        if by_table.dtype == by_own.dtype:
+            by_table.index_add_(0, self.token_ids, by_own)
+        else:  # sums would be rounded again and again
+            outputs, place = self.token_ids.unique(return_inverse=True)
+            by_outputs = by_own.new_zeros(len(outputs), by_own.shape[1])
+            by_outputs.index_add_(0, place, by_own)
+            by_table[outputs] += by_outputs.to(by_table.dtype)
         return by_hidden.to(self.hidden.dtype), by_table
 
     # Tiles are gone before the next block: in functions of their own.

@@ -80,4 +80,4 @@ class _RematCall:
                 )
             return output
 
-        return keras.remat(call)(hidden_states)
+        return backend.remat(call)(hidden_states)
