@@ -18,7 +18,7 @@ from keras import ops, tree
 
 from keras_iris import backend
 from keras_iris.models import decoder_parts
-from keras_iris.models.decoder_parts import part
+from keras_iris.models.decoder_parts import direct, part
 
 # Decoders of one kind: rotary embeddings, a gated feed-forward network, and
 # masks that are the layer's and not its attention's.
@@ -45,9 +45,19 @@ def right_aligned(causal_lm: Any) -> "RightAligned | None":
     # A Qwen model's window is its attention's and not its mask's.
     has_window = getattr(backbone, "use_sliding_window_attention", False)
     parts = shiftable_parts(type(backbone))
-    if parts is None or has_window:
+    if parts is None or has_window or _num_ropes(backbone, parts) > 1:
         return None
     return RightAligned(causal_lm, parts)
+
+
+def _num_ropes(backbone: Any, parts: Mapping[str, str]) -> int:
+    """How many layers rotate otherwise than those before."""
+    names = ("name", "dtype")
+    ropes = [
+        part(layer, parts, "rope") for layer in backbone.transformer_layers
+    ]
+    configs = [rope.get_config() for rope in ropes]
+    return len({repr([c[k] for k in c if k not in names]) for c in configs})
 
 
 def shiftable_parts(backbone_type: type) -> Mapping[str, str] | None:
@@ -134,8 +144,10 @@ class RightAligned(CachedForward):
         mask = ops.logical_or(is_prompt[:, None], itself)  # (batch, time, time)
         caches: list[Any] = []
 
+        angles = self._angles(time, start_index=0)
+
         def attend(layer: Any, hidden_states: Any) -> Any:
-            parts = self._project(layer, hidden_states, start_index=0)
+            parts = self._project(layer, hidden_states, angles)
             widths = ((0, 0), (0, 0), (0, total - time), (0, 0))
             caches.extend(
                 ops.pad(ops.swapaxes(new, 1, 2), widths) for new in parts[1:]
@@ -153,9 +165,10 @@ class RightAligned(CachedForward):
         """Logits of the tokens after those at position `index`."""
         is_key, *caches = cache
         old, updated = iter(caches), list[Any]()
+        angles = self._angles(1, start_index=index)
 
         def attend(layer: Any, hidden_states: Any) -> Any:
-            query, *new = self._project(layer, hidden_states, start_index=index)
+            query, *new = self._project(layer, hidden_states, angles)
             key, value = (
                 backend.write(next(old), index, ops.swapaxes(part, 1, 2))
                 for part in new
@@ -195,8 +208,10 @@ class RightAligned(CachedForward):
             distances = positions[:, :, None] - positions[:, None]
             mask = ops.logical_and(mask, ops.less(distances, window))
 
+        angles = self._angles(1, positions=positions)
+
         def attend(layer: Any, hidden_states: Any) -> Any:
-            parts = self._project(layer, hidden_states, positions=positions)
+            parts = self._project(layer, hidden_states, angles)
             return self._attend(layer, *parts, mask)
 
         hidden_states = self._layers(token_ids, attend)
@@ -230,23 +245,34 @@ class RightAligned(CachedForward):
             hidden_states = hidden_states + self._part(layer, "down")(inner)
         return hidden_states
 
-    def _project(
-        self, layer: Any, inputs: Any, **place: Any
-    ) -> tuple[Any, Any, Any]:
-        """Queries, keys and values, `(batch, time, heads, head width)`.
+    def _angles(self, time: int, **place: Any) -> tuple[Any, Any]:
+        """Cosines and sines of rotary embeddings, the same for all layers.
 
         Args:
+            time: The number of positions.
             **place: `start_index` or `positions`, as rotary embeddings take.
         """
+        backbone = self.causal_lm.backbone
+        layer = backbone.transformer_layers[0]
+        query = part(layer, self._parts, "query")
+        width = query.compute_output_shape((1, time, backbone.hidden_dim))[-1]
+        inputs = ops.zeros((1, time, 1, width))  # their shape is read
+        angles: tuple[Any, Any] = self._part(layer, "angles")(inputs, **place)
+        return angles
+
+    def _project(
+        self, layer: Any, inputs: Any, angles: tuple[Any, Any]
+    ) -> tuple[Any, Any, Any]:
+        """Queries, keys and values, `(batch, time, heads, head width)`."""
         query = self._part(layer, "query")(inputs)
         key = self._part(layer, "key")(inputs)
         if "query_norm" in self._parts:
             query = self._part(layer, "query_norm")(query)
             key = self._part(layer, "key_norm")(key)
-        rotate = self._part(layer, "rope")
+        rotate = self._part(layer, "rotate")
         return (
-            rotate(query, **place),
-            rotate(key, **place),
+            rotate(query, *angles),
+            rotate(key, *angles),
             self._part(layer, "value")(inputs),
         )
 
@@ -269,7 +295,7 @@ class RightAligned(CachedForward):
         return ops.cast(mask, "bool")
 
     def _part(self, layer: Any, role: str) -> Any:
-        return part(layer, self._parts, role)
+        return direct(part(layer, self._parts, role))
 
 
 def _attend_once(query: Any, key: Any, value: Any, mask: Any) -> Any:

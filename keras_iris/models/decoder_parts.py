@@ -6,8 +6,12 @@ others.
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
+
+import keras
+
+from keras_iris.backend import AutocastScope
 
 LLAMA = {
     "attention": "_self_attention_layer",
@@ -22,6 +26,13 @@ LLAMA = {
     "up": "_feedforward_intermediate_dense",
     "down": "_feedforward_output_dense",
     # Methods and functions.
+    "angles": (
+        "_self_attention_layer.rotary_embedding_layer"
+        "._compute_cos_sin_embedding"
+    ),
+    "rotate": (
+        "_self_attention_layer.rotary_embedding_layer._apply_rotary_pos_emb"
+    ),
     "attend": "_self_attention_layer._compute_attention",
     "mask": "_compute_self_attention_mask",
     "activation": "activation",
@@ -119,3 +130,26 @@ def part(layer: Any, parts: Mapping[str, str], role: str) -> Any:
         role: A key of that table.
     """
     return operator.attrgetter(parts[role])(layer)
+
+
+def direct(part: Any) -> Callable[..., Any]:
+    """What a part computes, without what Keras does around each call.
+
+    Checks, name scopes and conversions take longer than the products of a few
+    tokens where nothing is compiled. The inputs have to be tensors of the
+    part's compute dtype.
+
+    Args:
+        part: A built layer; other callables are given back.
+    """
+    if not isinstance(part, keras.layers.Layer):
+        return part
+    call = part.quantized_call if part.quantization_mode else part.call
+    if part.compute_dtype == part.variable_dtype:
+        return call
+
+    def call_in_compute_dtype(*args: Any, **kwargs: Any) -> Any:
+        with AutocastScope(part.compute_dtype):
+            return call(*args, **kwargs)
+
+    return call_in_compute_dtype
