@@ -129,6 +129,14 @@ class Trainer(keras.Model):
                 "on JAX."
             )
 
+    @functools.wraps(keras.Model.fit)
+    def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
+        try:
+            return super().fit(*args, **kwargs)
+        finally:
+            # And with it its memory, which generation has use for.
+            self._recorder = None
+
     def train_step(self, data: Any) -> dict[str, Any]:
         """One optimizer step, with the exact gradient of the whole batch.
 
