@@ -129,6 +129,11 @@ class Trainer(keras.Model):
                 "on JAX."
             )
 
+    @functools.wraps(keras.Model.compile)
+    def compile(self, *args: Any, **kwargs: Any) -> None:  # noqa: D102
+        self._recorder = None  # what is compiled anew may compute otherwise
+        super().compile(*args, **kwargs)
+
     @functools.wraps(keras.Model.fit)
     def fit(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102
         try:

@@ -6,7 +6,6 @@ GPU for the kernels. A CUDA graph holds them all and starts them at once.
 
 import contextlib
 import contextvars
-import functools
 import gc
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -24,6 +23,8 @@ _num_used: contextvars.ContextVar[int | None] = contextvars.ContextVar(
 _STEPS = 8
 
 Inputs: TypeAlias = dict[str, torch.Tensor]
+# Variables, and gradients that recorded passes add to.
+Pairs: TypeAlias = list[tuple[torch.Tensor, torch.Tensor]]
 
 
 def known_num_used() -> int | None:
@@ -136,10 +137,13 @@ class _Passes:
         """
         gc.collect()  # what holds on to earlier passes, and to their stream
         try:
-            with _no_waits(), self.gradients.attached():
-                self._call()
-                self.upstream = torch.zeros_like(self.outputs)
-                self._backward()
+            with self.gradients.detached():
+                with _no_waits():
+                    self._call()
+                    self.upstream = torch.zeros_like(self.outputs)
+                    self._backward()
+                reached = self.gradients.reached()
+            self.pairs = self.gradients.pairs(reached)
         except RuntimeError as error:
             raise _NotRecordableError from error
         finally:
@@ -153,7 +157,9 @@ class _Passes:
         """
         gc.collect()
         try:
-            with self.gradients.attached():
+            with self.gradients.detached():
+                for value, own in self.pairs:
+                    value.grad = own
                 self.forward = _record(self._call, pool)
                 self.backward = _record(self._backward, pool)
         except torch.OutOfMemoryError:
@@ -178,33 +184,44 @@ class _Gradients:
     """One set of gradients, that backward passes of all shapes add to."""
 
     def __init__(self, values: Sequence[torch.Tensor]) -> None:
-        self.values = values
-        self.own = [torch.zeros_like(value) for value in values]
+        self._values = values
+        self._own: dict[int, torch.Tensor] = {}
 
     @contextlib.contextmanager
-    def attached(self) -> Iterator[None]:
-        """Backward passes within add to these."""
-        others = [value.grad for value in self.values]
-        for value, own in zip(self.values, self.own, strict=True):
-            value.grad = own
+    def detached(self) -> Iterator[None]:
+        """Within, variables have the gradients that they get there."""
+        others = [value.grad for value in self._values]
+        for value in self._values:
+            value.grad = None
         try:
             yield
         finally:
-            for value, other in zip(self.values, others, strict=True):
+            for value, other in zip(self._values, others, strict=True):
                 value.grad = other
 
-    def add(self, backward: Callable[[], None]) -> None:
-        """Adds what a recorded pass gives to the variables' gradients."""
-        pairs = list(zip(self.values, self.own, strict=True))
-        fresh = [own for value, own in pairs if value.grad is not own]
-        if fresh:
-            torch._foreach_zero_(fresh)
-        backward()
-        for value, own in pairs:
-            if value.grad is None:
-                value.grad = own
-            elif value.grad is not own:
-                value.grad += own
+    def reached(self) -> list[int]:
+        """Which variables have a gradient; Keras leaves others alone."""
+        return [i for i, v in enumerate(self._values) if v.grad is not None]
+
+    def pairs(self, reached: Sequence[int]) -> Pairs:
+        """Those variables, each with its gradient in this set."""
+        for i in reached:
+            if i not in self._own:
+                self._own[i] = torch.zeros_like(self._values[i])
+        return [(self._values[i], self._own[i]) for i in reached]
+
+
+def _add(backward: Callable[[], None], pairs: Pairs) -> None:
+    """Adds what a recorded pass gives to the variables' gradients."""
+    fresh = [own for value, own in pairs if value.grad is not own]
+    if fresh:
+        torch._foreach_zero_(fresh)
+    backward()
+    for value, own in pairs:
+        if value.grad is None:
+            value.grad = own
+        elif value.grad is not own:
+            value.grad += own
 
 
 class _Replay(torch.autograd.Function):
@@ -223,7 +240,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> Any:
         ctx.passes.upstream.copy_(upstream[0])
-        ctx.passes.gradients.add(ctx.passes.backward)
+        _add(ctx.passes.backward, ctx.passes.pairs)
         return None, None, None
 
 
@@ -235,8 +252,12 @@ class _NumbersOnGpu(torch.overrides.TorchFunctionMode):
     ) -> Any:
         """Calls what PyTorch was asked for, or `full` instead."""
         kwargs = kwargs or {}
-        if func is torch.as_tensor and isinstance(args[0], (int, float)):
-            func = functools.partial(torch.full, ())
+        is_number = args and type(args[0]) in (bool, int, float)
+        if func is torch.as_tensor and is_number:
+            try:
+                return torch.full((), *args, **kwargs)
+            except RuntimeError:  # of what is infinite in that dtype
+                pass
         return func(*args, **kwargs)
 
 
@@ -251,13 +272,14 @@ def _no_waits() -> Iterator[None]:
     """What waits for the GPU raises a `RuntimeError`; on a stream apart."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
+    mode = torch.cuda.get_sync_debug_mode()
     try:
         with warnings.catch_warnings(), torch.cuda.stream(stream):
             warnings.simplefilter("ignore")  # that it is a prototype
             torch.cuda.set_sync_debug_mode("error")
             yield
     finally:
-        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream().wait_stream(stream)
 
 

@@ -133,6 +133,19 @@ def test_regularisers_have_their_gradient_beside(monkeypatch):
     assert_same(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_what_is_not_used_has_no_gradient(monkeypatch):
+    """A gradient of zeros would let weight decay move it."""
+    model = make_model()
+    unused = model.add_weight(shape=(3,), initializer="ones", name="unused")
+    model.compile(keras.optimizers.AdamW(0.01, weight_decay=0.5), loss=IRIS())
+    LEAVES[:] = [v.value for v in model.trainable_variables]
+    recorder = record_on_cpu(model, monkeypatch)
+    train(model)
+    assert recorder._passes
+    np.testing.assert_array_equal(unused.numpy(), 1)
+
+
 def test_what_is_trained_changes(monkeypatch):
     """What was recorded would go on to train the others."""
     model = make_model()
@@ -140,6 +153,8 @@ def test_what_is_trained_changes(monkeypatch):
     train(model)
     model.causal_lm.backbone.token_embedding.trainable = False
     model.compile(optimizer=keras.optimizers.SGD(0.01), loss=IRIS())
+    assert model._recorder is None
+    model._recorder = recorder
     LEAVES[:] = [v.value for v in model.trainable_variables]
     before = model.causal_lm.backbone.token_embedding.embeddings.numpy()
     train(model)
@@ -208,5 +223,8 @@ def test_numbers_are_made_where_they_are_used():
     with torch_graphs._NumbersOnGpu():
         number = torch.as_tensor(True, dtype=torch.int32, device="cpu")
         array = torch.as_tensor(np.ones(2), dtype=torch.float32)
+    with torch_graphs._NumbersOnGpu():
+        assert torch.as_tensor(1e39, dtype=torch.float32).isinf()
+        assert torch.as_tensor(np.float64(1)).dtype == torch.float64
     assert (number.dtype, number.shape, number.item()) == (torch.int32, (), 1)
     assert array.tolist() == [1.0, 1.0]
