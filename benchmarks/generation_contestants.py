@@ -120,20 +120,16 @@ class Counter:
         return sorted({batch.bucket_length for batch in batches})
 
 
-class Transformers:
-    """`transformers.generate` with padding on the left."""
+class TransformersModel:
+    """`transformers.generate` with padding on the left.
 
-    def __init__(self, folder, vocabulary, max_new_tokens):
-        import torch
-        import transformers
+    Args:
+        model: One of transformers.
+        ends: Ids that end an answer.
+        max_new_tokens: Of an answer.
+    """
 
-        model = transformers.Qwen2ForCausalLM.from_pretrained(
-            folder, dtype=torch.float32
-        )
-        self.use(model, end_token_ids(vocabulary), max_new_tokens)
-
-    def use(self, model, ends, max_new_tokens):
-        """Answers with this model from now on."""
+    def __init__(self, model, ends, max_new_tokens):
         import torch
         import transformers
 
@@ -147,15 +143,6 @@ class Transformers:
             eos_token_id=ends,
             pad_token_id=1,
         )
-
-    def run(self, prompts, seed, is_sorted=False):
-        """Seconds, useful tokens and peak memory of all batches."""
-        self.torch.manual_seed(seed)
-        harness.reset_peak()
-        start = time.perf_counter()
-        if is_sorted:
-            prompts = sorted(prompts, key=len)
-        return _answer(start, self.answer(prompts, BATCH_SIZE))
 
     def answer(self, prompts, batch_size):
         """The length of each answer."""
@@ -182,6 +169,28 @@ class Transformers:
             is_end.any(axis=1), is_end.argmax(axis=1) + 1, new.shape[1]
         )
         return stops.tolist()
+
+
+class Transformers(TransformersModel):
+    """The same for a folder."""
+
+    def __init__(self, folder, vocabulary, max_new_tokens):
+        import torch
+        import transformers
+
+        model = transformers.Qwen2ForCausalLM.from_pretrained(
+            folder, dtype=torch.float32
+        )
+        super().__init__(model, end_token_ids(vocabulary), max_new_tokens)
+
+    def run(self, prompts, seed, is_sorted=False):
+        """Seconds, useful tokens and peak memory of all batches."""
+        self.torch.manual_seed(seed)
+        harness.reset_peak()
+        start = time.perf_counter()
+        if is_sorted:
+            prompts = sorted(prompts, key=len)
+        return _answer(start, self.answer(prompts, BATCH_SIZE))
 
 
 class Exporter:

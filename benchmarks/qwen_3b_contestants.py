@@ -41,7 +41,9 @@ class Engine:
             work["prompts"], work["mean_prompt_length"], sizes["vocabulary"]
         )
         self.prompts = [prompt[: self.longest] for prompt in prompts]
-        self.ends = list(range(0, sizes["vocabulary"], IDS_PER_END))
+        self.ends = generation_contestants.end_token_ids(
+            sizes["vocabulary"], IDS_PER_END
+        )
         self.make(cache)
 
     def make(self, cache):
@@ -94,12 +96,11 @@ class Transformers(Engine):
         device = "cuda" if harness.is_on_gpu() else "cpu"
         torch.set_default_device(device)
         torch.set_default_dtype(getattr(torch, self.dtype))
-        self.peer = generation_contestants.Transformers.__new__(
-            generation_contestants.Transformers
+        model = transformers.Qwen2ForCausalLM(
+            models.transformers_config(self.sizes)
         )
-        config = models.transformers_config(self.sizes)
-        self.peer.use(
-            transformers.Qwen2ForCausalLM(config), self.ends, self.new
+        self.peer = generation_contestants.TransformersModel(
+            model, self.ends, self.new
         )
 
     def warm_up(self):

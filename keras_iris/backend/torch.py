@@ -21,7 +21,7 @@ from keras_iris.backend.routers import (
     router_sums,
     split_sums,
 )
-from keras_iris.backend.torch_graphs import Recorder
+from keras_iris.backend.torch_graphs import Recorder, known_num_used
 from keras_iris.backend.torch_processes import (
     add_up,
     gather,
@@ -70,16 +70,15 @@ def prepare_remat() -> None:
 
 
 def remat(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function whose backward pass calls it again; it draws nothing.
+    """`keras.remat`, in a recording without the state of random numbers.
 
-    `keras.remat` reads and sets the state of random numbers, which can't be
-    recorded.
+    That can't be read there.
     """
     return functools.partial(
         torch.utils.checkpoint.checkpoint,
         function,
         use_reentrant=False,
-        preserve_rng_state=False,
+        preserve_rng_state=known_num_used() is None,
     )
 
 

@@ -46,12 +46,9 @@ class Recorder:
 
     def __init__(self, model: Any) -> None:
         self._model = model
-        self._pool: Any = None
-        self._seen: set[Hashable] = set()
-        self._passes: dict[Hashable, _Passes] = {}
-        self._gradients: _Gradients | None = None
-        self._weights: list[Any] = []
+        self._pool = torch.cuda.graph_pool_handle()
         self._fails = False
+        self._begin()
 
     def __call__(self, inputs: Inputs) -> torch.Tensor:
         """What the model gives in training.
@@ -63,7 +60,6 @@ class Recorder:
             RuntimeError: Recording failed in a way that PyTorch doesn't
                 recover from.
         """
-        self._forget_other_weights()
         num_used = _round_up(inputs["response_mask"][..., 1:])
         key = num_used, *(tuple(tensor.shape) for tensor in inputs.values())
         if key in self._seen and key not in self._passes and not self._fails:
@@ -79,24 +75,24 @@ class Recorder:
         return log_probs
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """Where the rest of a step doesn't wait for what was recorded."""
+        """A step: what isn't recorded of it doesn't wait for what is."""
+        if self._weights != self._read_weights():
+            self._begin()
         return _NumbersOnGpu() if self._passes else contextlib.nullcontext()
 
-    def _forget_other_weights(self) -> None:
-        """Drops what was recorded with other tensors, or trains others."""
-        weights = [
-            (v.value.data_ptr(), v.trainable) for v in self._model.variables
-        ]
-        if weights != self._weights:
-            self._seen.clear()
-            self._passes.clear()
-            self._gradients, self._weights = None, weights
+    def _begin(self) -> None:
+        """Forgets what was recorded with other tensors, or trains others."""
+        self._seen: set[Hashable] = set()
+        self._passes: dict[Hashable, _Passes] = {}
+        self._weights = self._read_weights()
+        values = [v.value for v in self._model.trainable_weights]
+        self._gradients = _Gradients(values)
+
+    def _read_weights(self) -> list[Any]:
+        variables = self._model.variables
+        return [(v.value.data_ptr(), v.trainable) for v in variables]
 
     def _record(self, key: Hashable, inputs: Inputs, num_used: int) -> None:
-        if self._gradients is None:
-            values = [v.value for v in self._model.trainable_weights]
-            self._gradients = _Gradients(values)
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         inputs = {name: tensor.clone() for name, tensor in inputs.items()}
         token = _num_used.set(num_used)
         try:
@@ -105,7 +101,7 @@ class Recorder:
                 passes.try_once()
                 passes.record(self._pool)
         except _NotRecordableError as error:
-            self._fails, self._gradients = True, None
+            self._fails = True
             warnings.warn(
                 "The model's passes can't be recorded as CUDA graphs, so "
                 f"Python starts every operation: {error.__cause__}",
@@ -160,8 +156,8 @@ class _Passes:
             with self.gradients.detached():
                 for value, own in self.pairs:
                     value.grad = own
-                self.forward = _record(self._call, pool)
-                self.backward = _record(self._backward, pool)
+                self.forward = _capture(self._call, pool)
+                self.backward = _capture(self._backward, pool)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -283,7 +279,7 @@ def _no_waits() -> Iterator[None]:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def _record(function: Callable[[], None], pool: Any) -> Callable[[], None]:
+def _capture(function: Callable[[], None], pool: Any) -> Callable[[], None]:
     """Calls a function, and gives one that repeats its kernels."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

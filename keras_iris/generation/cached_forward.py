@@ -51,7 +51,7 @@ def right_aligned(causal_lm: Any) -> "RightAligned | None":
 
 
 def _num_ropes(backbone: Any, parts: Mapping[str, str]) -> int:
-    """How many layers rotate otherwise than those before."""
+    """Kinds of rotary embeddings that the layers have."""
     names = ("name", "dtype")
     ropes = [
         part(layer, parts, "rope") for layer in backbone.transformer_layers

@@ -132,24 +132,24 @@ def part(layer: Any, parts: Mapping[str, str], role: str) -> Any:
     return operator.attrgetter(parts[role])(layer)
 
 
-def direct(part: Any) -> Callable[..., Any]:
-    """What a part computes, without what Keras does around each call.
+def direct(layer: Any) -> Callable[..., Any]:
+    """What a layer computes, without what Keras does around each call.
 
     Checks, name scopes and conversions take longer than the products of a few
     tokens where nothing is compiled. The inputs have to be tensors of the
-    part's compute dtype.
+    layer's compute dtype.
 
     Args:
-        part: A built layer; other callables are given back.
+        layer: A built one; other callables are given back.
     """
-    if not isinstance(part, keras.layers.Layer):
-        return part
-    call = part.quantized_call if part.quantization_mode else part.call
-    if part.compute_dtype == part.variable_dtype:
+    if not isinstance(layer, keras.layers.Layer):
+        return layer
+    call = layer.quantized_call if layer.quantization_mode else layer.call
+    if layer.compute_dtype == layer.variable_dtype:
         return call
 
     def call_in_compute_dtype(*args: Any, **kwargs: Any) -> Any:
-        with AutocastScope(part.compute_dtype):
+        with AutocastScope(layer.compute_dtype):
             return call(*args, **kwargs)
 
     return call_in_compute_dtype

@@ -33,7 +33,7 @@ def graphs(monkeypatch):
     if torch.cuda.is_available():
         return
 
-    def record(function, pool):
+    def capture(function, pool):
         del pool
         gradients = [
             (leaf, leaf.grad) for leaf in LEAVES if leaf.grad is not None
@@ -52,7 +52,7 @@ def graphs(monkeypatch):
         function()
         return replay
 
-    monkeypatch.setattr(torch_graphs, "_record", record)
+    monkeypatch.setattr(torch_graphs, "_capture", capture)
     monkeypatch.setattr(torch_graphs, "_no_waits", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
 
@@ -187,7 +187,7 @@ def test_a_recording_that_breaks_is_an_error(monkeypatch):
     def breaks(*_):
         raise RuntimeError("operation failed due to a previous error")
 
-    monkeypatch.setattr(torch_graphs, "_record", breaks)
+    monkeypatch.setattr(torch_graphs, "_capture", breaks)
     with pytest.raises(RuntimeError, match="run_eagerly=True.*previous error"):
         train(model)
 
@@ -223,7 +223,6 @@ def test_numbers_are_made_where_they_are_used():
     with torch_graphs._NumbersOnGpu():
         number = torch.as_tensor(True, dtype=torch.int32, device="cpu")
         array = torch.as_tensor(np.ones(2), dtype=torch.float32)
-    with torch_graphs._NumbersOnGpu():
         assert torch.as_tensor(1e39, dtype=torch.float32).isinf()
         assert torch.as_tensor(np.float64(1)).dtype == torch.float64
     assert (number.dtype, number.shape, number.item()) == (torch.int32, (), 1)
