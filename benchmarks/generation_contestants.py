@@ -97,26 +97,44 @@ class Counter:
         self.calls += 1
 
     def count_steps(self, number, mean_length):
-        """Decode steps made, and the fewest for these batches."""
+        """Decode steps made, and those of rows that are never idle.
+
+        And, for comparison, of batches that wait for their longest answers.
+        """
         import jax
 
         prompts = random_prompts(number, mean_length, self.vocabulary)
         self.calls = 0
         answers = self.engine.generate(prompts, seed=0)
         jax.effects_barrier()
-        fewest = sum(
-            max(len(answers[i].token_ids) for i in batch.indices)
-            for batch in _plan([len(prompt) for prompt in prompts])
-        )
+        lengths = np.array([len(answer.token_ids) for answer in answers])
+        sizes = [len(prompt) for prompt in prompts]
+
+        def total(waves, steps_of):
+            plan = self._plan(sizes, waves)
+            return int(sum(steps_of(lengths[list(b.indices)]) for b in plan))
+
         return {
             "prompts": number,
             "made": self.calls,
-            "fewest": fewest,
+            "fewest": total(
+                self.engine._decoder.waves,
+                lambda own: max(own.max(), -(-own.sum() // BATCH_SIZE)),
+            ),
+            "waiting": total(1, np.max),
         }
+
+    def _plan(self, lengths, waves):
+        from keras_iris.generation import batch_plan
+
+        buckets = batch_plan.DEFAULT_BUCKET_LENGTHS
+        num_rows = dict.fromkeys(buckets, BATCH_SIZE)
+        return batch_plan.plan_prompts(lengths, num_rows, waves)
 
     def compiled_lengths(self, number, mean_length):
         """The lengths that so many prompts are padded to."""
-        batches = _plan(prompt_lengths(number, mean_length))
+        waves = self.engine._decoder.waves
+        batches = self._plan(prompt_lengths(number, mean_length), waves)
         return sorted({batch.bucket_length for batch in batches})
 
 
@@ -206,15 +224,6 @@ class Exporter:
         keras_iris.export(causal_lm, folder, dtype="float32")
         # `load` wants one; the prompts are ids already.
         models.number_tokenizer(sizes["vocabulary"]).save_pretrained(folder)
-
-
-def _plan(lengths):
-    """The batches of `KerasEngine`."""
-    from keras_iris.generation import batch_plan
-
-    return batch_plan.plan_prompts(
-        lengths, dict.fromkeys(batch_plan.DEFAULT_BUCKET_LENGTHS, BATCH_SIZE)
-    )
 
 
 def _answer(start, lengths):

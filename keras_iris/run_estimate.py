@@ -19,7 +19,7 @@ from keras_iris.generation.batch_rows import (
     rows_that_fit,
     token_bytes,
 )
-from keras_iris.generation.cached_forward import shiftable_parts
+from keras_iris.generation.cached_forward import rowwise_parts
 from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.inspect import inspect
 from keras_iris.losses import IRIS, SelfPlayLoss
@@ -310,18 +310,21 @@ class RunEstimate:
     def _row_bytes(self, prompt_length: float) -> float:
         """Of a prompt that is answered."""
         return row_bytes(
-            self._sizes, prompt_length=prompt_length, new_tokens=self.new_tokens
+            self._sizes,
+            prompt_length=prompt_length,
+            new_tokens=self.new_tokens,
+            waits=self.num_devices > 1,
         )
 
     @property
     def _sizes(self) -> Sizes:
         config = self.config
         name = f"{ARCHITECTURES[config.model_type].keras_hub}Backbone"
-        parts = shiftable_parts(getattr(keras_hub.models, name))
+        parts = rowwise_parts(getattr(keras_hub.models, name))
         return Sizes(
             **{name: getattr(config, name) for name in Sizes._fields[:-2]},
             item_bytes=_COMPUTE_BYTES,
-            is_shiftable=parts is not None,
+            is_rowwise=parts is not None,
         )
 
     def _generation_rows(self, prompt_length: float) -> int:

@@ -3,6 +3,7 @@
 Each backend offers the same names: `Trainer`, the base of `SelfPlayModel` with
 its train step, `map_parts`, a function of a batch's parts, `head_log_probs`,
 log-probs from hidden states, `write`, which puts keys and values into a cache,
+`write_rows`, which gives an array other rows,
 `dataset`, what `fit` takes for batches, `seed_step`, which seeds a step's
 random numbers where no variable of the model does, `cache_compilations`, which
 keeps compiled programs on disk, `is_on_cpu`, which tells where tensors are,
@@ -56,6 +57,7 @@ prepare_remat = _step.prepare_remat
 remat = _step.remat
 seed_step = _step.seed_step
 write = _step.write
+write_rows = _step.write_rows
 head_log_probs = _head.head_log_probs
 IS_ONE_PROGRAM = _processes.IS_ONE_PROGRAM
 cut = _processes.cut
@@ -103,4 +105,5 @@ __all__ = [
     "sharded_checkpoints",
     "start_processes",
     "write",
+    "write_rows",
 ]

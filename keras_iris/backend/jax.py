@@ -77,6 +77,17 @@ def write(cache: jax.Array, index: Any, new: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=2)
 
 
+def write_rows(array: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
+    """An array with other rows.
+
+    Args:
+        array: It isn't to be used any more, as PyTorch writes to it.
+        rows: Which ones, integers of shape `(n,)`, none of them twice.
+        new: What they are to be, of shape `(n, ...)`.
+    """
+    return array.at[rows].set(new, unique_indices=True)
+
+
 def map_parts(
     function: Callable[[Tree], jax.Array], x: Tree, size: int
 ) -> jax.Array:

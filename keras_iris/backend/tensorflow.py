@@ -104,6 +104,11 @@ def write(cache: tf.Tensor, index: Any, new: tf.Tensor) -> tf.Tensor:
     return keras.ops.slice_update(cache, (0, 0, index, 0), new)
 
 
+def write_rows(array: tf.Tensor, rows: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
+    """An array with other rows: see `keras_iris.backend.jax.write_rows`."""
+    return tf.tensor_scatter_nd_update(array, rows[:, None], new)
+
+
 def map_parts(
     function: Callable[[Any], tf.Tensor], x: Any, size: int
 ) -> tf.Tensor:

@@ -88,6 +88,14 @@ def write(cache: torch.Tensor, index: Any, new: torch.Tensor) -> torch.Tensor:
     return cache
 
 
+def write_rows(
+    array: torch.Tensor, rows: torch.Tensor, new: torch.Tensor
+) -> torch.Tensor:
+    """An array with other rows: see `keras_iris.backend.jax.write_rows`."""
+    array[rows] = new
+    return array
+
+
 def map_parts(
     function: Callable[[Any], torch.Tensor], x: Any, size: int
 ) -> torch.Tensor:

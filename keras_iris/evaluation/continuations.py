@@ -12,7 +12,7 @@ from keras import ops
 from keras_iris import backend
 from keras_iris.arguments import check_count
 from keras_iris.data.buckets import next_power_of_two
-from keras_iris.generation.cached_forward import RightAligned, right_aligned
+from keras_iris.generation.cached_forward import Rowwise, rowwise
 from keras_iris.models.checks import check_causal_lm
 from keras_iris.models.score import divisible_batch_size
 
@@ -56,7 +56,7 @@ class ContinuationScorer:
             check_count("batch_size", batch_size)
         )
         self.max_length = check_count("max_length", max_length, at_least=2)
-        self._passes = right_aligned(causal_lm)
+        self._passes = rowwise(causal_lm)
         self._most, longest = 1, max_length  # of a row: texts and tokens
         if self._passes is not None:
             self._most = self.batch_size // self._shares
@@ -253,9 +253,7 @@ def _make_rows(texts: Sequence[_Text], most: int) -> list[_Row]:
 class _Network(keras.Model):
     """Log-probs of tokens at any positions, and whether they are largest."""
 
-    def __init__(
-        self, causal_lm: keras.Model, passes: RightAligned | None
-    ) -> None:
+    def __init__(self, causal_lm: keras.Model, passes: Rowwise | None) -> None:
         # TensorFlow takes no underscore in front.
         super().__init__(name="continuation_scores")
         self.causal_lm = causal_lm
@@ -268,7 +266,7 @@ class _Network(keras.Model):
         Args:
             inputs: Integers. Of shape `(rows, time)`: `token_ids`,
                 `padding_mask`, 1 for tokens, `positions` and `branches` as in
-                `RightAligned.branch`. Of shape `(rows, n)`: `asked`, places in
+                `Rowwise.branch`. Of shape `(rows, n)`: `asked`, places in
                 a row, and `targets`.
 
         Returns:

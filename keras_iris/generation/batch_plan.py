@@ -14,15 +14,18 @@ from keras_iris.generation.engine import Prompts
 _POWERS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 DEFAULT_BUCKET_LENGTHS = tuple(sorted((*_POWERS, 192, 384)))
 
+# So many prompts to a row are answered together, whatever their lengths.
+_FEWEST_WAVES = 4
+
 
 @dataclass(frozen=True)
 class Batch:
-    """Prompts that are answered together.
+    """A queue of prompts for the rows of a batch.
 
     Attributes:
         indices: Which prompts, by descending length.
         bucket_length: The length that they are padded to, in tokens.
-        num_rows: As many as `indices`; more in the last batch only.
+        num_rows: Prompts that are answered at a time.
     """
 
     indices: tuple[int, ...]
@@ -31,63 +34,61 @@ class Batch:
 
 
 def plan_prompts(
-    lengths: Sequence[int], num_rows: Mapping[int, int]
+    lengths: Sequence[int], num_rows: Mapping[int, int], waves: int = 1
 ) -> list[Batch]:
     """Sorts prompts by length, the longest first, and cuts them into batches.
 
-    Depends on nothing but its arguments; prompts of one length keep their
-    order.
+    Where prompts wait for rows, those of a batch are longer than half its
+    longest, as padding costs memory and attention; but not few, as some rows
+    are idle at its end. Depends on nothing but its arguments; prompts of one
+    length keep their order.
 
     Args:
         lengths: The length of each prompt in tokens, at most the last of the
             bucket lengths.
         num_rows: Rows of a batch by bucket length. Those lengths increase.
+        waves: Prompts to a row, at most.
 
     Returns:
         Batches in the order in which they are answered.
     """
+    sizes = -np.sort(-np.asarray(lengths, "int64"))
     order = np.argsort(-np.asarray(lengths, "int64"), kind="stable").tolist()
     batches, start = [], 0
     while start < len(order):
-        bucket = min(b for b in num_rows if b >= lengths[order[start]])
-        indices = tuple(order[start : start + num_rows[bucket]])
-        batches.append(Batch(indices, bucket, num_rows[bucket]))
+        bucket = min(b for b in num_rows if b >= sizes[start])
+        rows = num_rows[bucket]
+        count = int(np.count_nonzero(sizes[start:] > sizes[start] // 2))
+        count = min(max(count, min(waves, _FEWEST_WAVES) * rows), waves * rows)
+        indices = tuple(order[start : start + count])
+        batches.append(Batch(indices, bucket, rows))
         start += len(indices)
     return batches
 
 
 def pad_prompts(
-    prompts: Prompts, batch: Batch, *, pad_token_id: int, pads_left: bool
+    prompts: Prompts, batch: Batch, *, pad_token_id: int, waves: int
 ) -> dict[str, np.ndarray]:
     """One batch as arrays of a fixed shape.
 
     Args:
         prompts: All prompts.
-        batch: Those to take. Rows without a prompt repeat the last one, which
-            is the shortest, and are not real.
-        pad_token_id: Written where a row has no prompt.
-        pads_left: Whether the prompts end together, instead of beginning so.
+        batch: Those to take. Copies of the last one, which is the shortest,
+            fill up the queue and aren't active.
+        pad_token_id: Written behind the prompts.
+        waves: Places of the queue to a row.
 
     Returns:
-        `token_ids` int32 and `is_prompt` bool of shape
-        `(num_rows, bucket_length)`; `starts` int32, where an answer begins,
-        and `is_real` bool, both of shape `(num_rows,)`.
+        `prompts` int32 of shape `(waves * num_rows, bucket_length)`, `lengths`
+        int32 and `is_active` bool, both of shape `(waves * num_rows,)`.
     """
-    time, num_real = batch.bucket_length, len(batch.indices)
-    dummies = batch.indices[-1:] * (batch.num_rows - num_real)
-    rows = [prompts[i] for i in batch.indices + dummies]
-    lengths = np.array([len(row) for row in rows], "int32")
-    starts = np.full_like(lengths, time) if pads_left else lengths
-    positions, ends = np.arange(time), starts[:, None]
-    firsts = ends - lengths[:, None]
+    size, num_prompts = waves * batch.num_rows, len(batch.indices)
+    copies = batch.indices[-1:] * (size - num_prompts)
+    rows = [prompts[i] for i in batch.indices + copies]
     return {
-        "token_ids": keras.utils.pad_sequences(
-            rows,
-            time,
-            padding="pre" if pads_left else "post",
-            value=pad_token_id,
+        "prompts": keras.utils.pad_sequences(
+            rows, batch.bucket_length, padding="post", value=pad_token_id
         ),
-        "is_prompt": (firsts <= positions) & (positions < ends),
-        "starts": starts,
-        "is_real": np.arange(batch.num_rows) < num_real,
+        "lengths": np.array([len(row) for row in rows], "int32"),
+        "is_active": np.arange(size) < num_prompts,
     }

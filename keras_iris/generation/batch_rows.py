@@ -7,7 +7,8 @@ against what XLA allocates.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from keras_iris.generation.cached_forward import shiftable_parts
+from keras_iris.generation.cached_forward import BLOCK, rowwise_parts
+from keras_iris.generation.decoder import SHARE_THAT_WAITS, WAVES
 
 # Where nobody tells how much memory is free, as on CPUs.
 DEFAULT_ROWS = 32
@@ -16,6 +17,7 @@ MOST_ROWS = 1024
 # Of what is free; the rest is for what nobody counts.
 FREE_SHARE = 0.8
 _FLOAT_BYTES = 4
+_ANSWER_BYTES = 8  # a token's id and log-prob
 # Attention's products, their exponentials and weights, of which a new token's
 # are two; a gate, its activation and what it is multiplied with; logits, their
 # exponentials and probabilities.
@@ -44,7 +46,7 @@ class Sizes(NamedTuple):
             together: KerasHub computes all.
         vocabulary_size: Rows of the embedding.
         item_bytes: Bytes of a number that it computes with.
-        is_shiftable: Whether a step reads the cache as it is. KerasHub's own
+        is_rowwise: Whether a step reads the cache as it is. KerasHub's own
             pass makes another one, and the keys and values of a layer anew
             for every head.
     """
@@ -57,7 +59,7 @@ class Sizes(NamedTuple):
     inner_size: int
     vocabulary_size: int
     item_bytes: int
-    is_shiftable: bool
+    is_rowwise: bool
 
 
 def read_sizes(backbone: Any) -> Sizes | None:
@@ -76,7 +78,7 @@ def read_sizes(backbone: Any) -> Sizes | None:
         head_dim=int(config.get("head_dim") or usual),
         inner_size=inner,
         item_bytes=2 if "16" in backbone.compute_dtype else 4,
-        is_shiftable=shiftable_parts(type(backbone)) is not None,
+        is_rowwise=rowwise_parts(type(backbone)) is not None,
     )
 
 
@@ -92,32 +94,40 @@ def token_bytes(sizes: Sizes) -> int:
     return 2 * sizes.num_layers * keys * sizes.item_bytes
 
 
-def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
+def row_bytes(
+    sizes: Sizes, *, prompt_length: float, new_tokens: int, waits: bool
+) -> float:
     """Bytes that a row takes while its batch is answered, at their most.
 
-    Either while the prompts are read: keys and values, and attention, which
-    KerasHub doesn't fuse, or the feed-forward network of one layer. Or later:
-    keys and values of the new tokens as well, and attention or logits.
+    Keys and values, and beside them either attention or logits of a new token,
+    or what is computed of prompts as they are read: attention, which isn't
+    fused, or the feed-forward network of one layer.
 
     Args:
         sizes: Of the model.
         prompt_length: Tokens that prompts are padded to.
         new_tokens: The most tokens of an answer.
+        waits: Whether all rows begin together. If not, an eighth of them does.
     """
-    token = token_bytes(sizes)
-    if not sizes.is_shiftable:
-        queries = sizes.num_heads * sizes.head_dim
-        token = 2 * token + 2 * 2 * queries * sizes.item_bytes
-    hidden = 2 * sizes.hidden_size * sizes.item_bytes
-    scores = _SCORE_COPIES * sizes.num_heads * prompt_length
-    inner = _INNER_COPIES * sizes.inner_size
-    prompts = token + hidden + _FLOAT_BYTES * max(scores, inner)
     total = prompt_length + new_tokens
     step = _FLOAT_BYTES * max(
         _STEP_COPIES * sizes.num_heads * total,
         _LOGIT_COPIES * sizes.vocabulary_size,
     )
-    return max(prompt_length * prompts, total * token + step)
+    hidden = 2 * sizes.hidden_size * sizes.item_bytes
+    scores = _SCORE_COPIES * sizes.num_heads * prompt_length
+    inner = _INNER_COPIES * sizes.inner_size
+    read = hidden + _FLOAT_BYTES * max(scores, inner)  # of a token
+    token = token_bytes(sizes)
+    if not sizes.is_rowwise:
+        queries = sizes.num_heads * sizes.head_dim
+        token = 2 * token + 2 * 2 * queries * sizes.item_bytes
+        return max(prompt_length * (token + read), total * token + step)
+    beginning = total * token + min(BLOCK, prompt_length) * read
+    if waits:
+        return max(beginning, total * token + step)
+    answers = WAVES * _ANSWER_BYTES * new_tokens
+    return total * token + answers + max(beginning / SHARE_THAT_WAITS, step)
 
 
 def rows_that_fit(bytes_of_row: float, free_bytes: float) -> int:

@@ -1,10 +1,10 @@
 """Forward passes of a causal LM with a decoding cache.
 
-A prompt's place in its row is part of the pass: the layers of some models
-take a mask of the cached positions, so that prompts may end at one place and
-all rows of a batch draw their first token at once. KerasHub's own pass (0.32)
-takes none: there prompts begin at one place, and the rows with longer ones
-wait for the others.
+Where the layers of a model take a mask of the cached tokens, each row of a
+batch has positions of its own: prompts of any length draw their first tokens at
+once, and a row that is over makes room for the next prompt. KerasHub's own pass
+(0.32) takes no such mask: there all rows are at one position, begin together,
+and those with longer prompts wait for the others.
 """
 
 import abc
@@ -22,12 +22,17 @@ from keras_iris.models.decoder_parts import direct, part
 
 # Decoders of one kind: rotary embeddings, a gated feed-forward network, and
 # masks that are the layer's and not its attention's.
-_SHIFTABLE = {
+_ROWWISE = {
     keras_hub.models.LlamaBackbone: decoder_parts.LLAMA,  # and Llama 3
     keras_hub.models.MistralBackbone: decoder_parts.LLAMA,
     keras_hub.models.QwenBackbone: decoder_parts.LLAMA,
     keras_hub.models.Qwen3Backbone: decoder_parts.QWEN3,
 }
+
+# The position of no token: behind all others.
+_NOWHERE = 2**30
+# Tokens of prompts that are read at a time.
+BLOCK = 64
 
 
 def cached_forward(causal_lm: Any) -> "CachedForward":
@@ -36,18 +41,18 @@ def cached_forward(causal_lm: Any) -> "CachedForward":
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
     """
-    return right_aligned(causal_lm) or LeftAligned(causal_lm)
+    return rowwise(causal_lm) or Lockstep(causal_lm)
 
 
-def right_aligned(causal_lm: Any) -> "RightAligned | None":
-    """The forward pass where prompts can end at one place, or else `None`."""
+def rowwise(causal_lm: Any) -> "Rowwise | None":
+    """The forward pass of rows on their own, or `None` if there is none."""
     backbone = causal_lm.backbone
     # A Qwen model's window is its attention's and not its mask's.
     has_window = getattr(backbone, "use_sliding_window_attention", False)
-    parts = shiftable_parts(type(backbone))
+    parts = rowwise_parts(type(backbone))
     if parts is None or has_window or _num_ropes(backbone, parts) > 1:
         return None
-    return RightAligned(causal_lm, parts)
+    return Rowwise(causal_lm, parts)
 
 
 def _num_ropes(backbone: Any, parts: Mapping[str, str]) -> int:
@@ -60,13 +65,13 @@ def _num_ropes(backbone: Any, parts: Mapping[str, str]) -> int:
     return len({repr([c[k] for k in c if k not in names]) for c in configs})
 
 
-def shiftable_parts(backbone_type: type) -> Mapping[str, str] | None:
+def rowwise_parts(backbone_type: type) -> Mapping[str, str] | None:
     """The parts of a backbone's layers; `None` for KerasHub's own pass.
 
     Args:
         backbone_type: A class of `keras_hub.models`.
     """
-    for kind, parts in _SHIFTABLE.items():
+    for kind, parts in _ROWWISE.items():
         if issubclass(backbone_type, kind):
             return parts
     return None
@@ -76,113 +81,198 @@ class CachedForward(abc.ABC):
     """A forward pass with a cache.
 
     Attributes:
-        pads_left: Whether prompts are padded on the left.
+        is_rowwise: Whether each row has positions of its own, so that one can
+            begin while others go on.
 
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
     """
 
-    pads_left: bool
+    is_rowwise: bool
 
     def __init__(self, causal_lm: Any) -> None:
         self.causal_lm = causal_lm
 
     @abc.abstractmethod
-    def prefill(self, token_ids: Any, is_prompt: Any, total: int) -> Any:
-        """The cache after the prompts.
+    def empty(self, num_rows: int, total: int) -> Any:
+        """A cache without tokens.
 
         Args:
-            token_ids: Integer tensor of shape `(batch, time)`.
-            is_prompt: Boolean tensor of that shape; true where `token_ids`
-                isn't padding.
-            total: Positions that the cache has room for.
+            num_rows: The batch.
+            total: Tokens of a row that the cache has room for.
 
         Returns:
-            Tensors, in a tuple.
+            Tensors with the batch as their first axis, in a tuple.
         """
 
     @abc.abstractmethod
-    def step(self, token_ids: Any, cache: Any, index: Any) -> tuple[Any, Any]:
-        """Logits of the tokens after those at position `index`.
+    def first_positions(self, lengths: Any) -> Any:
+        """Positions of the tokens that the first `step` takes.
+
+        Args:
+            lengths: Tokens of the prompts, integers of shape `(batch,)`.
+
+        Returns:
+            Integer tensor of that shape.
+        """
+
+    @abc.abstractmethod
+    def prefill(self, token_ids: Any, lengths: Any, total: int) -> Any:
+        """The cache after the prompts, up to their first positions.
+
+        Args:
+            token_ids: Integer tensor of shape `(batch, time)`, prompts and the
+                padding behind them.
+            lengths: Tokens of the prompts, integers of shape `(batch,)`.
+            total: As in `empty`.
+
+        Returns:
+            As `empty`.
+        """
+
+    @abc.abstractmethod
+    def step(
+        self, token_ids: Any, cache: Any, positions: Any, column: Any
+    ) -> tuple[Any, Any]:
+        """Logits of the tokens after those given.
 
         Args:
             token_ids: Integer tensor of shape `(batch, 1)`.
             cache: What `prefill` or the last `step` gave.
-            index: Integer scalar.
+            positions: Of the tokens in their rows, of shape `(batch,)`.
+            column: Where the cache has room for them, an integer scalar; a
+                row's is another one in each step.
 
         Returns:
             Logits of shape `(batch, vocabulary)`, and the next cache.
         """
 
 
-class RightAligned(CachedForward):
-    """Layer by layer, with prompts that end at one place.
+class Rowwise(CachedForward):
+    """Layer by layer, with rows that are each at a position of its own.
 
-    Rotary embeddings make attention depend on distances alone, so a row may
-    begin anywhere. The cache is a mask, and for each layer its keys and values
-    of shape `(batch, heads, total, head width)`: products read them as they
-    are. KerasHub's layers (0.32) hold them as `(batch, 2, total, heads, head
-    width)`, which every step slices, transposes and stacks again, most of its
-    time on a CPU.
+    Attention depends on positions alone, not on where in the cache a token is.
+    So all rows write a step's keys and values at one place, and a mask of
+    positions tells which are whose. The cache is these positions, of shape
+    `(batch, total)`, and for each layer its keys and values of shape `(batch,
+    heads, total, head width)`: products read them as they are. KerasHub's
+    layers (0.32) hold them as `(batch, 2, total, heads, head width)`, which
+    every step slices, transposes and stacks again, most of its time on a CPU.
 
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
         parts: The table of its layers' parts.
     """
 
-    pads_left = True
+    is_rowwise = True
 
     def __init__(self, causal_lm: Any, parts: Mapping[str, str]) -> None:
         super().__init__(causal_lm)
         self._parts = parts
 
-    def prefill(self, token_ids: Any, is_prompt: Any, total: int) -> Any:
-        """The cache after the prompts."""
-        time = token_ids.shape[1]
-        # Padding attends to itself: a softmax over nothing can be NaN.
-        itself = ops.equal(ops.arange(time)[:, None], ops.arange(time)[None])
-        mask = ops.logical_or(is_prompt[:, None], itself)  # (batch, time, time)
-        caches: list[Any] = []
-
-        angles = self._angles(time, start_index=0)
-
-        def attend(layer: Any, hidden_states: Any) -> Any:
-            parts = self._project(layer, hidden_states, angles)
-            widths = ((0, 0), (0, 0), (0, total - time), (0, 0))
-            caches.extend(
-                ops.pad(ops.swapaxes(new, 1, 2), widths) for new in parts[1:]
+    def empty(self, num_rows: int, total: int) -> Any:
+        """A cache without tokens."""
+        backbone = self.causal_lm.backbone
+        shapes = [
+            (part(layer, self._parts, role), layer.compute_dtype)
+            for layer in backbone.transformer_layers
+            for role in ("key", "value")
+        ]
+        places = ops.full((num_rows, total), _NOWHERE, "int32")
+        caches = []
+        for dense, dtype in shapes:
+            *_, heads, width = dense.compute_output_shape(
+                (1, 1, backbone.hidden_dim)
             )
-            layer_mask = self._mask(layer, hidden_states, mask, None, 0)
-            return self._attend(layer, *parts, layer_mask)
+            caches.append(ops.zeros((num_rows, heads, total, width), dtype))
+        return (places, *caches)
 
-        self._layers(token_ids, attend)
-        is_key = ops.pad(
-            is_prompt, ((0, 0), (0, total - time)), constant_values=True
+    def first_positions(self, lengths: Any) -> Any:
+        """Those of the last tokens, as logits are wanted of these alone."""
+        return lengths - 1
+
+    def prefill(self, token_ids: Any, lengths: Any, total: int) -> Any:
+        """The cache after the prompts, but for their last tokens.
+
+        Block by block: what is padding for all rows isn't computed, and no
+        other length of prompts is compiled.
+        """
+        num_rows, time = token_ids.shape
+        width = min(time, BLOCK)
+        longest = ops.max(lengths)
+
+        def read(number: Any, cache: Any) -> tuple[Any, Any]:
+            # The last block begins earlier, and reads some tokens again.
+            start = ops.minimum(number * width, time - width)
+            block = ops.slice(token_ids, (0, start), (num_rows, width))
+            positions = start + ops.arange(width, dtype="int32")[None]
+            _, cache = self._read(block, cache, positions, start)
+            return number + 1, cache
+
+        _, (places, *caches) = ops.while_loop(
+            lambda number, _: number * width < longest,
+            read,
+            (ops.convert_to_tensor(0, "int32"), self.empty(num_rows, time)),
         )
-        return (is_key, *caches)
+        places = ops.where(places < lengths[:, None] - 1, places, _NOWHERE)
+        new = (0, total - time)
+        return (
+            ops.pad(places, ((0, 0), new), constant_values=_NOWHERE),
+            *(ops.pad(c, ((0, 0), (0, 0), new, (0, 0))) for c in caches),
+        )
 
-    def step(self, token_ids: Any, cache: Any, index: Any) -> tuple[Any, Any]:
-        """Logits of the tokens after those at position `index`."""
-        is_key, *caches = cache
+    def step(
+        self, token_ids: Any, cache: Any, positions: Any, column: Any
+    ) -> tuple[Any, Any]:
+        """Logits of the tokens after those given."""
+        hidden_states, cache = self._read(
+            token_ids, cache, positions[:, None], column
+        )
+        backbone = self.causal_lm.backbone
+        hidden_states = backbone.layer_norm(hidden_states)
+        logits = backbone.token_embedding(hidden_states, reverse=True)
+        return logits[:, 0], cache
+
+    def _read(
+        self, token_ids: Any, cache: Any, positions: Any, column: Any
+    ) -> tuple[Any, Any]:
+        """Hidden states of tokens, which see each other and the cache.
+
+        Args:
+            token_ids: Integer tensor of shape `(batch, time)`.
+            cache: What was read before.
+            positions: Of the tokens, `(batch, time)` or `(1, time)`.
+            column: The first of those that the cache has for them.
+
+        Returns:
+            Tensor of shape `(batch, time, width)`, and the next cache.
+        """
+        places, *caches = cache
+        written = ops.broadcast_to(positions, token_ids.shape)
+        places = ops.slice_update(places, (0, column), written)
+        mask = self._sees(positions[..., None], places[:, None])
+        angles = self._angles(positions)
         old, updated = iter(caches), list[Any]()
-        angles = self._angles(1, start_index=index)
 
         def attend(layer: Any, hidden_states: Any) -> Any:
             query, *new = self._project(layer, hidden_states, angles)
             key, value = (
-                backend.write(next(old), index, ops.swapaxes(part, 1, 2))
+                backend.write(next(old), column, ops.swapaxes(part, 1, 2))
                 for part in new
             )
             updated.extend((key, value))
-            mask = self._mask(layer, hidden_states, is_key[:, None], key, index)
-            outputs = _attend_once(query, key, value, mask)
+            outputs = _attend_to_cache(query, key, value, mask)
             return self._part(layer, "output")(outputs)
 
-        hidden_states = self._layers(token_ids, attend)
-        backbone = self.causal_lm.backbone
-        hidden_states = backbone.layer_norm(hidden_states)
-        logits = backbone.token_embedding(hidden_states, reverse=True)
-        return logits[:, 0], (is_key, *updated)
+        return self._layers(token_ids, attend), (places, *updated)
+
+    def _sees(self, positions: Any, places: Any) -> Any:
+        """Whether tokens attend to others, of which these are the positions."""
+        mask = places <= positions
+        window = getattr(self.causal_lm.backbone, "sliding_window", None)
+        if window is not None:
+            mask = ops.logical_and(mask, positions - places < window)
+        return mask
 
     def branch(self, token_ids: Any, positions: Any, branches: Any) -> Any:
         """Hidden states, for the head, of rows whose texts branch.
@@ -203,12 +293,10 @@ class RightAligned(CachedForward):
             ops.logical_or(ops.equal(branches, 0)[:, None], is_own),
             ops.greater_equal(place[:, None], place[None]),
         )  # (batch, time, time)
-        window = getattr(self.causal_lm.backbone, "sliding_window", None)
-        if window is not None:
-            distances = positions[:, :, None] - positions[:, None]
-            mask = ops.logical_and(mask, ops.less(distances, window))
-
-        angles = self._angles(1, positions=positions)
+        mask = ops.logical_and(
+            mask, self._sees(positions[:, :, None], positions[:, None])
+        )
+        angles = self._angles(positions)
 
         def attend(layer: Any, hidden_states: Any) -> Any:
             parts = self._project(layer, hidden_states, angles)
@@ -245,19 +333,20 @@ class RightAligned(CachedForward):
             hidden_states = hidden_states + self._part(layer, "down")(inner)
         return hidden_states
 
-    def _angles(self, time: int, **place: Any) -> tuple[Any, Any]:
+    def _angles(self, positions: Any) -> tuple[Any, Any]:
         """Cosines and sines of rotary embeddings, the same for all layers.
 
         Args:
-            time: The number of positions.
-            **place: `start_index` or `positions`, as rotary embeddings take.
+            positions: Integers of shape `(batch, time)`, or `(1, time)`.
         """
         backbone = self.causal_lm.backbone
         layer = backbone.transformer_layers[0]
         query = part(layer, self._parts, "query")
-        width = query.compute_output_shape((1, time, backbone.hidden_dim))[-1]
-        inputs = ops.zeros((1, time, 1, width))  # their shape is read
-        angles: tuple[Any, Any] = self._part(layer, "angles")(inputs, **place)
+        width = query.compute_output_shape((1, 1, backbone.hidden_dim))[-1]
+        inputs = ops.zeros((1, 1, 1, width))  # their shape is read
+        angles: tuple[Any, Any] = self._part(layer, "angles")(
+            inputs, positions=positions
+        )
         return angles
 
     def _project(
@@ -276,61 +365,49 @@ class RightAligned(CachedForward):
             self._part(layer, "value")(inputs),
         )
 
-    def _mask(
-        self,
-        layer: Any,
-        hidden_states: Any,
-        is_key: Any,
-        cache: Any,
-        index: Any,
-    ) -> Any:
-        """`is_key`, but for what the layer doesn't look at."""
-        mask = self._part(layer, "mask")(
-            decoder_sequence=hidden_states,
-            decoder_padding_mask=None,
-            decoder_attention_mask=is_key,
-            self_attention_cache=cache,  # of which the third dimension is read
-            self_attention_cache_update_index=index,
-        )
-        return ops.cast(mask, "bool")
-
     def _part(self, layer: Any, role: str) -> Any:
         return direct(part(layer, self._parts, role))
 
 
-def _attend_once(query: Any, key: Any, value: Any, mask: Any) -> Any:
-    """Attention of one query a row, in groups of heads.
+def _attend_to_cache(query: Any, key: Any, value: Any, mask: Any) -> Any:
+    """Attention in groups of heads.
 
     Args:
-        query: Tensor of shape `(batch, 1, heads, width)`.
+        query: Tensor of shape `(batch, time, heads, width)`.
         key: Tensor of shape `(batch, key heads, total, width)`.
         value: Tensor of that shape.
-        mask: Boolean tensor of shape `(batch, 1, total)`.
+        mask: Boolean tensor of shape `(batch, time, total)`.
 
     Returns:
         Tensor of the shape of `query`.
     """
-    batch_size, key_heads, _, width = key.shape
-    grouped = ops.reshape(query, (batch_size, key_heads, -1, width))
-    scores = ops.matmul(grouped, ops.swapaxes(key, 2, 3))
+    batch_size, time, heads, width = query.shape
+    key_heads, total = key.shape[1:3]
+    grouped = (batch_size, key_heads, -1, width)
+    query = ops.reshape(ops.swapaxes(query, 1, 2), grouped)
+    scores = ops.matmul(query, ops.swapaxes(key, 2, 3))
     scores = ops.cast(scores, "float32") / np.sqrt(width)
+    scores = ops.reshape(scores, (batch_size, heads, time, total))
     scores = ops.where(mask[:, None], scores, -np.inf)
     weights = ops.cast(ops.softmax(scores), value.dtype)
-    return ops.reshape(ops.matmul(weights, value), query.shape)
+    weights = ops.reshape(weights, (batch_size, key_heads, -1, total))
+    outputs = ops.matmul(weights, value)
+    outputs = ops.reshape(outputs, (batch_size, heads, time, width))
+    return ops.swapaxes(outputs, 1, 2)
 
 
-class LeftAligned(CachedForward):
-    """KerasHub's own pass, with prompts that begin at one place."""
+class Lockstep(CachedForward):
+    """KerasHub's own pass, with all rows at one position."""
 
-    pads_left = False
+    is_rowwise = False
 
     def __init__(self, causal_lm: Any) -> None:
         super().__init__(causal_lm)
         # What doesn't decode is seen here, not after a first training.
         try:
-            (cache,) = self.prefill(ops.ones((1, 2), "int32"), None, 3)
-            index = ops.convert_to_tensor(2, "int32")
-            self.step(ops.ones((1, 1), "int32"), (cache,), index)
+            lengths = ops.convert_to_tensor([2], "int32")
+            cache = self.prefill(ops.ones((1, 2), "int32"), lengths, 3)
+            self.step(ops.ones((1, 1), "int32"), cache, lengths, None)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{type(causal_lm).__name__} can't generate in this process: "
@@ -338,9 +415,17 @@ class LeftAligned(CachedForward):
                 "cache takes token ids alone. Use another model or engine."
             ) from error
 
-    def prefill(self, token_ids: Any, is_prompt: Any, total: int) -> Any:
+    def empty(self, num_rows: int, total: int) -> Any:
+        """A cache without tokens."""
+        return (self._empty_cache(num_rows, total),)
+
+    def first_positions(self, lengths: Any) -> Any:
+        """That of the shortest prompt's last token; the others' go on."""
+        return ops.broadcast_to(ops.min(lengths) - 1, lengths.shape)
+
+    def prefill(self, token_ids: Any, lengths: Any, total: int) -> Any:
         """The cache after the prompts, and after the padding behind them."""
-        del is_prompt  # what is behind a prompt is overwritten
+        del lengths  # what is behind a prompt is overwritten
         cache = self._empty_cache(token_ids.shape[0], total)
         # The head would compute (batch, time, vocabulary) numbers, and sees
         # the last position only. XLA drops even that.
@@ -361,10 +446,13 @@ class LeftAligned(CachedForward):
             del head.call
         return (cache,)
 
-    def step(self, token_ids: Any, cache: Any, index: Any) -> tuple[Any, Any]:
-        """Logits of the tokens after those at position `index`."""
+    def step(
+        self, token_ids: Any, cache: Any, positions: Any, column: Any
+    ) -> tuple[Any, Any]:
+        """Logits of the tokens after those given, all at one position."""
+        del column
         logits, _, updated = self.causal_lm.call_with_cache(
-            token_ids, cache[0], index
+            token_ids, cache[0], positions[0]
         )
         return logits[:, 0], (updated,)
 

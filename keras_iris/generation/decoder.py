@@ -1,18 +1,55 @@
-"""Prefill and decoding of one batch, compiled by KerasHub's machinery."""
+"""Answers to a queue of prompts, compiled by KerasHub's machinery."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras_hub
-from keras import ops
+from keras import ops, tree
 
 from keras_iris import backend
 from keras_iris.generation.cached_forward import cached_forward
 from keras_iris.generation.draw import NUMBERS, draw
 from keras_iris.models.checks import check_length
 
+# Prompts of a queue to a row of the batch. Rows are idle only at its end, and a
+# signal is heard only there.
+WAVES = 8
+# Of the rows, so many are over before the next prompts get their place.
+SHARE_THAT_WAITS = 8
+
+
+class Rows(NamedTuple):
+    """Prompts that are answered together: tensors of which each has a row.
+
+    Attributes:
+        places: Of the prompts in the queue; for no prompt, its length.
+        prompts: Token ids, of shape `(rows, prompt_time)`.
+        lengths: Of the prompts, in tokens.
+        noise: `NUMBERS` of a new token after those of another.
+        is_active: Whether the answer goes on.
+        token_ids: The last tokens.
+        positions: Theirs.
+        cache: What came before them.
+        answers: New token ids, of shape `(rows, max_new_tokens)`.
+        log_probs: Theirs, in nats.
+    """
+
+    places: Any
+    prompts: Any
+    lengths: Any
+    noise: Any
+    is_active: Any
+    token_ids: Any
+    positions: Any
+    cache: Any
+    answers: Any
+    log_probs: Any
+
 
 class Decoder:
-    """Answers a batch of prompts with a causal LM and its cache.
+    """Answers prompts with a causal LM and its cache.
+
+    A queue of prompts shares the rows of a batch: where enough answers are
+    over, the next prompts get their rows, all in one compiled program.
 
     `keras_hub.models.CausalLM.make_generate_function` compiles the
     `generate_step` of whatever it is called on, with the current values of
@@ -21,8 +58,8 @@ class Decoder:
 
     KerasHub's own `generate_step` (0.32) isn't used because it prefills the
     new tokens' positions too, computes the logits of every prompt position,
-    makes rows with long prompts wait for those with short ones, goes on to
-    the end of the bucket, and keeps no log-probs.
+    makes rows with long prompts wait for those with short ones, all rows for
+    the longest answer, and keeps no log-probs.
 
     Args:
         causal_lm: A `keras_hub.models.CausalLM`.
@@ -43,13 +80,12 @@ class Decoder:
     ) -> None:
         self.causal_lm = causal_lm
         self.forward = cached_forward(causal_lm)
-        self.is_greedy = not temperature
-        # Its loop and softmax; it draws nothing.
-        self.sampler = keras_hub.samplers.Sampler(temperature or 1.0)
+        self.temperature = temperature
         self.end_token_ids = end_token_ids
         self.max_new_tokens = max_new_tokens
         self.pad_token_id = pad_token_id
         # Read by make_generate_function.
+        self.sampler = keras_hub.samplers.Sampler()
         self.generate_function: Any = None
         self.run_eagerly = False
         self.jit_compile = True
@@ -65,20 +101,28 @@ class Decoder:
         """Those of the causal LM, as they are now."""
         return list(self.causal_lm.non_trainable_variables)
 
+    @property
+    def waves(self) -> int:
+        """Prompts of a queue to a row; 1 where none can begin on its own."""
+        # Rows that are cut over devices stay where they are.
+        is_one = not self.forward.is_rowwise or backend.is_cut()
+        return 1 if is_one else WAVES
+
     def __call__(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        """Answers one batch, compiling once for each shape.
+        """Answers a queue of prompts, compiling once for each shape.
 
         Args:
-            inputs: `token_ids` int32 and `is_prompt` bool of shape
-                `(batch, prompt_time)`; `starts` int32, where the new tokens of
-                a row begin, and `is_real` bool, both of shape `(batch,)`;
-                `noise` float32, `NUMBERS` of a new token after those of
-                another, of shape `(batch, NUMBERS * max_new_tokens)`.
+            inputs: `prompts` int32 of shape `(queue, prompt_time)`, padded on
+                the right, `lengths` int32 and `is_active` bool, whether there
+                is a prompt, both of shape `(queue,)`, and `noise` float32,
+                `NUMBERS` of a new token after those of another, of shape
+                `(queue, NUMBERS * max_new_tokens)`. `queue` is `waves` times
+                the rows of a batch; what isn't active comes last.
 
         Returns:
-            Token ids (int32) and their log-probs (float32, in nats, 0 for
-            prompts and padding), both arrays of shape
-            `(batch, prompt_time + max_new_tokens)`.
+            Token ids (int32) and their log-probs (float32, in nats), both
+            arrays of shape `(queue, max_new_tokens)`. What follows an end
+            token is padding, of log-prob 0.
         """
         # LoRA adds variables, which a traced function would not see.
         variable_ids = [id(v) for v in self.causal_lm.variables]
@@ -90,94 +134,200 @@ class Decoder:
             {name: backend.cut(array) for name, array in inputs.items()},
             stop_token_ids=self.end_token_ids,
         )
-        token_ids, log_probs = map(backend.read, outputs)
-        return token_ids, log_probs
+        answers, log_probs = map(backend.read, outputs)
+        return answers, log_probs
 
     def generate_step(
         self, inputs: dict[str, Any], stop_token_ids: tuple[int, ...]
     ) -> tuple[Any, Any]:
-        """What is compiled: all new tokens of a batch."""
-        prompts = ops.convert_to_tensor(inputs["token_ids"], "int32")
-        is_prompt = ops.convert_to_tensor(inputs["is_prompt"], "bool")
-        starts = ops.convert_to_tensor(inputs["starts"], "int32")
-        is_real = ops.convert_to_tensor(inputs["is_real"], "bool")
-        noise = ops.convert_to_tensor(inputs["noise"], "float32")
-        total = prompts.shape[1] + self.max_new_tokens
-        check_length(self.causal_lm, total)
-        cache = self.forward.prefill(prompts, is_prompt, total)
-        token_ids = ops.pad(
-            prompts,
-            ((0, 0), (0, self.max_new_tokens)),
-            constant_values=self.pad_token_id,
-        )  # (batch, total)
+        """What is compiled: all new tokens of a queue."""
+        size, prompt_time = inputs["prompts"].shape
+        check_length(self.causal_lm, prompt_time + self.max_new_tokens)
+        queue = {
+            name: ops.convert_to_tensor(array) for name, array in inputs.items()
+        }
+        queue["places"] = ops.arange(size, dtype="int32")
         ends = ops.convert_to_tensor(stop_token_ids, "int32")
+        num_rows = size // self.waves
+        if num_rows == size:
+            rows, _ = self._decode(self._begin(queue), 0, size + 1, ends)
+            return rows.answers, rows.log_probs
 
-        def decode_token(
-            token_ids: Any, log_probs: Any, cache: Any, index: Any, active: Any
+        num_prompts = ops.sum(ops.cast(queue["is_active"], "int32"))
+        count = max(1, num_rows // SHARE_THAT_WAITS)
+
+        def take(first: Any) -> Rows:
+            """The next prompts."""
+            wanted = first + ops.arange(count, dtype="int32")
+            places = ops.minimum(wanted, size - 1)
+            taken = {n: ops.take(a, places, axis=0) for n, a in queue.items()}
+            is_new = wanted < num_prompts
+            taken["is_active"] = is_new
+            taken["places"] = ops.where(is_new, places, size)
+            return self._begin(taken)
+
+        def keep(rows: Rows, kept: tuple[Any, Any]) -> tuple[Any, ...]:
+            """The answers of all rows, by their places in the queue."""
+            places = rows.places[:, None]
+            return tuple(
+                ops.scatter_update(array, places, new)
+                for array, new in zip(
+                    kept, (rows.answers, rows.log_probs), strict=True
+                )
+            )
+
+        def go_on(
+            first: Any, step: Any, rows: Rows, kept: tuple[Any, Any]
         ) -> tuple[Any, ...]:
-            number = ops.clip(index - starts, 0, self.max_new_tokens - 1)
-            columns = NUMBERS * number[:, None] + ops.arange(NUMBERS)
-            sampled, sampled_log_probs, cache = self._sample(
-                token_ids,
-                cache,
-                index,
-                ops.take_along_axis(noise, columns, axis=1),
+            # Those that are over come first.
+            order = ops.argsort(ops.cast(rows.is_active, "int32"))
+            slots = order[:count]
+            kept = keep(rows, kept)
+            rows = tree.map_structure(
+                lambda array, new: backend.write_rows(array, slots, new),
+                rows,
+                take(first),
             )
-            in_prompt = index < starts
-            counts = ops.logical_and(active, ops.logical_not(in_prompt))
-            written = ops.where(
-                in_prompt,
-                token_ids[:, index],
-                ops.where(counts, sampled, self.pad_token_id),
-            )
-            at_end = ops.any(sampled[:, None] == ends[None, :], axis=-1)
-            at_limit = index + 1 >= starts + self.max_new_tokens
-            ended = ops.logical_and(counts, ops.logical_or(at_end, at_limit))
-            return (
-                _set_column(token_ids, index, written),
-                _set_column(
-                    log_probs, index, ops.where(counts, sampled_log_probs, 0.0)
-                ),
-                cache,
-                index + 1,
-                ops.logical_and(active, ops.logical_not(ended)),
-            )
+            first = first + count
+            # What is left of the queue waits for as many rows.
+            enough = ops.where(first < num_prompts, count, num_rows + 1)
+            rows, step = self._decode(rows, step, enough, ends)
+            return first, step, rows, kept
 
-        token_ids, log_probs, *_ = self.sampler.run_loop(
-            lambda ids, log_probs, cache, index, active: ops.any(active),
-            decode_token,
-            model=self.causal_lm,
-            loop_vars=(
-                token_ids,
-                ops.zeros(token_ids.shape, "float32"),
-                cache,
-                ops.min(starts),
-                is_real,
+        zero = ops.convert_to_tensor(0, "int32")
+        answers = (size + 1, self.max_new_tokens)
+        *_, rows, kept = ops.while_loop(
+            lambda first, *_: first < num_prompts,
+            go_on,
+            (
+                zero,
+                zero,
+                self._no_rows(num_rows, size, prompt_time),
+                (
+                    ops.full(answers, self.pad_token_id, "int32"),
+                    ops.zeros(answers, "float32"),
+                ),
             ),
         )
-        return token_ids, log_probs
+        answers, log_probs = keep(rows, kept)
+        return answers[:size], log_probs[:size]
 
-    def _sample(
-        self, token_ids: Any, cache: Any, index: Any, noise: Any
-    ) -> tuple[Any, Any, Any]:
-        """Ids for position `index`, `(batch,)`, their log-probs, the cache."""
-        previous = ops.slice(
-            token_ids, [0, index - 1], [token_ids.shape[0], 1]
-        )  # (batch, 1)
-        logits, cache = self.forward.step(previous, cache, index - 1)
-        # (batch, vocabulary)
-        probabilities = self.sampler.compute_probabilities(logits)
-        sampled = (
-            ops.cast(ops.argmax(probabilities, axis=-1), "int32")
-            if self.is_greedy
-            else draw(probabilities, noise)
-        )  # (batch,)
-        drawn = ops.take_along_axis(probabilities, sampled[:, None], axis=-1)
-        return sampled, ops.log(drawn[:, 0]), cache
+    def _begin(self, prompts: dict[str, Any]) -> Rows:
+        """Rows with prompts, of which nothing is answered yet."""
+        num_rows, prompt_time = prompts["prompts"].shape
+        total = prompt_time + self.max_new_tokens
+        positions = self.forward.first_positions(prompts["lengths"])
+        return self._no_answers(
+            num_rows,
+            **prompts,
+            positions=positions,
+            token_ids=_column(prompts["prompts"], positions),
+            cache=self.forward.prefill(
+                prompts["prompts"], prompts["lengths"], total
+            ),
+        )
+
+    def _no_rows(self, num_rows: int, size: int, prompt_time: int) -> Rows:
+        """Rows without prompts."""
+        # A tensor each, as PyTorch writes to them.
+        return self._no_answers(
+            num_rows,
+            places=ops.full((num_rows,), size, "int32"),
+            prompts=ops.zeros((num_rows, prompt_time), "int32"),
+            lengths=ops.ones((num_rows,), "int32"),
+            noise=ops.zeros((num_rows, NUMBERS * self.max_new_tokens)),
+            is_active=ops.zeros((num_rows,), "bool"),
+            positions=ops.zeros((num_rows,), "int32"),
+            token_ids=ops.zeros((num_rows,), "int32"),
+            cache=self.forward.empty(
+                num_rows, prompt_time + self.max_new_tokens
+            ),
+        )
+
+    def _no_answers(self, num_rows: int, **fields: Any) -> Rows:
+        shape = (num_rows, self.max_new_tokens)
+        return Rows(
+            answers=ops.full(shape, self.pad_token_id, "int32"),
+            log_probs=ops.zeros(shape, "float32"),
+            **fields,
+        )
+
+    def _decode(
+        self, rows: Rows, step: Any, enough: Any, ends: Any
+    ) -> tuple[Rows, Any]:
+        """Draws tokens until all answers, or `enough` of them, are over.
+
+        Args:
+            rows: The batch.
+            step: Tokens that were drawn for it before.
+            enough: Number of rows.
+            ends: Ids that end an answer.
+
+        Returns:
+            The batch, and `step` now.
+        """
+        numbers = ops.arange(self.max_new_tokens, dtype="int32")
+        prompt_time = rows.prompts.shape[1]
+
+        def goes_on(rows: Rows, step: Any) -> Any:
+            del step
+            num_over = ops.sum(ops.cast(~rows.is_active, "int32"))
+            return ops.logical_and(ops.any(rows.is_active), num_over < enough)
+
+        def draw_token(rows: Rows, step: Any) -> tuple[Rows, Any]:
+            # A row has another column in each of its steps.
+            column = prompt_time + step % self.max_new_tokens
+            logits, cache = self.forward.step(
+                rows.token_ids[:, None], rows.cache, rows.positions, column
+            )
+            positions = rows.positions + 1
+            number = positions - rows.lengths  # of the new token
+            drawn, log_probs = self._draw(logits, rows.noise, number)
+            counts = ops.logical_and(rows.is_active, number >= 0)
+            is_end = ops.any(drawn[:, None] == ends, axis=1)
+            is_last = number + 1 >= self.max_new_tokens
+            is_over = ops.logical_and(counts, ops.logical_or(is_end, is_last))
+            is_new = ops.logical_and(
+                number[:, None] == numbers, counts[:, None]
+            )
+            rows = rows._replace(
+                cache=cache,
+                positions=positions,
+                token_ids=ops.where(
+                    number < 0, _column(rows.prompts, positions), drawn
+                ),
+                answers=ops.where(is_new, drawn[:, None], rows.answers),
+                log_probs=ops.where(is_new, log_probs[:, None], rows.log_probs),
+                is_active=ops.logical_and(rows.is_active, ~is_over),
+            )
+            return rows, step + 1
+
+        rows, step = ops.while_loop(
+            goes_on, draw_token, (rows, ops.convert_to_tensor(step, "int32"))
+        )
+        return rows, step
+
+    def _draw(self, logits: Any, noise: Any, number: Any) -> tuple[Any, Any]:
+        """Ids and their log-probs, both of shape `(batch,)`.
+
+        Args:
+            logits: Tensor of shape `(batch, vocabulary)`.
+            noise: Of the rows.
+            number: Of the new tokens in their answers, of shape `(batch,)`.
+        """
+        logits = ops.cast(logits, "float32") / (self.temperature or 1.0)
+        probabilities = ops.softmax(logits)
+        if self.temperature:
+            number = ops.clip(number, 0, self.max_new_tokens - 1)
+            columns = NUMBERS * number[:, None] + ops.arange(NUMBERS)
+            noise = ops.take_along_axis(noise, columns, axis=1)
+            drawn = draw(probabilities, noise)
+        else:
+            drawn = ops.cast(ops.argmax(probabilities, axis=-1), "int32")
+        return drawn, ops.log(_column(probabilities, drawn))
 
 
-def _set_column(array: Any, index: Any, column: Any) -> Any:
-    """Writes `(batch,)` numbers to `array[:, index]`."""
-    return ops.slice_update(
-        array, [0, index], ops.cast(column, array.dtype)[:, None]
-    )
+def _column(array: Any, index: Any) -> Any:
+    """`array[i, index[i]]`, and the last column beyond it."""
+    index = ops.minimum(index, array.shape[1] - 1)
+    return ops.take_along_axis(array, index[:, None], axis=1)[:, 0]

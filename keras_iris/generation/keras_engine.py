@@ -38,9 +38,12 @@ class KerasEngine(Engine):
     By default from the model itself: temperature 1, no top-k, no top-p.
     Prompts are sorted by length into batches of a few shapes, so that each
     shape is compiled once, at its first use, and never for another seed,
-    changed weights or a last incomplete batch. Each call reads the current
-    weights. The model's own sampler, its preprocessor and its compiled
-    functions are neither used nor changed.
+    changed weights or a last incomplete batch. An answer that is over makes
+    room for the next prompt, where the layers take a mask (Llama, Mistral and
+    Qwen models) and are not cut over devices; else a batch ends with its
+    longest answer. Each call reads the current weights. The model's own
+    sampler, its preprocessor and its compiled functions are neither used nor
+    changed.
 
     The same seed, prompts and weights give the same completions on one
     backend and machine, also in another process and in batches of another
@@ -142,7 +145,9 @@ class KerasEngine(Engine):
         if not len(prompts):
             return []
         plan = plan_prompts(
-            [len(prompt) for prompt in prompts], self._num_rows(len(prompts))
+            [len(prompt) for prompt in prompts],
+            self._num_rows(len(prompts)),
+            self._decoder.waves,
         )
         completions: dict[int, Completion] = {}
         for batch in plan:
@@ -171,6 +176,7 @@ class KerasEngine(Engine):
                     self._sizes,
                     prompt_length=length,
                     new_tokens=self.max_new_tokens,
+                    waits=self._decoder.waves == 1,
                 )
                 rows = rows_that_fit(size, free)
             # Never more again: another number is another compilation.
@@ -193,25 +199,19 @@ class KerasEngine(Engine):
             prompts,
             batch,
             pad_token_id=self.pad_token_id,
-            pads_left=self._decoder.forward.pads_left,
+            waves=self._decoder.waves,
         )
-        noise = np.zeros(
-            (batch.num_rows, NUMBERS * self.max_new_tokens), "float32"
-        )
+        num_numbers = NUMBERS * self.max_new_tokens
+        noise = np.zeros((len(inputs["lengths"]), num_numbers), "float32")
         if self.temperature:  # else nothing is drawn
             for row, index in enumerate(batch.indices):
                 noise[row] = make_noise(seed, index, self.max_new_tokens)
-        inputs["noise"] = noise
-        token_ids, log_probs = self._decoder(inputs)
-        completions = {}
+        answers = self._decoder({**inputs, "noise": noise})
         # Rows without a prompt are the last ones.
-        for row, index in enumerate(batch.indices):
-            start = inputs["starts"][row]
-            new = slice(start, start + self.max_new_tokens)
-            completions[index] = self._cut(
-                token_ids[row, new], log_probs[row, new]
-            )
-        return completions
+        return {
+            index: self._cut(*row)
+            for index, *row in zip(batch.indices, *answers, strict=False)
+        }
 
     def _cut(self, token_ids: np.ndarray, log_probs: np.ndarray) -> Completion:
         """Everything up to and including the first end token."""

@@ -34,7 +34,6 @@ LLAMA = {
         "_self_attention_layer.rotary_embedding_layer._apply_rotary_pos_emb"
     ),
     "attend": "_self_attention_layer._compute_attention",
-    "mask": "_compute_self_attention_mask",
     "activation": "activation",
 }
 QWEN3 = LLAMA | {

@@ -1,5 +1,4 @@
 import numpy as np
-import pytest
 
 from keras_iris.generation.batch_plan import (
     DEFAULT_BUCKET_LENGTHS,
@@ -15,6 +14,16 @@ def test_prompts_of_like_length_go_together():
     assert [batch.num_rows for batch in plan] == [1, 2, 3]
 
 
+def test_prompts_of_one_bucket_wait_in_a_queue():
+    lengths = [8, 8, 7, 6, 5, 4, 3, 2, 2, 1]
+    plan = plan_prompts(lengths, {4: 1, 8: 1}, waves=16)
+    # The first are longer than half of 8; of few, shorter ones come with them.
+    assert [len(batch.indices) for batch in plan] == [5, 4, 1]
+    assert [batch.bucket_length for batch in plan] == [8, 4, 4]
+    plan = plan_prompts(lengths, {4: 1, 8: 1}, waves=3)
+    assert [len(batch.indices) for batch in plan] == [3, 3, 3, 1]
+
+
 def test_shapes_of_many_prompts():
     """Log-normal lengths of mean 180, as in the generation benchmark."""
     rng = np.random.default_rng(0)
@@ -26,18 +35,11 @@ def test_shapes_of_many_prompts():
     assert len({batch.bucket_length for batch in plan}) <= 8
 
 
-@pytest.mark.parametrize(
-    ("pads_left", "token_ids", "starts"),
-    [
-        (False, [[7, 8, 5, 5], [9, 5, 5, 5], [9, 5, 5, 5]], [2, 1, 1]),
-        (True, [[5, 5, 7, 8], [5, 5, 5, 9], [5, 5, 5, 9]], [4, 4, 4]),
-    ],
-)
-def test_rows_without_a_prompt(pads_left, token_ids, starts):
+def test_places_without_a_prompt():
     prompts = [[7, 8], [9]]
-    (batch,) = plan_prompts([2, 1], {4: 3})
-    arrays = pad_prompts(prompts, batch, pad_token_id=5, pads_left=pads_left)
-    assert arrays["token_ids"].tolist() == token_ids
-    assert arrays["is_prompt"].tolist() == (np.array(token_ids) != 5).tolist()
-    assert arrays["starts"].tolist() == starts
-    assert arrays["is_real"].tolist() == [True, True, False]
+    (batch,) = plan_prompts([2, 1], {4: 2}, waves=2)
+    arrays = pad_prompts(prompts, batch, pad_token_id=5, waves=2)
+    copies = 2 * [[9, 5, 5, 5]]
+    assert arrays["prompts"].tolist() == [[7, 8, 5, 5], [9, 5, 5, 5], *copies]
+    assert arrays["lengths"].tolist() == [2, 1, 1, 1]
+    assert arrays["is_active"].tolist() == [True, True, False, False]

@@ -5,13 +5,13 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 from keras_iris import backend
 from keras_iris.generation import KerasEngine
-from keras_iris.generation.cached_forward import RightAligned
+from keras_iris.generation.cached_forward import Rowwise
 from keras_iris.models import Lora, add_lora
 
 END = 3
 MAX_NEW_TOKENS = 6
 BATCH_SIZE = 4
-# In 2 batches, of which the last has a dummy row.
+# More than rows, and in Gemma's 2 batches the last has a dummy row.
 PROMPTS = [[1] * n for n in (3, 8, 2, 5, 2, 9, 4)]
 LONGEST_PROMPT = 10
 # Decoding with a cache against the training forward, float32.
@@ -45,13 +45,13 @@ def engine(causal_lm):
 def steps(monkeypatch):
     """Has an entry for each call of a decoding step, or trace of one."""
     calls = []
-    step = RightAligned.step
+    step = Rowwise.step
 
     def counting(self, *args):
         calls.append(args)
         return step(self, *args)
 
-    monkeypatch.setattr(RightAligned, "step", counting)
+    monkeypatch.setattr(Rowwise, "step", counting)
     return calls
 
 
@@ -147,6 +147,27 @@ def test_rows_do_not_wait_for_longer_prompts(causal_lm, steps):
     assert len(steps) == max(len(c.token_ids) for c in completions)
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="counts calls, not traces"
+)
+def test_answers_that_are_over_make_room(causal_lm, steps):
+    """As many steps as if each row took the next prompt as it gets free."""
+    options = {"max_new_tokens": 40, "end_token_ids": tuple(range(3, 7))}
+    engine = make_engine(causal_lm, **options)
+    prompts = [[5 + i % 20] * 3 for i in range(48)]
+    completions = engine.generate(prompts, seed=0)
+    lengths = [len(c.token_ids) for c in completions]
+    rows = [0] * BATCH_SIZE
+    for length in lengths:
+        rows[np.argmin(rows)] += length
+    assert len(steps) == max(rows)
+    in_batches = np.reshape(lengths, (-1, BATCH_SIZE)).max(axis=1).sum()
+    assert len(steps) < 0.7 * in_batches, "the test shows nothing"
+    # And each is what it is on its own.
+    alone = make_engine(causal_lm, **options, batch_size=1)
+    assert ids(alone.generate(prompts, seed=0)) == ids(completions)
+
+
 def test_an_end_token_in_the_prompt_ends_nothing(engine):
     completions = engine.generate([[END, 5, END]] * 12, seed=0)
     assert max(len(c.token_ids) for c in completions) > 1
@@ -193,8 +214,12 @@ def test_rows_follow_the_free_memory(
     engine = make_engine(
         causal_lm, batch_size=None, bucket_lengths=(6, LONGEST_PROMPT)
     )
-    # The prompt's keys and values, hidden states and inner products; float32.
-    bytes_of_row = 4 * LONGEST_PROMPT * (2 * 2 * 8 + 2 * 32 + 3 * 64)
+    # Keys and values, an eighth more of those that begin, with their hidden
+    # states and inner products, 8 answers of ids and log-probs; float32.
+    total = (LONGEST_PROMPT + MAX_NEW_TOKENS) * 2 * 2 * 8
+    begin = LONGEST_PROMPT * (2 * 32 + 3 * 64)
+    answers = 8 * MAX_NEW_TOKENS * 2
+    bytes_of_row = 4 * (total + (total + begin) / 8 + answers)
     free = rows and rows * bytes_of_row
     monkeypatch.setattr(backend, "free_bytes", lambda: free)
     assert engine._num_rows(num_prompts) == expected

@@ -218,29 +218,27 @@ def test_buckets_hold_all_lengths(lengths):
 
 
 @hundred
-@given(st.lists(ids, min_size=1, max_size=12), st.integers(1, 5), st.booleans())
-def test_prompts_come_back_from_their_batches(prompts, batch_size, pads_left):
+@given(
+    st.lists(ids, min_size=1, max_size=12), st.integers(1, 5), st.integers(1, 3)
+)
+def test_prompts_come_back_from_their_batches(prompts, num_rows, waves):
     plan = plan_prompts(
         [len(prompt) for prompt in prompts],
-        dict.fromkeys((5, 10, 20), batch_size),
+        dict.fromkeys((5, 10, 20), num_rows),
+        waves,
     )
     seen = [index for batch in plan for index in batch.indices]
     assert sorted(seen) == list(range(len(prompts)))
     for batch in plan:
-        arrays = pad_prompts(
-            prompts, batch, pad_token_id=PAD, pads_left=pads_left
-        )
-        assert arrays["token_ids"].shape == (batch_size, batch.bucket_length)
-        assert arrays["is_real"].sum() == len(batch.indices)
+        arrays = pad_prompts(prompts, batch, pad_token_id=PAD, waves=waves)
+        shape = (waves * num_rows, batch.bucket_length)
+        assert arrays["prompts"].shape == shape
+        assert arrays["is_active"].sum() == len(batch.indices)
         for row, index in enumerate(batch.indices):
-            is_prompt, ids = (
-                arrays[name][row] for name in ("is_prompt", "token_ids")
-            )
-            assert ids[is_prompt].tolist() == prompts[index]
-            assert (ids[~is_prompt] == PAD).all()
-            (places,) = np.nonzero(is_prompt)
-            assert places[-1] + 1 == arrays["starts"][row]
-            assert places[-1] - places[0] + 1 == len(prompts[index])
+            assert arrays["is_active"][row]
+            ids, length = (arrays[n][row] for n in ("prompts", "lengths"))
+            assert ids[:length].tolist() == prompts[index]
+            assert (ids[length:] == PAD).all()
 
 
 @hundred
