@@ -31,8 +31,9 @@ _ROWWISE = {
 
 # The position of no token: behind all others.
 _NOWHERE = 2**30
-# Tokens of prompts that are read at a time.
+# Tokens of a prompt that are read at a time, and the fewest of all prompts.
 BLOCK = 64
+_TOKENS = 256
 
 
 def cached_forward(causal_lm: Any) -> "CachedForward":
@@ -198,7 +199,7 @@ class Rowwise(CachedForward):
         other length of prompts is compiled.
         """
         num_rows, time = token_ids.shape
-        width = min(time, BLOCK)
+        width = min(time, max(BLOCK, _TOKENS // num_rows))
         longest = ops.max(lengths)
 
         def read(number: Any, cache: Any) -> tuple[Any, Any]:

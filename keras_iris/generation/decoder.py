@@ -13,7 +13,8 @@ from keras_iris.models.checks import check_length
 # Prompts of a queue to a row of the batch. Rows are idle only at its end, and a
 # signal is heard only there.
 WAVES = 8
-# Of the rows, so many are over before the next prompts get their place.
+# This part of the rows is over before the next prompts get their places. Of few
+# rows it is more, up to four, as one prompt alone is read slowly.
 SHARE_THAT_WAITS = 8
 
 
@@ -154,7 +155,7 @@ class Decoder:
             return rows.answers, rows.log_probs
 
         num_prompts = ops.sum(ops.cast(queue["is_active"], "int32"))
-        count = max(1, num_rows // SHARE_THAT_WAITS)
+        count = max(num_rows // SHARE_THAT_WAITS, min(num_rows // 4, 4), 1)
 
         def take(first: Any) -> Rows:
             """The next prompts."""

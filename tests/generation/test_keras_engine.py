@@ -154,7 +154,7 @@ def test_answers_that_are_over_make_room(causal_lm, steps):
     """As many steps as if each row took the next prompt as it gets free."""
     options = {"max_new_tokens": 40, "end_token_ids": tuple(range(3, 7))}
     engine = make_engine(causal_lm, **options)
-    prompts = [[5 + i % 20] * 3 for i in range(48)]
+    prompts = [[5 + i % 20] * 3 for i in range(32)]
     completions = engine.generate(prompts, seed=0)
     lengths = [len(c.token_ids) for c in completions]
     rows = [0] * BATCH_SIZE
