@@ -39,12 +39,12 @@ def process_index() -> int:
     return distributed.get_rank() if distributed.is_initialized() else 0
 
 
-def exchange(text: str) -> list[str]:
-    """Gives every process the texts of all, in their order; a barrier."""
-    texts = [text] * process_count()
+def exchange(value: Any) -> list[Any]:
+    """Gives every process the values of all, in their order; a barrier."""
+    values = [value] * process_count()
     if process_count() > 1:
-        distributed.all_gather_object(texts, text)
-    return texts
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def read(array: Any) -> np.ndarray:

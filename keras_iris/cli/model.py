@@ -128,6 +128,7 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
     import keras_iris
     from keras_iris.evaluation.lm_eval import evaluate
 
+    keras_iris.distribution.initialize()  # of several processes, if any
     manager = TaskManager(include_path=include and str(include))
     names: str | Sequence[str] = "ten"
     if tasks != "ten":
@@ -143,6 +144,8 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
         apply_chat_template=chat,
         task_manager=manager,
     )
+    if not found:
+        return Result({}, "Process 0 has the results.")
     ten = found.get("ten", {})
     text = "\n".join(f"{name:12} {score:.4f}" for name, score in ten.items())
     data = {"results": found["results"], **({"ten": ten} if ten else {})}

@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+from keras_iris import backend
 from keras_iris.evaluation.answers import GreedyAnswers
 from keras_iris.evaluation.continuations import ContinuationScorer
 
@@ -65,18 +66,21 @@ def evaluate(
 
     Returns:
         The harness' results; those of `TEN` have their scores, between 0 and
-        1, as `results["ten"]`.
+        1, as `results["ten"]`. In processes of `torchrun` but the first, an
+        empty dictionary.
     """
     model = KerasLM(causal_lm, batch_size=batch_size, max_length=max_length)
     is_ten = tasks == "ten"
     if is_ten:
         options["task_manager"] = options.get("task_manager") or TaskManager()
         tasks = _load_ten(options["task_manager"])
-    results: dict[str, Any] = lm_eval.simple_evaluate(
+    results: dict[str, Any] | None = lm_eval.simple_evaluate(
         model=model,
         tasks=[tasks] if isinstance(tasks, str) else list(tasks),
         **options,
     )
+    if results is None:
+        return {}
     if is_ten:
         results["ten"] = {
             name: results["results"][task][metric]
@@ -105,7 +109,8 @@ class KerasLM(TemplateLM):
     """A model as the harness takes it: `simple_evaluate(model=KerasLM(...))`.
 
     Log-probs and answers are those of the harness' own `hf` model on the same
-    checkpoint. Answers are greedy.
+    checkpoint. Answers are greedy. Where each process computes on its own, as
+    with `torchrun`, it has its share of the examples.
 
     Args:
         causal_lm: A model of `keras_iris.load`, with its `tokenizer` and
@@ -138,6 +143,9 @@ class KerasLM(TemplateLM):
         if max_length is None:
             longest = getattr(causal_lm, "max_position_embeddings", None)
             max_length = longest or _MAX_LENGTH
+        if not backend.IS_ONE_PROGRAM:
+            self._rank = backend.process_index()
+            self._world_size = backend.process_count()
         self.tokenizer = tokenizer
         self.template = template and template.bind(tokenizer)
         self.max_length = max_length
@@ -148,6 +156,20 @@ class KerasLM(TemplateLM):
         self._answers = GreedyAnswers(
             causal_lm, batch_size=self.batch_size, max_length=max_length
         )
+
+    def all_gather(self, tensor: Any) -> Any:
+        """The numbers of all processes."""
+        numbers = backend.exchange(str(tensor.item()))
+        return tensor.new_tensor([float(n) for n in numbers])
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        """What all processes have; None but in process `dst`."""
+        found = backend.exchange(obj)
+        return found if self.rank == dst else None
+
+    def barrier(self) -> None:
+        """Waits for the other processes."""
+        backend.exchange("")
 
     @property
     def eot_token_id(self) -> int:

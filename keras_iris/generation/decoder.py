@@ -143,22 +143,38 @@ class Decoder:
     ) -> tuple[Any, Any]:
         """What is compiled: all new tokens of a queue."""
         size, prompt_time = inputs["prompts"].shape
+        num_rows = size // self.waves
         check_length(self.causal_lm, prompt_time + self.max_new_tokens)
         queue = {
             name: ops.convert_to_tensor(array) for name, array in inputs.items()
         }
         queue["places"] = ops.arange(size, dtype="int32")
         ends = ops.convert_to_tensor(stop_token_ids, "int32")
-        num_rows = size // self.waves
         if num_rows == size:
             rows, _ = self._decode(self._begin(queue), 0, size + 1, ends)
             return rows.answers, rows.log_probs
 
+        return self._answer_queue(queue, num_rows, ends)
+
+    def _answer_queue(
+        self, queue: dict[str, Any], num_rows: int, ends: Any
+    ) -> tuple[Any, Any]:
+        """Answers a queue of more prompts than there are rows.
+
+        Args:
+            queue: As `Rows` has them.
+            num_rows: Prompts that are answered at a time.
+            ends: Ids that end an answer.
+
+        Returns:
+            Token ids and their log-probs, for each prompt.
+        """
+        size, prompt_time = queue["prompts"].shape
         num_prompts = ops.sum(ops.cast(queue["is_active"], "int32"))
         count = max(num_rows // SHARE_THAT_WAITS, min(num_rows // 4, 4), 1)
 
-        def take(first: Any) -> Rows:
-            """The next prompts."""
+        def begin(first: Any) -> Rows:
+            """The next prompts; what is behind the last isn't active."""
             wanted = first + ops.arange(count, dtype="int32")
             places = ops.minimum(wanted, size - 1)
             taken = {n: ops.take(a, places, axis=0) for n, a in queue.items()}
@@ -167,50 +183,38 @@ class Decoder:
             taken["places"] = ops.where(is_new, places, size)
             return self._begin(taken)
 
-        def keep(rows: Rows, kept: tuple[Any, Any]) -> tuple[Any, ...]:
-            """The answers of all rows, by their places in the queue."""
-            places = rows.places[:, None]
-            return tuple(
-                ops.scatter_update(array, places, new)
-                for array, new in zip(
-                    kept, (rows.answers, rows.log_probs), strict=True
-                )
-            )
-
         def go_on(
             first: Any, step: Any, rows: Rows, kept: tuple[Any, Any]
         ) -> tuple[Any, ...]:
-            # Those that are over come first.
+            kept = _keep(rows, kept)
+            # Rows that are over come first.
             order = ops.argsort(ops.cast(rows.is_active, "int32"))
-            slots = order[:count]
-            kept = keep(rows, kept)
             rows = tree.map_structure(
-                lambda array, new: backend.write_rows(array, slots, new),
+                lambda array, new: backend.write_rows(
+                    array, order[:count], new
+                ),
                 rows,
-                take(first),
+                begin(first),
             )
             first = first + count
-            # What is left of the queue waits for as many rows.
+            # While others wait, until there is room for as many.
             enough = ops.where(first < num_prompts, count, num_rows + 1)
             rows, step = self._decode(rows, step, enough, ends)
             return first, step, rows, kept
 
-        zero = ops.convert_to_tensor(0, "int32")
-        answers = (size + 1, self.max_new_tokens)
+        # One more, for rows without a prompt.
+        shape = (size + 1, self.max_new_tokens)
         *_, rows, kept = ops.while_loop(
             lambda first, *_: first < num_prompts,
             go_on,
             (
-                zero,
-                zero,
+                ops.convert_to_tensor(0, "int32"),
+                ops.convert_to_tensor(0, "int32"),
                 self._no_rows(num_rows, size, prompt_time),
-                (
-                    ops.full(answers, self.pad_token_id, "int32"),
-                    ops.zeros(answers, "float32"),
-                ),
+                (ops.zeros(shape, "int32"), ops.zeros(shape, "float32")),
             ),
         )
-        answers, log_probs = keep(rows, kept)
+        answers, log_probs = _keep(rows, kept)
         return answers[:size], log_probs[:size]
 
     def _begin(self, prompts: dict[str, Any]) -> Rows:
@@ -326,6 +330,16 @@ class Decoder:
         else:
             drawn = ops.cast(ops.argmax(probabilities, axis=-1), "int32")
         return drawn, ops.log(_column(probabilities, drawn))
+
+
+def _keep(rows: Rows, kept: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Answers and log-probs with those of the rows at their places."""
+    places = rows.places[:, None]
+    answers, log_probs = kept
+    return (
+        ops.scatter_update(answers, places, rows.answers),
+        ops.scatter_update(log_probs, places, rows.log_probs),
+    )
 
 
 def _column(array: Any, index: Any) -> Any:

@@ -2,9 +2,13 @@
 
 import json
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import keras
 import lm_eval
 import nltk
 import numpy as np
@@ -13,6 +17,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, _factory
+from programs import environment
 from tiny_models import make_causal_lm
 from tokenizer_texts import TEXTS
 
@@ -143,6 +148,81 @@ def _compare_on_tasks(models, apply_chat_template, tasks, manager):
         found["results"]["letters"]["acc,none"]
         == (expected["results"]["letters"]["acc,none"])
     )
+
+
+SHARE = """
+import json, sys
+from lm_eval.tasks import TaskManager
+import keras_iris
+from keras_iris.evaluation.lm_eval import KerasLM, evaluate
+
+keras_iris.distribution.initialize()
+folder, tasks, batch_size, max_length = json.loads(sys.argv[1])
+scored = []
+score = KerasLM._loglikelihood_tokens
+
+def counting(self, requests, **options):
+    scored.append(len(requests))
+    return score(self, requests, **options)
+
+KerasLM._loglikelihood_tokens = counting
+found = evaluate(
+    keras_iris.load(folder, dtype="float32"),
+    tasks,
+    batch_size=batch_size,
+    max_length=max_length,
+    task_manager=TaskManager(include_defaults=False),
+    bootstrap_iters=0,
+)
+samples = {
+    name: sorted([row["doc_id"], row["filtered_resps"]] for row in rows)
+    for name, rows in found.get("samples", {}).items()
+}
+print(json.dumps([sum(scored), found.get("results"), samples]))
+"""
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="one program on JAX"
+)
+def test_processes_share_the_examples(checkpoint, tasks):
+    """Five rows each: one process has three, and the other two and a copy."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    arguments = [str(checkpoint("qwen2")), tasks, BATCH_SIZE, MAX_LENGTH]
+    programs = [
+        subprocess.Popen(
+            [sys.executable, "-c", SHARE, json.dumps(arguments)],
+            env=environment(
+                MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=port,
+                WORLD_SIZE=str(count),
+                RANK=str(rank),
+            )
+            if count > 1
+            else environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for count in (1, 2)
+        for rank in range(count)
+    ]
+    outputs = [program.communicate(timeout=300)[0] for program in programs]
+    alone, first, second = (
+        json.loads(text.splitlines()[-1]) for text in outputs
+    )
+    assert second[1:] == [None, {}]
+    assert max(first[0], second[0]) < 0.7 * alone[0]
+    for name, scores in alone[1].items():
+        assert first[1][name] == pytest.approx(scores), name
+    assert first[2].keys() == alone[2].keys()
+    for found, expected in zip(
+        *map(keras.tree.flatten, (first[2], alone[2])), strict=True
+    ):
+        if isinstance(expected, float):
+            expected = pytest.approx(expected, abs=LOG_PROB_TOLERANCE)
+        assert found == expected
 
 
 def test_start_tokens_and_stops(checkpoint):
