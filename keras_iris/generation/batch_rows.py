@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from keras_iris.generation.cached_forward import BLOCK, rowwise_parts
-from keras_iris.generation.decoder import SHARE_THAT_WAITS, WAVES
+from keras_iris.generation.decoder import SHARE_THAT_BEGINS, WAVES
 
 # Where nobody tells how much memory is free, as on CPUs.
 DEFAULT_ROWS = 32
@@ -107,7 +107,8 @@ def row_bytes(
         sizes: Of the model.
         prompt_length: Tokens that prompts are padded to.
         new_tokens: The most tokens of an answer.
-        waits: Whether all rows begin together. If not, an eighth of them does.
+        waits: Whether all rows begin together. If not, an eighth of them does;
+            of few rows more, which isn't counted.
     """
     total = prompt_length + new_tokens
     step = _FLOAT_BYTES * max(
@@ -127,7 +128,7 @@ def row_bytes(
     if waits:
         return max(beginning, total * token + step)
     answers = WAVES * _ANSWER_BYTES * new_tokens
-    return total * token + answers + max(beginning / SHARE_THAT_WAITS, step)
+    return total * token + answers + max(beginning * SHARE_THAT_BEGINS, step)
 
 
 def rows_that_fit(bytes_of_row: float, free_bytes: float) -> int:

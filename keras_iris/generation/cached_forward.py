@@ -200,11 +200,12 @@ class Rowwise(CachedForward):
         """
         num_rows, time = token_ids.shape
         width = min(time, max(BLOCK, _TOKENS // num_rows))
-        longest = ops.max(lengths)
+        longest = ops.max(lengths) - 1
+        last = ops.convert_to_tensor(time - width, "int32")
 
         def read(number: Any, cache: Any) -> tuple[Any, Any]:
             # The last block begins earlier, and reads some tokens again.
-            start = ops.minimum(number * width, time - width)
+            start = ops.minimum(number * width, last)
             block = ops.slice(token_ids, (0, start), (num_rows, width))
             positions = start + ops.arange(width, dtype="int32")[None]
             _, cache = self._read(block, cache, positions, start)
@@ -406,9 +407,10 @@ class Lockstep(CachedForward):
         super().__init__(causal_lm)
         # What doesn't decode is seen here, not after a first training.
         try:
-            lengths = ops.convert_to_tensor([2], "int32")
-            cache = self.prefill(ops.ones((1, 2), "int32"), lengths, 3)
-            self.step(ops.ones((1, 1), "int32"), cache, lengths, None)
+            rows = backend.num_row_shares()
+            lengths = ops.full((rows,), 2, "int32")
+            cache = self.prefill(ops.ones((rows, 2), "int32"), lengths, 3)
+            self.step(ops.ones((rows, 1), "int32"), cache, lengths, None)
         except (TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"{type(causal_lm).__name__} can't generate in this process: "

@@ -13,9 +13,15 @@ from keras_iris.models.checks import check_length
 # Prompts of a queue to a row of the batch. Rows are idle only at its end, and a
 # signal is heard only there.
 WAVES = 8
-# This part of the rows is over before the next prompts get their places. Of few
-# rows it is more, up to four, as one prompt alone is read slowly.
-SHARE_THAT_WAITS = 8
+# Of the rows, once so many are over. Of few rows it is a larger share, up to
+# four rows, as one prompt alone is read slowly.
+SHARE_THAT_BEGINS = 1 / 8
+_DTYPES = {
+    "prompts": "int32",
+    "lengths": "int32",
+    "is_active": "bool",
+    "noise": "float32",
+}
 
 
 class Rows(NamedTuple):
@@ -145,13 +151,17 @@ class Decoder:
         size, prompt_time = inputs["prompts"].shape
         num_rows = size // self.waves
         check_length(self.causal_lm, prompt_time + self.max_new_tokens)
+        # What KerasHub and Keras made of them depends on `floatx`.
         queue = {
-            name: ops.convert_to_tensor(array) for name, array in inputs.items()
+            name: ops.convert_to_tensor(inputs[name], dtype)
+            for name, dtype in _DTYPES.items()
         }
         queue["places"] = ops.arange(size, dtype="int32")
         ends = ops.convert_to_tensor(stop_token_ids, "int32")
         if num_rows == size:
-            rows, _ = self._decode(self._begin(queue), 0, size + 1, ends)
+            rows, _ = self._decode(
+                self._begin(queue), _int32(0), _int32(size + 1), ends
+            )
             return rows.answers, rows.log_probs
 
         return self._answer_queue(queue, num_rows, ends)
@@ -171,12 +181,12 @@ class Decoder:
         """
         size, prompt_time = queue["prompts"].shape
         num_prompts = ops.sum(ops.cast(queue["is_active"], "int32"))
-        count = max(num_rows // SHARE_THAT_WAITS, min(num_rows // 4, 4), 1)
+        count = max(int(num_rows * SHARE_THAT_BEGINS), min(num_rows // 4, 4), 1)
 
         def begin(first: Any) -> Rows:
             """The next prompts; what is behind the last isn't active."""
             wanted = first + ops.arange(count, dtype="int32")
-            places = ops.minimum(wanted, size - 1)
+            places = _at_most(wanted, size - 1)
             taken = {n: ops.take(a, places, axis=0) for n, a in queue.items()}
             is_new = wanted < num_prompts
             taken["is_active"] = is_new
@@ -198,7 +208,9 @@ class Decoder:
             )
             first = first + count
             # While others wait, until there is room for as many.
-            enough = ops.where(first < num_prompts, count, num_rows + 1)
+            enough = ops.where(
+                first < num_prompts, _int32(count), _int32(num_rows + 1)
+            )
             rows, step = self._decode(rows, step, enough, ends)
             return first, step, rows, kept
 
@@ -208,8 +220,8 @@ class Decoder:
             lambda first, *_: first < num_prompts,
             go_on,
             (
-                ops.convert_to_tensor(0, "int32"),
-                ops.convert_to_tensor(0, "int32"),
+                _int32(0),
+                _int32(0),
                 self._no_rows(num_rows, size, prompt_time),
                 (ops.zeros(shape, "int32"), ops.zeros(shape, "float32")),
             ),
@@ -240,7 +252,9 @@ class Decoder:
             places=ops.full((num_rows,), size, "int32"),
             prompts=ops.zeros((num_rows, prompt_time), "int32"),
             lengths=ops.ones((num_rows,), "int32"),
-            noise=ops.zeros((num_rows, NUMBERS * self.max_new_tokens)),
+            noise=ops.zeros(
+                (num_rows, NUMBERS * self.max_new_tokens), "float32"
+            ),
             is_active=ops.zeros((num_rows,), "bool"),
             positions=ops.zeros((num_rows,), "int32"),
             token_ids=ops.zeros((num_rows,), "int32"),
@@ -307,9 +321,7 @@ class Decoder:
             )
             return rows, step + 1
 
-        rows, step = ops.while_loop(
-            goes_on, draw_token, (rows, ops.convert_to_tensor(step, "int32"))
-        )
+        rows, step = ops.while_loop(goes_on, draw_token, (rows, step))
         return rows, step
 
     def _draw(self, logits: Any, noise: Any, number: Any) -> tuple[Any, Any]:
@@ -323,8 +335,10 @@ class Decoder:
         logits = ops.cast(logits, "float32") / (self.temperature or 1.0)
         probabilities = ops.softmax(logits)
         if self.temperature:
-            number = ops.clip(number, 0, self.max_new_tokens - 1)
-            columns = NUMBERS * number[:, None] + ops.arange(NUMBERS)
+            number = ops.maximum(number, ops.zeros_like(number))
+            number = _at_most(number, self.max_new_tokens - 1)
+            columns = NUMBERS * number[:, None]
+            columns = columns + ops.arange(NUMBERS, dtype="int32")
             noise = ops.take_along_axis(noise, columns, axis=1)
             drawn = draw(probabilities, noise)
         else:
@@ -344,5 +358,14 @@ def _keep(rows: Rows, kept: tuple[Any, Any]) -> tuple[Any, Any]:
 
 def _column(array: Any, index: Any) -> Any:
     """`array[i, index[i]]`, and the last column beyond it."""
-    index = ops.minimum(index, array.shape[1] - 1)
+    index = _at_most(index, array.shape[1] - 1)
     return ops.take_along_axis(array, index[:, None], axis=1)[:, 0]
+
+
+def _at_most(index: Any, limit: int) -> Any:
+    return ops.minimum(index, _int32(limit))
+
+
+def _int32(number: int) -> Any:
+    """A tensor; of plain numbers Keras (3.15) makes floats and other ints."""
+    return ops.convert_to_tensor(number, "int32")

@@ -181,6 +181,18 @@ def test_a_restart_gives_the_same_ids(engine):
     assert ids(engine.generate(PROMPTS, seed=2)) != expected
 
 
+@pytest.mark.parametrize("floatx", ["bfloat16", "float16"])
+def test_floatx_changes_no_answer(floatx, causal_lm):
+    """Keras' default type, set after the model was made."""
+    expected = ids(make_engine(causal_lm).generate(PROMPTS, seed=0))
+    keras.config.set_floatx(floatx)
+    try:
+        found = ids(make_engine(causal_lm).generate(PROMPTS, seed=0))
+    finally:
+        keras.config.set_floatx("float32")
+    assert found == expected
+
+
 @pytest.mark.parametrize("architecture", ["qwen", "gemma"])
 def test_the_batch_changes_no_answer(architecture):
     """Noise is that of a prompt's place, whatever it is answered with."""
