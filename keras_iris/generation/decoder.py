@@ -13,8 +13,8 @@ from keras_iris.models.checks import check_length
 # Prompts of a queue to a row of the batch. Rows are idle only at its end, and a
 # signal is heard only there.
 WAVES = 8
-# The share of the rows that has to be over before the next prompts begin. Of few
-# rows it is larger, up to four rows, as one prompt alone is read slowly.
+# The share of the rows that has to be over before the next prompts begin. Of
+# few rows it is larger, up to four rows, as one prompt alone is read slowly.
 SHARE_THAT_BEGINS = 1 / 8
 _DTYPES = {
     "prompts": "int32",
