@@ -19,7 +19,7 @@ from keras_iris.generation.batch_rows import (
     rows_that_fit,
     token_bytes,
 )
-from keras_iris.generation.cached_forward import rowwise_parts
+from keras_iris.generation.rowwise import rowwise_parts
 from keras_iris.hub.architecture_table import ARCHITECTURES
 from keras_iris.hub.inspect import inspect
 from keras_iris.losses import IRIS, SelfPlayLoss

@@ -3,19 +3,20 @@
 Each backend offers the same names: `Trainer`, the base of `SelfPlayModel` with
 its train step, `map_parts`, a function of a batch's parts, `head_log_probs`,
 log-probs from hidden states, `write`, which puts keys and values into a cache,
-`write_rows`, which gives an array other rows,
-`dataset`, what `fit` takes for batches, `seed_step`, which seeds a step's
-random numbers where no variable of the model does, `cache_compilations`, which
-keeps compiled programs on disk, `is_on_cpu`, which tells where tensors are,
-`remat`, a function that the backward pass calls again, and `prepare_remat`,
-what has to be done before layers are.
+`write_rows`, which gives an array other rows, `dataset`, what `fit` takes for
+batches, `seed_step`, which seeds a step's random numbers where no variable of
+the model does, `cache_compilations`, which keeps compiled programs on disk,
+`is_on_cpu`, which tells where tensors are, `remat`, a function that the
+backward pass calls again, and `prepare_remat`, what has to be done before
+layers are.
 
 Of several processes: `start_processes`, `process_count` and `process_index`,
-`exchange` of texts, `read` and `cut`, arrays from and to the devices of all,
-`num_batch_shares`, parts of a batch, `free_bytes`, memory that is free on a
-device, `IS_ONE_PROGRAM`, whether they compute together or each on its own,
-`num_row_shares`, parts of a forward pass' rows, `is_cut`, whether variables are
-cut over devices, and `sharded_checkpoints`, which writes such variables.
+`exchange` of texts, where each computes on its own of any values, `read` and
+`cut`, arrays from and to the devices of all, `num_batch_shares`, parts of a
+batch, `free_bytes`, memory that is free on a device, `IS_ONE_PROGRAM`, whether
+they compute together or each on its own, `num_row_shares`, parts of a forward
+pass' rows, `is_cut`, whether variables are cut over devices, and
+`sharded_checkpoints`, which writes such variables.
 """
 
 # mypy: disable-error-code="no-redef"

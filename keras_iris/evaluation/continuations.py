@@ -12,7 +12,7 @@ from keras import ops
 from keras_iris import backend
 from keras_iris.arguments import check_count
 from keras_iris.data.buckets import next_power_of_two
-from keras_iris.generation.cached_forward import Rowwise, rowwise
+from keras_iris.generation.rowwise import Rowwise, rowwise
 from keras_iris.models.checks import check_causal_lm
 from keras_iris.models.score import divisible_batch_size
 

@@ -52,15 +52,16 @@ def plan_prompts(
     Returns:
         Batches in the order in which they are answered.
     """
-    sizes = -np.sort(-np.asarray(lengths, "int64"))
-    order = np.argsort(-np.asarray(lengths, "int64"), kind="stable").tolist()
+    sizes = np.asarray(lengths, "int64")
+    order = np.argsort(-sizes, kind="stable")
+    sizes = sizes[order]
     batches, start = [], 0
     while start < len(order):
         bucket = min(b for b in num_rows if b >= sizes[start])
         rows = num_rows[bucket]
         count = int(np.count_nonzero(sizes[start:] > sizes[start] // 2))
         count = min(max(count, min(waves, _FEWEST_WAVES) * rows), waves * rows)
-        indices = tuple(order[start : start + count])
+        indices = tuple(order[start : start + count].tolist())
         batches.append(Batch(indices, bucket, rows))
         start += len(indices)
     return batches

@@ -7,8 +7,8 @@ against what XLA allocates.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from keras_iris.generation.cached_forward import BLOCK, rowwise_parts
 from keras_iris.generation.decoder import SHARE_THAT_BEGINS, WAVES
+from keras_iris.generation.rowwise import BLOCK, rowwise_parts
 
 # Where nobody tells how much memory is free, as on CPUs.
 DEFAULT_ROWS = 32

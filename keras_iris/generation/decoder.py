@@ -6,8 +6,10 @@ import keras_hub
 from keras import ops, tree
 
 from keras_iris import backend
-from keras_iris.generation.cached_forward import cached_forward
+from keras_iris.generation.cached_forward import CachedForward
 from keras_iris.generation.draw import NUMBERS, draw
+from keras_iris.generation.lockstep import Lockstep
+from keras_iris.generation.rowwise import rowwise
 from keras_iris.models.checks import check_length
 
 # Prompts of a queue to a row of the batch. Rows are idle only at its end, and a
@@ -86,7 +88,7 @@ class Decoder:
         pad_token_id: int,
     ) -> None:
         self.causal_lm = causal_lm
-        self.forward = cached_forward(causal_lm)
+        self.forward: CachedForward = rowwise(causal_lm) or Lockstep(causal_lm)
         self.temperature = temperature
         self.end_token_ids = end_token_ids
         self.max_new_tokens = max_new_tokens

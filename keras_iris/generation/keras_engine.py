@@ -39,8 +39,8 @@ class KerasEngine(Engine):
     Prompts are sorted by length into batches of a few shapes, so that each
     shape is compiled once, at its first use, and never for another seed,
     changed weights or a last incomplete batch. An answer that is over makes
-    room for the next prompt, where the layers take a mask (Llama, Mistral and
-    Qwen models) and are not cut over devices; else a batch ends with its
+    room for the next prompt with Llama, Mistral and Qwen models on one device;
+    else a batch ends with its
     longest answer. Each call reads the current weights. The model's own
     sampler, its preprocessor and its compiled functions are neither used nor
     changed.

@@ -5,7 +5,7 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 from keras_iris import backend
 from keras_iris.generation import KerasEngine
-from keras_iris.generation.cached_forward import Rowwise
+from keras_iris.generation.rowwise import Rowwise
 from keras_iris.models import Lora, add_lora
 
 END = 3
