@@ -1,6 +1,7 @@
 """Python programs that tests start."""
 
 import os
+import socket
 from pathlib import Path
 
 TESTS = Path(__file__).parent
@@ -24,3 +25,27 @@ def environment(num_devices=None, **variables):
     if found.get("KERAS_BACKEND") in ("jax", "torch"):
         folders.insert(0, TESTS / "without")
     return found | {"PYTHONPATH": os.pathsep.join(map(str, folders))}
+
+
+def environments(number, num_devices=None):
+    """Environments of processes that find each other, or of one alone.
+
+    Args:
+        number: How many there are.
+        num_devices: As in `environment`.
+    """
+    if number == 1:
+        return [environment(num_devices)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        environment(
+            num_devices,
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
+            WORLD_SIZE=str(number),
+            RANK=str(rank),
+        )
+        for rank in range(number)
+    ]

@@ -3,7 +3,6 @@
 import json
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from programs import TESTS, environment
+from programs import TESTS, environment, environments
 from safetensors.numpy import load_file
 
 import keras_iris
@@ -224,23 +223,15 @@ def test_launch_that_cannot_be():
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-5, 1e-4
 
 
-def start_run(num_devices=1, rank=0, num_processes=1, port=0, **options):
+def start_run(variables, **options):
     """A process of tests/distributed_run.py."""
-    variables = {}
-    if num_processes > 1:
-        variables = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "WORLD_SIZE": str(num_processes),
-            "RANK": str(rank),
-        }
     return subprocess.Popen(
         [
             sys.executable,
             str(TESTS / "distributed_run.py"),
             json.dumps(options, default=str),
         ],
-        env=environment(num_devices, **variables),
+        env=variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -255,19 +246,14 @@ def finish(*processes, seconds=600):
 
 def run_two(num_devices, *, others=None, **options):
     """Runs two processes; `others` are options of the second."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    both = zip(environments(2, num_devices), [{}, others or {}], strict=True)
     return finish(
-        *(
-            start_run(num_devices, rank, 2, port, **options | more)
-            for rank, more in enumerate([{}, others or {}])
-        )
+        *(start_run(variables, **options | more) for variables, more in both)
     )
 
 
 def run_one(num_devices=1, **options):
-    status, outputs = finish(start_run(num_devices, **options))
+    status, outputs = finish(start_run(environment(num_devices), **options))
     assert status == [0], outputs[0][-3000:]
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, _factory
-from programs import environment
+from programs import environments
 from tiny_models import make_causal_lm
 from tokenizer_texts import TEXTS
 
@@ -187,26 +186,15 @@ print(json.dumps([sum(scored), found.get("results"), samples]))
 )
 def test_processes_share_the_examples(checkpoint, tasks):
     """Five rows each: one process has three, and the other two and a copy."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     arguments = [str(checkpoint("qwen2")), tasks, BATCH_SIZE, MAX_LENGTH]
     programs = [
         subprocess.Popen(
             [sys.executable, "-c", SHARE, json.dumps(arguments)],
-            env=environment(
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-                WORLD_SIZE=str(count),
-                RANK=str(rank),
-            )
-            if count > 1
-            else environment(),
+            env=variables,
             stdout=subprocess.PIPE,
             text=True,
         )
-        for count in (1, 2)
-        for rank in range(count)
+        for variables in environments(1) + environments(2)
     ]
     outputs = [program.communicate(timeout=300)[0] for program in programs]
     alone, first, second = (
