@@ -4,6 +4,7 @@ Nothing else of the package imports this module, or `lm_eval`.
 """
 
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from keras_iris import backend
 from keras_iris.evaluation.answers import GreedyAnswers
 from keras_iris.evaluation.continuations import ContinuationScorer
+from keras_iris.self_play.settings import hash_variables
 
 __all__ = ["TEN", "KerasLM", "evaluate"]
 
@@ -61,8 +63,7 @@ def evaluate(
         max_length: As in `KerasLM`.
         **options: Others of `simple_evaluate`, such as `limit=100`,
             `apply_chat_template=True` or, to go on after a crash,
-            `use_cache="runs/own/harness"`, which knows texts and not weights:
-            it is for one model.
+            `use_cache="runs/own/harness"`.
 
     Returns:
         The harness' results; those of `TEN` have their scores, between 0 and
@@ -146,6 +147,7 @@ class KerasLM(TemplateLM):
         if not backend.IS_ONE_PROGRAM:
             self._rank = backend.process_index()
             self._world_size = backend.process_count()
+        self._causal_lm = causal_lm
         self.tokenizer = tokenizer
         self.template = template and template.bind(tokenizer)
         self.max_length = max_length
@@ -156,6 +158,34 @@ class KerasLM(TemplateLM):
         self._answers = GreedyAnswers(
             causal_lm, batch_size=self.batch_size, max_length=max_length
         )
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Takes the harness' cache: as JSON, by weights as well as by text.
+
+        The harness would unpickle what it reads.
+        """
+        super().set_cache_hook(cache_hook)
+        if (cache := cache_hook.dbdict) is None:
+            return
+        model = [
+            hash_variables(self._causal_lm.variables),
+            self._causal_lm.dtype_policy.name,
+            self.tokenizer.fingerprint(),
+            str(self.max_length),
+        ]
+
+        def decode(text: str | bytes) -> Any:
+            try:
+                result = json.loads(text)
+            except ValueError as error:
+                raise ValueError(
+                    f"Expected JSON in the cache {cache.filename}. Received: "
+                    f"{text[:40]!r}. Name another file, or delete this one."
+                ) from error
+            return tuple(result) if isinstance(result, list) else result
+
+        cache.encode, cache.decode = json.dumps, decode
+        cache.encode_key = lambda key: " ".join([*model, key])
 
     def all_gather(self, tensor: Any) -> Any:
         """The numbers of all processes."""

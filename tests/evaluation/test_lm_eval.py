@@ -1,7 +1,9 @@
 """The harness' own `hf` model on the same folder is the oracle."""
 
 import json
+import pickle
 import re
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -307,14 +309,50 @@ def test_cache(checkpoint, tasks, manager, tmp_path, monkeypatch):
     found = evaluate(causal_lm, **options)
     # Three letters are a row.
     assert scored == [6, None, 6, 3]
-    del options["use_cache"]
+    again = evaluate(causal_lm, **options)
+    assert len(scored) == 4
+    # It is for the weights with which it was written.
+    cache = options.pop("use_cache")
     expected = evaluate(causal_lm, **options)
-    for a, b in zip(
-        found["samples"]["letters"], expected["samples"]["letters"], strict=True
-    ):
-        _same_scores(
-            [resp for (resp,) in a["resps"]], [resp for (resp,) in b["resps"]]
-        )
+    for one in (found, again):
+        for a, b in zip(
+            one["samples"]["letters"],
+            expected["samples"]["letters"],
+            strict=True,
+        ):
+            _same_scores(
+                [resp for (resp,) in a["resps"]],
+                [resp for (resp,) in b["resps"]],
+            )
+    number = len(scored)
+    causal_lm.variables[0].assign(causal_lm.variables[0] * 2)
+    evaluate(causal_lm, use_cache=cache, **options)
+    assert len(scored) == number + 3
+
+
+def test_nothing_is_unpickled(checkpoint, tasks, manager, tmp_path):
+    """A cache that came with a stranger's folder."""
+    causal_lm = keras_iris.load(checkpoint("qwen2"))
+    options = dict(
+        tasks=tasks[:1],
+        task_manager=manager,
+        bootstrap_iters=0,
+        use_cache=str(tmp_path / "cache"),
+    )
+    evaluate(causal_lm, **options)
+    (file,) = tmp_path.glob("cache*")
+    ran = tmp_path / "ran"
+
+    class Opened:
+        def __reduce__(self):
+            return Path.touch, (ran,)
+
+    with sqlite3.connect(file) as database:
+        value = pickle.dumps(Opened())
+        database.execute("UPDATE unnamed SET value = ?", (value,))
+    with pytest.raises(ValueError, match=f"Expected JSON in .*{file.name}"):
+        evaluate(causal_lm, **options)
+    assert not ran.exists()
 
 
 def test_document(checkpoint, tasks, manager, monkeypatch):
