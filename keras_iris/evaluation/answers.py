@@ -15,10 +15,10 @@ _STEP_TOKENS = 64
 class GreedyAnswers:
     """Answers prompts with the likeliest token each time.
 
-    A compiled decoding loop knows no texts. So a few tokens are drawn at a
-    time; prompts without a stop string among their answers go on, with the
-    answers as part of the prompts. Whatever the limit, few shapes are
-    compiled.
+    A compiled decoding loop knows no texts. So it ends an answer at a token
+    with a stop string in it, and draws a few tokens at a time; prompts without
+    a stop string among their answers go on, with the answers as part of the
+    prompts. Whatever the limit, few shapes are compiled.
 
     Args:
         causal_lm: A model of `keras_iris.load`.
@@ -34,6 +34,7 @@ class GreedyAnswers:
         self.max_length = max_length
         self._tokenizer = causal_lm.tokenizer
         self._engine = functools.lru_cache(self._make_engine)
+        self._ends = functools.lru_cache(self._find_ends)
 
     def __call__(
         self,
@@ -49,9 +50,11 @@ class GreedyAnswers:
             limit: The most tokens of an answer.
         """
         answers: list[list[int]] = [[] for _ in prompts]
+        ends = frozenset.intersection(*map(self._ends, map(frozenset, stops)))
         active = list(range(len(prompts)))
-        for done in range(0, limit, _STEP_TOKENS):
-            engine = self._engine(min(_STEP_TOKENS, limit - done))
+        while active:
+            room = limit - max(len(answers[i]) for i in active)
+            engine = self._engine(min(_STEP_TOKENS, room), ends)
             completions = engine.generate(
                 [prompts[i] + answers[i] for i in active], seed=0
             )
@@ -60,11 +63,10 @@ class GreedyAnswers:
                 answers[i] += completion.token_ids
                 text = self._tokenizer.decode(answers[i])
                 is_over = any(stop in text for stop in stops[i])
-                if completion.finish_reason == "length" and not is_over:
+                is_over |= answers[i][-1] in self._tokenizer.end_token_ids
+                if not is_over and len(answers[i]) < limit:
                     unfinished.append(i)
             active = unfinished
-            if not active:
-                break
         return list(map(self._text, answers, stops))
 
     def _text(self, token_ids: list[int], stops: Iterable[str]) -> str:
@@ -78,10 +80,27 @@ class GreedyAnswers:
             text = text.partition(stop)[0]
         return text
 
-    def _make_engine(self, max_new_tokens: int) -> KerasEngine:
+    def _find_ends(self, stops: frozenset[str]) -> frozenset[int]:
+        """Ids of end tokens, and of those with a stop string in them."""
+        return frozenset(self._tokenizer.end_token_ids) | {
+            token_id
+            for token_id, text in enumerate(self._texts)
+            if any(stop in text for stop in stops)
+        }
+
+    @functools.cached_property
+    def _texts(self) -> list[str]:
+        """The texts of all tokens that the model can draw."""
+        size = self.causal_lm.backbone.token_embedding.input_dim
+        size = min(size, self._tokenizer.vocabulary_size)
+        return [self._tokenizer.decode([i]) for i in range(size)]
+
+    def _make_engine(
+        self, max_new_tokens: int, ends: frozenset[int]
+    ) -> KerasEngine:
         return KerasEngine(
             self.causal_lm,
-            end_token_ids=self._tokenizer.end_token_ids,
+            end_token_ids=sorted(ends),
             max_new_tokens=max_new_tokens,
             batch_size=self.batch_size,
             pad_token_id=self._tokenizer.pad_token_id,

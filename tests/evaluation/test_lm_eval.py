@@ -272,7 +272,7 @@ def test_special_token_as_stop(checkpoint):
     model = KerasLM(keras_iris.load(checkpoint("qwen2")))
     ids = model.tokenizer.encode("yes<|im_start|>no")
     drawn = Completion((*ids, *model.tokenizer.end_token_ids[:1]), "stop")
-    model._answers._engine = lambda size: SimpleNamespace(
+    model._answers._engine = lambda size, ends: SimpleNamespace(
         generate=lambda prompts, seed: [drawn] * len(prompts)
     )
     requests = [
@@ -280,6 +280,45 @@ def test_special_token_as_stop(checkpoint):
         for until in ([], ["<|im_start|>"])
     ]
     assert model.generate_until(requests, disable_tqdm=True) == ["yesno", "yes"]
+
+
+def test_answers_end_at_tokens_with_a_stop_string(checkpoint):
+    """They aren't drawn to the limit, and not cut where it isn't one."""
+    model = KerasLM(keras_iris.load(checkpoint("qwen2")))
+    answers, tokenizer = model._answers, model.tokenizer
+    script = tokenizer.encode("one two" + "!" * 70 + "\n more" * 3)
+    (newline,) = tokenizer.encode("\n")
+    drawn = []
+
+    def engine(size, ends):
+        def generate(prompts, seed):
+            rest = script[len(prompts[0]) - 1 :][:size]
+            places = [i + 1 for i, token in enumerate(rest) if token in ends]
+            drawn.append(min([*places, len(rest)]))
+            return [Completion(tuple(rest[: drawn[-1]]), "any")]
+
+        return SimpleNamespace(generate=generate)
+
+    answers._engine = engine
+    until, rest = {"until": "\n"}, script[: script.index(newline)]
+
+    def answer(limit):
+        drawn.clear()
+        request = ("A", until | {"max_gen_toks": limit})
+        instance = Instance("generate_until", {}, request, 0)
+        (text,) = model.generate_until([instance], disable_tqdm=True)
+        return text
+
+    assert len(tokenizer.encode("A")) == 1 and 64 < len(rest) < 100
+    assert answer(200) == tokenizer.decode(rest)
+    assert drawn == [64, len(rest) + 1 - 64]
+    assert answer(9) == tokenizer.decode(rest[:9]) and drawn == [9]
+    # A token whose text is another one among others doesn't end an answer.
+    answers._texts[rest[2]] += "\n"
+    answers._ends.cache_clear()
+    assert answer(200) == tokenizer.decode(rest)
+    assert answer(9) == tokenizer.decode(rest[:9])
+    assert drawn[0] == 3 and sum(drawn) == 9
 
 
 def test_cache(checkpoint, tasks, manager, tmp_path, monkeypatch):
