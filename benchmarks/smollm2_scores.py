@@ -12,7 +12,7 @@ from sklearn.model_selection import GroupKFold, cross_val_predict
 import keras_iris
 from keras_iris.evaluation.held_out import Scores
 from keras_iris.metrics import ExampleScore
-from keras_iris.self_play.settings import hash_variables
+from keras_iris.models.values import hash_variables
 
 NLL = "nll_per_token"
 TOLD_APART = "told_apart"

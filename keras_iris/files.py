@@ -13,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import numpy as np
 from safetensors import SafetensorError
 
 _NEW = ".keras_iris-new"  # the end of temporary names
+
+
+def as_bytes(array: np.ndarray) -> Any:
+    """An array's bytes, not copied."""
+    # Through bytes, as bfloat16 has no buffer.
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def parse_json(text: str) -> Any:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from keras_iris import backend
 from keras_iris.evaluation.answers import GreedyAnswers
 from keras_iris.evaluation.continuations import ContinuationScorer
-from keras_iris.self_play.settings import hash_variables
+from keras_iris.models.values import hash_variables
 
 __all__ = ["TEN", "KerasLM", "evaluate"]
 

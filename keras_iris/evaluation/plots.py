@@ -111,21 +111,11 @@ def draw(panels: Sequence[Panel]) -> Any:
 def _draw_panel(ax: Any, panel: Panel) -> None:
     curves = enumerate(panel.curves.values())
     lines = [_draw_curve(ax, i, c, panel.is_training) for i, c in curves]
-    labels = [" " + textwrap.fill(label, 40) for label in panel.curves]
-    ax.legend(
-        lines if len(lines) > 1 else [],
-        labels if len(lines) > 1 else [],
-        title=textwrap.fill(panel.title, 50),
-        title_fontsize=10,
-        ncols=max(1, 62 // (9 + max(map(len, labels)))),
-        loc="lower left",
-        bbox_to_anchor=(0, 1),
-        borderaxespad=1.5 if panel.is_training else 0.8,
-        borderpad=0,
-        handlelength=1.5,
-        alignment="left",
-        frameon=False,
-    )
+    ax.set_title(textwrap.fill(panel.title, 50), loc="left", size=10, pad=16)
+    if len(lines) > 1:
+        labels = [" " + textwrap.fill(label, 24) for label in panel.curves]
+        below = {"loc": "upper left", "bbox_to_anchor": (0, -0.24), "ncols": 2}
+        ax.legend(lines, labels, frameon=False, borderpad=0, **below)
     ax.locator_params(axis="x", nbins=5, integer=True)
     ax.locator_params(axis="y", nbins=5)
     low, high = ax.get_ylim()
@@ -145,6 +135,8 @@ def _draw_panel(ax: Any, panel: Panel) -> None:
 
 def _draw_curve(ax: Any, index: int, curve: Curve, is_training: bool) -> Any:
     """Draws a curve; returns its last line."""
+    from pandas import Series
+
     num_points = sum(stretch.shape[1] for stretch in curve)
     window = max(num_points // _NUM_WINDOWS, 1) // 2 * 2 + 1
     # The run itself lies on top.
@@ -156,16 +148,7 @@ def _draw_curve(ax: Any, index: int, curve: Curve, is_training: bool) -> Any:
     for _, steps, values in curve:
         if is_training and window > 1:
             ax.plot(steps, values, **style, alpha=0.3, linewidth=0.7)
-            values = running_mean(values, window)
+            around = Series(values).rolling(window, center=True, min_periods=1)
+            values = around.mean()
         (line,) = ax.plot(steps, values, **style, linewidth=1.7)
     return line
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean over the `window` finite values around each, or NaN."""
-    finite = np.isfinite(values)
-    total, count = (
-        np.convolve(np.pad(v, window // 2), np.ones(window), mode="valid")
-        for v in (np.where(finite, values, 0.0), finite.astype(float))
-    )
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)

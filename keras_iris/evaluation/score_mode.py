@@ -6,17 +6,12 @@ from typing import Any, Literal
 
 # Parts of names; short ones only where they stand alone.
 _ALONE = "(?<![a-z0-9])({})(?![a-z0-9])"
-_MAX = (
-    "accuracy|exact_?match|bleu|rouge|meteor|bertscore|win_?rate|precision|"
-    "recall|mmlu|gsm8k|ifeval|hellaswag|winogrande|truthfulqa|humaneval|mbpp|"
-    + _ALONE.format("acc|em|f1|chrf|pass@[0-9]+")
-)
+_MAX = "accuracy|exact_?match|bleu|rouge|precision|recall|win_?rate|"
+_MAX += _ALONE.format("acc|em|f1|pass@[0-9]+")
 _MIN = "nll|perplexity|loss|error|bits_per|" + _ALONE.format("ppl|wer|cer")
 # What describes training, not how good the model is; and what is a spread.
-_NEITHER = (
-    "margin|log_ratio|divergence|synthetic|stderr|std_err|standard_err|"
-    + _ALONE.format("alpha|gap|ess|std")
-)
+_NEITHER = "margin|log_ratio|divergence|synthetic|stderr|"
+_NEITHER += _ALONE.format("alpha|gap|ess|std")
 
 
 def score_mode(

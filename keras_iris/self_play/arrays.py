@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from keras_iris.files import replaced
+from keras_iris.files import as_bytes, replaced
 
 Arrays = dict[str, np.ndarray]
 
@@ -136,9 +136,3 @@ def _header(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
-
-
-def as_bytes(array: np.ndarray) -> Any:
-    """An array's bytes, not copied."""
-    # Through bytes, as bfloat16 has no buffer.
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data

@@ -12,6 +12,7 @@ import keras
 
 from keras_iris import backend
 from keras_iris.models import SelfPlayModel
+from keras_iris.models.values import check_finite, finite
 from keras_iris.self_play.arrays import (
     Source,
     read_arrays,
@@ -19,7 +20,6 @@ from keras_iris.self_play.arrays import (
     write_arrays,
 )
 from keras_iris.self_play.processes import first_error, from_first, is_first
-from keras_iris.self_play.settings import check_finite, finite
 
 Position = dict[str, Any]
 

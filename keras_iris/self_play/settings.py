@@ -2,17 +2,17 @@
 
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any, Protocol, runtime_checkable
 
 import keras
 import numpy as np
-import xxhash
 
 from keras_iris import backend
 from keras_iris.data import Example
-from keras_iris.self_play.arrays import as_bytes, hash_arrays
+from keras_iris.models.values import hash_variables
+from keras_iris.self_play.arrays import hash_arrays
 from keras_iris.self_play.options import Options
 
 _PLAIN = bool | int | float | str | None
@@ -132,37 +132,6 @@ def hash_examples(examples: Sequence[Example]) -> str:
     ]
     lengths = np.array([len(part) for part in ids], "int32")
     return hash_arrays({"ids": np.concatenate(ids), "lengths": lengths})[:16]
-
-
-def hash_variables(variables: Iterable[keras.Variable]) -> str:
-    """A hash of variables' values, which have to be finite."""
-    digest = xxhash.xxh3_128()
-    for variable in variables:
-        digest.update(as_bytes(finite(variable)))
-    return digest.hexdigest()[:16]
-
-
-def finite(variable: keras.Variable) -> np.ndarray:
-    """The values of a variable; an error if training has broken them."""
-    value = backend.read(variable)
-    if not np.isfinite(value).all():
-        raise _not_finite(variable)
-    return value
-
-
-def check_finite(variable: keras.Variable) -> None:
-    """As `finite`, on the devices."""
-    value = variable.value
-    if not backend.read(keras.ops.all(keras.ops.isfinite(value))):
-        raise _not_finite(variable)
-
-
-def _not_finite(variable: keras.Variable) -> FloatingPointError:
-    return FloatingPointError(
-        f"{variable.path} is not finite. What is on disk is older. Load "
-        "the model again if it is new; else lower the learning rate, clip "
-        "gradients, or use a wider dtype."
-    )
 
 
 class WeightsHash:

@@ -7,8 +7,8 @@ from keras_iris.evaluation import score_mode
     "names, expected",
     [
         ("word_accuracy exact_match exact_match,strict-match f1 val_f1", "max"),
-        ("bleu BLEU-4 rougeL win_rate winrate mmlu mmlu_stem acc", "max"),
-        ("acc_norm,none pass@1 gsm8k em token_f1 macro_recall", "max"),
+        ("bleu BLEU-4 rougeL win_rate winrate mmlu_stem_acc acc", "max"),
+        ("acc_norm,none pass@1 em token_f1 macro_recall", "max"),
         ("nll_per_token real_nll perplexity ppl loss val_loss", "min"),
         ("phoneme_error_rate error wer bits_per_byte", "min"),
         # A growing margin isn't progress; nor are those quality.
