@@ -11,6 +11,7 @@ import keras
 
 from keras_iris.arguments import check_shared
 from keras_iris.backend.jax_processes import num_batch_shares, replicate
+from keras_iris.backend.jax_programs import SideBySide
 from keras_iris.backend.local_rows import LocalRows
 from keras_iris.data import PairDataset
 
@@ -32,6 +33,8 @@ def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
         _check_rows(**options.arguments)
         x = options.arguments["x"]
         self._whole_batch_size = getattr(x, "whole_batch_size", None)
+        lengths = getattr(x, "sequence_lengths", ())
+        self._coming = lengths, bool(options.arguments.get("verbose", 0))
         try:
             return method(self, *args, **kwargs)
         finally:
@@ -51,6 +54,12 @@ class SafeModel(keras.Model):
     train_on_batch = _keep_state(keras.Model.train_on_batch)
     test_on_batch = _keep_state(keras.Model.test_on_batch)
     predict_on_batch = _keep_state(keras.Model.predict_on_batch)
+
+    def _make_function(self, step_function: Any, *args: Any, **kw: Any) -> Any:
+        """Keras' own (3.15), of a step that is compiled for all lengths."""
+        if hasattr(step_function, "lower"):
+            step_function = SideBySide(step_function, lambda: self._coming)
+        return super()._make_function(step_function, *args, **kw)
 
     def check_whole(self, num_rows: int) -> None:
         """Refuses a batch that isn't that of all processes.

@@ -35,3 +35,8 @@ class LocalRows(keras.utils.PyDataset):
         size = self.whole_batch_size // self.num_shares
         rows = slice(self.share * size, (self.share + 1) * size)
         return keras.tree.map_structure(lambda a: a[rows], self.batches[index])
+
+    @property
+    def sequence_lengths(self) -> frozenset[int]:
+        """As `PairDataset.sequence_lengths`."""
+        return self.batches.sequence_lengths

@@ -187,12 +187,11 @@ class PairDataset(keras.utils.PyDataset):
         indices = self.indices(batch_index)
         pairs = np.where(indices < 0, indices[0], indices)
         examples = pairs // self.num_samples
-        longest = self._lengths[examples].max()
         proto, is_alone = self._proto_synthetic, self.num_responses == 1
         x = pad_pairs(
             [self.examples[i] for i in examples],
             None if is_alone else [self.synthetic[i] for i in pairs],
-            next(b for b in self.bucket_lengths if b >= longest),
+            self._length(indices),
             self.pad_token_id,
             proto_synthetic=proto and [proto[i] for i in pairs],
         )
@@ -210,6 +209,16 @@ class PairDataset(keras.utils.PyDataset):
             fill up the incomplete batch.
         """
         return self._batches()[batch_index]
+
+    @property
+    def sequence_lengths(self) -> frozenset[int]:
+        """Lengths of the epoch's batches, in tokens."""
+        return frozenset(map(self._length, self._batches()))
+
+    def _length(self, indices: NDArray[np.int64]) -> int:
+        examples = indices[indices >= 0] // self.num_samples
+        longest = self._lengths[examples].max()
+        return next(b for b in self.bucket_lengths if b >= longest)
 
     def at_epoch(self, epoch: int) -> "PairDataset":
         """The same data in the order of an epoch that nothing changes.

@@ -134,6 +134,7 @@ class _Rest(keras.utils.PyDataset):
         self.dataset = dataset
         self.first_batch = first_batch
         self.bucket_lengths = dataset.bucket_lengths
+        self.sequence_lengths = dataset.sequence_lengths
         self.batch_size = dataset.batch_size
 
     def __len__(self) -> int:
