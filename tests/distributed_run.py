@@ -1,8 +1,9 @@
 """A tiny run of self-play, on one device or several: `python THIS JSON`.
 
 The options: `run_dir`, `mesh` and `strategy` of `make_distribution` (JAX),
-`mirrored` devices (TensorFlow), `lora_rank`, `iterations`, `kill`: at which of
-"step", "generation" and "save" this process is to be killed.
+`mirrored` devices (TensorFlow), `lora_rank`, `quantize`, `iterations`, `kill`:
+at which of "step", "generation" and "save" this process is to be killed,
+`outside`: whether an engine of another process answers, which one process has.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+from safetensors.numpy import load_file
 from tiny_models import make_causal_lm
 
 import keras_iris
@@ -21,6 +23,8 @@ from keras_iris import backend
 from keras_iris.callbacks import AlphaScheduler, SelfPlayCallback
 from keras_iris.data import Example
 from keras_iris.evaluation import HeldOut
+from keras_iris.generation import Completion, Engine
+from keras_iris.hub.load import quantize_matrices
 from keras_iris.models.lora import Lora, add_lora
 
 END, VOCABULARY_SIZE, NUM_EXAMPLES = 1, 64, 24
@@ -53,6 +57,35 @@ class Killer(SelfPlayCallback):
     def on_generate_end(self, iteration, responses, logs=None):
         if self.moment == "generation" and iteration == 2:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Outside(Engine):
+    """Answers in another process, as it were, and notes what it is asked."""
+
+    reads = "export"
+
+    def __init__(self, folder):
+        self._notes = Path(folder) / "asked.jsonl"
+
+    def _note(self, *what):
+        with self._notes.open("a") as file:
+            file.write(json.dumps([backend.process_index(), *what]) + "\n")
+
+    def update(self, folder):
+        weights = load_file(folder / "model.safetensors")
+        total = sum(
+            np.abs(array).sum(dtype=float) for array in weights.values()
+        )
+        self._note(len(weights), round(total, 2))
+
+    def generate(self, prompts, *, seed):
+        self._note(len(prompts))
+        rng = np.random.default_rng(seed)
+        ids = rng.integers(2, VOCABULARY_SIZE, (len(prompts), 3)).tolist()
+        return [Completion((*row, END), "stop") for row in ids]
+
+    def get_config(self):
+        return {}
 
 
 def kill_in_save(model):
@@ -95,6 +128,8 @@ def main(options):
 
 def make_model(options):
     causal_lm = make_causal_lm(vocabulary_size=VOCABULARY_SIZE, num_layers=1)
+    if mode := options.get("quantize"):
+        quantize_matrices(causal_lm, mode)
     if rank := options.get("lora_rank"):
         add_lora(causal_lm.backbone, Lora(rank, targets="all"))
     model = keras_iris.SelfPlayModel(causal_lm)
@@ -111,6 +146,7 @@ def run(model, options):
     if kill == "save":
         kill_in_save(model)
     examples = make_examples(seed=options.get("seed", 0))
+    outside = options.get("outside")
     self_play = keras_iris.SelfPlay(
         model,
         examples,
@@ -120,6 +156,7 @@ def run(model, options):
         batch_size=16,
         max_response_length=5,
         shard_size=8,
+        engine=Outside(options["run_dir"]) if outside else None,
         checkpoint_every_steps=1,
         callbacks=[AlphaScheduler(), Killer(kill)],
         evaluate=HeldOut(make_examples(10, seed=1), batch_size=8, samples=0),

@@ -302,6 +302,27 @@ def test_several_devices_train_as_one(tmp_path):
     assert_same(many, one)
 
 
+@pytest.mark.multi_device
+def test_an_engine_outside_answers_process_0(tmp_path):
+    """It gets the weights of all, and each process its answers."""
+    if keras.backend.backend() == "tensorflow":
+        pytest.skip("TensorFlow has one process")
+    one, two = tmp_path / "one", tmp_path / "two"
+    options, cut = {"outside": True, "iterations": 1}, {}
+    if keras.backend.backend() == "jax":
+        options |= {"lora_rank": 2, "quantize": "int4"}
+        cut = {"mesh": {"data": 4}, "strategy": "fsdp"}
+    run_one(run_dir=one, **options)
+    status, outputs = run_two(2, run_dir=two, **options, **cut)
+    assert status == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert_same(two, one)
+    # Of 24 prompts; nobody else is asked.
+    asked = (two / "asked.jsonl").read_text()
+    assert asked == (one / "asked.jsonl").read_text()
+    answered = [json.loads(line) for line in asked.splitlines()][1:]
+    assert answered == [[0, 8]] * 3
+
+
 CHECKPOINTS = """
 import json, sys, shutil, warnings
 from pathlib import Path

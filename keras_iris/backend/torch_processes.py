@@ -1,6 +1,7 @@
 """Several processes on PyTorch: each has the model and some of the rows."""
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import keras
@@ -12,6 +13,9 @@ from keras_iris.backend.local_rows import LocalRows
 from keras_iris.backend.refusals import refuse_sharded_checkpoints
 
 IS_ONE_PROGRAM = False
+# The longest wait for another process: one may answer all prompts. PyTorch
+# waits ten minutes for NCCL. If a process dies, `torchrun` ends the others.
+_LONGEST_WAIT = timedelta(days=7)
 
 
 def start_processes(
@@ -24,6 +28,7 @@ def start_processes(
     distributed.init_process_group(
         "nccl" if has_gpu else "gloo",
         init_method=f"tcp://{address}",
+        timeout=_LONGEST_WAIT,
         world_size=num_processes,
         rank=process_id,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_iris import backend
 from keras_iris.data import ChatTemplate
 from keras_iris.data.text_files import read_json
 from keras_iris.hub.architecture_table import ARCHITECTURES
@@ -105,7 +106,7 @@ def load(  # noqa: PLR0913 (by keyword only)
     causal_lm.source = folder
     causal_lm.commit = read_commit(folder)
     if quantize is not None:
-        _quantize(causal_lm, quantize)
+        quantize_matrices(causal_lm, quantize)
     if lora is not None:
         add_lora(causal_lm.backbone, lora)
         _warn_of_adapters(causal_lm.backbone)
@@ -169,14 +170,23 @@ def _warn_of_adapters(backbone: keras.Model) -> None:
         )
 
 
-def _quantize(causal_lm: keras.Model, mode: str) -> None:
+def quantize_matrices(causal_lm: keras.Model, mode: str) -> None:
     """Quantizes the decoder layers' matrices.
 
     Not the embeddings: the logits of Keras 3.15's quantized
     `ReversibleEmbedding` have no gradient but for one of its inputs.
     """
     matrices = (keras.layers.Dense, keras.layers.EinsumDense)
+
+    def is_matrix(layer: keras.layers.Layer) -> bool:
+        if not isinstance(layer, matrices):
+            return False
+        if backend.is_cut():
+            # Keras (3.15) reads the matrix in NumPy, then deletes it.
+            layer._kernel._value = backend.read(layer._kernel)
+        return True
+
     with warnings.catch_warnings():
         # Keras 3.15 converts its variables to NumPy 2 in an old way.
         warnings.simplefilter("ignore", DeprecationWarning)
-        causal_lm.quantize(mode, filters=lambda x: isinstance(x, matrices))
+        causal_lm.quantize(mode, filters=is_matrix)

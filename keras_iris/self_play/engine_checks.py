@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 
-from keras_iris import backend
 from keras_iris.generation import Completion, Engine
 from keras_iris.generation.engine import check_prompts
 from keras_iris.hub.adapter import check_adapter
@@ -23,11 +22,6 @@ def check_engine(engine: Any, options: Options) -> None:
             "`engine` has to be an object of `KerasEngine`, `ServerEngine` or "
             "a subclass of one's own of `keras_iris.generation.Engine`. "
             f"Received: {engine!r}"
-        )
-    if engine.reads != "trainer" and backend.process_count() > 1:
-        raise ValueError(
-            f"{type(engine).__name__} answers one process, and there are "
-            f"{backend.process_count()}. Use `KerasEngine`."
         )
     _check_writes(engine, options.model.causal_lm)
     # Keras (3.15) rounds the inputs of int8 layers, too, not those of int4. It

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from keras_iris import backend
 from keras_iris.data import Example
 from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export, save_adapter
@@ -21,6 +22,7 @@ from keras_iris.self_play.arrays import (
 )
 from keras_iris.self_play.engine_checks import check_completions
 from keras_iris.self_play.options import Options
+from keras_iris.self_play.processes import is_first
 from keras_iris.self_play.run_dir import RunDir
 from keras_iris.self_play.seeds import combine_seeds
 
@@ -95,8 +97,13 @@ class Opponent:
             for number, part in enumerate(parts)
         ]
 
+        is_outside = self.engine.reads != "trainer"
+
         def make(numbers: list[int]) -> Generator[Arrays, None, None]:
-            self._update_engine()
+            if is_outside:
+                self._update_engine()
+            if not numbers:
+                return
             answers: Any = iter(
                 self.engine.generate_shards(requests[n] for n in numbers)
             )
@@ -117,7 +124,8 @@ class Opponent:
                         num_prompts=len(parts[number]),
                         first=starts[number],
                     )
-                    if self.engine.reads != "trainer":
+                    # By all processes together it is done in `score`.
+                    if is_outside and backend.process_count() == 1:
                         self._check_tokens(
                             iteration, completions, parts[number]
                         )
@@ -126,7 +134,11 @@ class Opponent:
 
         print(name)
         shards = self.folder.shards(
-            name, [key] * len(parts), size=size, make=None if is_over else make
+            name,
+            [key] * len(parts),
+            size=size,
+            make=None if is_over else make,
+            by_first=is_outside,
         )
         return [
             Answers(first, part, split_responses(shard), shard["log_probs"])
@@ -279,14 +291,17 @@ class Opponent:
         self._compare(iteration, np.concatenate(given), np.concatenate(scores))
 
     def _update_engine(self) -> None:
-        """Gives an engine outside of this process the current weights."""
+        """Gives an engine outside of this process the current weights.
+
+        All processes take part in writing them, and process 0 has the engine.
+        """
         reads = self.engine.reads
-        if reads == "trainer":
-            return
         path = self.folder.path / reads
         print(f"Writing the {reads} to {path}")
         write = export if reads == "export" else save_adapter
-        self.engine.update(write(self.model.causal_lm, path))
+        folder = write(self.model.causal_lm, path)
+        if is_first():
+            self.engine.update(folder)
 
 
 @contextmanager

@@ -260,6 +260,7 @@ class RunDir:
         *,
         size: int,
         make: Callable[[list[int]], Generator[Arrays, None, None]] | None,
+        by_first: bool = False,
     ) -> list[Arrays]:
         """Reads the shards of a folder; makes and writes those that it lacks.
 
@@ -272,6 +273,8 @@ class RunDir:
             size: Responses of a shard.
             make: Makes the arrays of shards, by their numbers, one after
                 another; None where nothing can any more.
+            by_first: Whether process 0 makes and writes all of them. `make` is
+                called without numbers in the others.
 
         Raises:
             LostShard: A shard isn't there, and can't be made again.
@@ -296,8 +299,11 @@ class RunDir:
                 )
         count, index = backend.process_count(), backend.process_index()
         own = missing[index::count]
-        made = missing if backend.IS_ONE_PROGRAM else own
-        with closing(make(made) if make and made else _nothing()) as parts:
+        if by_first:
+            own = missing if is_first() else []
+        made = missing if backend.IS_ONE_PROGRAM and not by_first else own
+        is_asked = bool(missing if by_first else made)
+        with closing(make(made) if make and is_asked else _nothing()) as parts:
             for number, part in zip(made, parts, strict=True):
                 found[number] = part
                 if number in own:
