@@ -19,20 +19,20 @@ class SideBySide:
 
     Args:
         step: Made by `jax.jit`, of a state and a batch.
-        coming: Gives the lengths of the batches that come, in tokens, and
-            whether to print them.
+        take_coming: Gives the lengths of the batches that come, in tokens, and
+            whether to print them; nothing when it is called again.
     """
 
     def __init__(
-        self, step: Any, coming: Callable[[], tuple[Collection[int], bool]]
+        self, step: Any, take_coming: Callable[[], tuple[Collection[int], bool]]
     ) -> None:
         self._step = step
-        self._coming = coming
+        self._take_coming = take_coming
         self._known: set[int] = set()
 
     def __call__(self, state: Tree, data: Tree) -> Tree:
         """What the step gives."""
-        lengths, is_told = self._coming()
+        lengths, is_told = self._take_coming()
         new = sorted(set(lengths) - self._known)
         self._known.update(new)
         if len(new) > 1:

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -48,6 +48,8 @@ def _keep_state(method: Callable[..., Any]) -> Callable[..., Any]:
 class SafeModel(keras.Model):
     """A `keras.Model` that an interrupt leaves whole, or else says so."""
 
+    _coming: tuple[Collection[int], bool] = (), False
+
     fit = _keep_state(keras.Model.fit)
     evaluate = _keep_state(keras.Model.evaluate)
     predict = _keep_state(keras.Model.predict)
@@ -58,8 +60,13 @@ class SafeModel(keras.Model):
     def _make_function(self, step_function: Any, *args: Any, **kw: Any) -> Any:
         """Keras' own (3.15), of a step that is compiled for all lengths."""
         if hasattr(step_function, "lower"):
-            step_function = SideBySide(step_function, lambda: self._coming)
+            step_function = SideBySide(step_function, self._take_coming)
         return super()._make_function(step_function, *args, **kw)
+
+    def _take_coming(self) -> tuple[Collection[int], bool]:
+        """For the first step; `fit` may evaluate in between."""
+        coming, self._coming = self._coming, ((), False)
+        return coming
 
     def check_whole(self, num_rows: int) -> None:
         """Refuses a batch that isn't that of all processes.

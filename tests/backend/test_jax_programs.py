@@ -38,7 +38,7 @@ class Compilations(keras.callbacks.Callback):
         self.after_batches.append(self.number)
 
 
-def make_dataset():
+def make_dataset(shift=0):
     rng = np.random.default_rng(0)
 
     def ids(length):
@@ -55,7 +55,7 @@ def make_dataset():
         synthetic,
         np.full((len(examples), 2), -9.0),
         batch_size=NUM_ROWS,
-        bucket_lengths=[*LENGTHS, 32],
+        bucket_lengths=[length + shift for length in (*LENGTHS, 32)],
         shuffle=False,
     )
 
@@ -65,8 +65,13 @@ def count():
     model = keras_iris.SelfPlayModel(make_causal_lm())
     model.compile("sgd", loss=keras_iris.losses.IRIS())
     counts = Compilations()
-    dataset = make_dataset()
-    model.fit(dataset, epochs=2, callbacks=[counts], verbose=2)
+    model.fit(
+        make_dataset(),
+        epochs=2,
+        callbacks=[counts],
+        validation_data=make_dataset(shift=1),
+        verbose=2,
+    )
     return counts.after_batches
 
 
