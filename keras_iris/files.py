@@ -7,13 +7,14 @@ import platform
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import filelock
 import numpy as np
+import xxhash
 from safetensors import SafetensorError
 
 _NEW = ".keras_iris-new"  # the end of temporary names
@@ -23,6 +24,14 @@ def as_bytes(array: np.ndarray) -> Any:
     """An array's bytes, not copied."""
     # Through bytes, as bfloat16 has no buffer.
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def hash_arrays(arrays: Mapping[str, np.ndarray], header: bytes = b"") -> str:
+    """A hash of the values, in the order of the names, after a header."""
+    digest = xxhash.xxh3_128(header)
+    for _, array in sorted(arrays.items()):
+        digest.update(as_bytes(array))
+    return digest.hexdigest()
 
 
 def parse_json(text: str) -> Any:

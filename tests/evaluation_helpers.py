@@ -61,8 +61,11 @@ def record(*lines, name="this run", **manifest):
 def keep_examples(folder, iteration, **scores):
     """What `SelfPlay` keeps of scores that remember their examples."""
     arrays = {
-        f"{name}.{part}": getattr(ExampleScore(values), part)
+        f"{name}.{part}": getattr(score, part)
         for name, values in scores.items()
+        for score in [
+            values if isinstance(values, ExampleScore) else ExampleScore(values)
+        ]
         for part in ("values", "weights")
     }
     (folder / "evaluations").mkdir(parents=True, exist_ok=True)

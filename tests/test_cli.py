@@ -141,16 +141,6 @@ def test_run_is_the_program(outputs, folder, monkeypatch):
     model.compile(
         keras.optimizers.AdamW(schedule), loss=keras_iris.losses.IRIS()
     )
-    scores = []
-
-    def note(model):
-        scores.append(
-            keras_iris.evaluation.HeldOut(held_out, batch_size=16, samples=0)(
-                model
-            )
-        )
-        return scores[-1]
-
     keras_iris.SelfPlay(
         model,
         train,
@@ -161,7 +151,9 @@ def test_run_is_the_program(outputs, folder, monkeypatch):
         max_prompt_length=64,
         max_response_length=32,
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
-        evaluate=note,
+        evaluate=keras_iris.evaluation.HeldOut(
+            held_out, batch_size=16, samples=0
+        ),
     ).run()
     manifests = [
         json.loads((folder / "runs" / name / "manifest.json").read_text())
@@ -169,11 +161,14 @@ def test_run_is_the_program(outputs, folder, monkeypatch):
     ]
     assert manifests[0]["settings"] == manifests[1]["settings"]
     evaluations = [
-        line["nll_per_token"]
-        for line in keras_iris.evaluation.read_metrics(RUN)
-        if line["kind"] == "evaluation"
+        [
+            line["nll_per_token"]
+            for line in keras_iris.evaluation.read_metrics(run_dir)
+            if line["kind"] == "evaluation"
+        ]
+        for run_dir in (RUN, "runs/program")
     ]
-    assert evaluations == [float(s["nll_per_token"]) for s in scores]
+    assert evaluations[0] == evaluations[1] and len(evaluations[0]) == 4
     assert "keras-iris export" in _of(outputs, "run")[0]
 
 
@@ -343,6 +338,9 @@ selfplay: {}
         ("self_play.control=sgd", "`control` has to be one of"),
         ("self_play.template=[", "can't be read as YAML"),
         ("load.default_template=zefyr", "zephyr"),
+        ("compile.metrics=[Foo]", "metric identifier: Foo"),
+        ("compile.jit_compile=maybe", "`jit_compile` has to be True, False"),
+        ("self_play.data=nothing.jsonl", "There is no file nothing.jsonl"),
     ],
 )
 def test_bad_setting(setting, error, cli, monkeypatch):
@@ -357,6 +355,8 @@ def test_bad_setting(setting, error, cli, monkeypatch):
     answer = cli("run", RECIPE, *words)
     assert answer.status == 2
     assert answer.err.startswith("error: ") and error in answer.err
+    if "self_play.evaluate" not in setting:  # which needs the data
+        assert cli("estimate", RECIPE, *words).err == answer.err
 
 
 @pytest.mark.parametrize(
@@ -386,6 +386,24 @@ def test_without_the_harness(cli, monkeypatch):
 def test_unknown_task():
     with pytest.raises(ValueError, match="no task 'gsm9k'.*'gsm8k'"):
         _check_tasks(["hellaswag", "gsm9k"], ["hellaswag", "gsm8k"])
+    for name in ("", "README.md", "."):
+        with pytest.raises(ValueError, match="There is no task"):
+            _check_tasks([name], ["hellaswag"])
+
+
+def test_out_of_memory(cli, monkeypatch):
+    """The advice, and no traceback."""
+
+    def run(self):
+        raise MemoryError("Compile the model with micro_batch_size=4")
+
+    monkeypatch.setattr(keras_iris.SelfPlay, "run", run)
+    words = ["--set", f"load.preset={FOLDER}", "--set", "self_play.run_dir=m"]
+    answer = cli("run", RECIPE, *words)
+    assert answer.status == 2
+    assert answer.err.splitlines()[-1] == (
+        "error: Compile the model with micro_batch_size=4"
+    )
 
 
 def test_damaged_files(tmp_path):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 import typer
+import yaml
 
 from keras_iris.cli import doctor, model, runs, start
 
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         OSError,
         ImportError,
         FloatingPointError,
+        MemoryError,
+        yaml.YAMLError,
     ) as error:
         if os.environ.get("KERAS_IRIS_TRACEBACK"):
             raise

@@ -99,7 +99,7 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
         str, typer.Option(help="`ten`, or names with commas between.")
     ] = "ten",
     limit: Annotated[
-        int | None, typer.Option(help="Examples of each task.")
+        int | None, typer.Option(help="Examples of each task.", min=1)
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows together.")] = 8,
     max_length: Annotated[
@@ -132,7 +132,7 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
     manager = TaskManager(include_path=include and str(include))
     names: str | Sequence[str] = "ten"
     if tasks != "ten":
-        names = tasks.split(",")
+        names = [name.strip() for name in tasks.split(",")]
         _check_tasks(names, manager.all_tasks)
     found = evaluate(
         keras_iris.load(preset, dtype=dtype),
@@ -154,10 +154,11 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
 
 def _check_tasks(names: Sequence[str], known: Sequence[str]) -> None:
     for name in names:
-        if name not in known and not Path(name).exists():
+        is_file = Path(name).suffix in (".yaml", ".yml") and Path(name).exists()
+        if name not in known and not is_file:
             near = difflib.get_close_matches(name, known, cutoff=0.5)
             raise ValueError(
                 f"There is no task {name!r}. Similar ones: {near}. Expected "
-                "`ten`, tasks of the harness (`lm_eval ls tasks`), or of a "
-                "folder that --include names."
+                "`ten`, tasks of the harness (`lm_eval ls tasks`) or of a "
+                "folder that --include names, or a task's .yaml file."
             )

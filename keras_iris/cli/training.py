@@ -11,7 +11,7 @@ import numpy as np
 import keras_iris
 from keras_iris.cli.config import Config, Section, Spec, arguments_of, build
 from keras_iris.data import Conversation, Example, load_dataset, tokenize
-from keras_iris.files import replaced
+from keras_iris.models.checks import check_compile
 from keras_iris.run_estimate import RunEstimate
 from keras_iris.self_play.best import Best
 from keras_iris.self_play.checkpoints import Checkpoints, state_of
@@ -68,9 +68,7 @@ def train(config: Config) -> Path:
         play["evaluate"].arguments["examples"] = held_out
     arguments = build({**play, "data": examples}, known)
     self_play = keras_iris.SelfPlay(model, **arguments)
-    if keras_iris.distribution.process_index() == 0:
-        with replaced(self_play.folder.path / CONFIG_FILE) as file:
-            file.write_text(config.text, encoding="utf-8")
+    self_play.folder.texts[CONFIG_FILE] = config.text
     return self_play.run()
 
 
@@ -169,6 +167,7 @@ def _with_defaults(config: Config) -> Section:
 def _check_ranges(config: Config, play: Section) -> Section:
     """Refuses what needs no model to be refused; gives what is compiled."""
     compiled: Section = build(config.sections["compile"], {"num_steps": 100})
+    check_compile(**compiled)
     needing_a_model = ("engine", "evaluate")
     Options(
         model=None,  # type: ignore[arg-type]

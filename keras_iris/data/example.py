@@ -1,11 +1,13 @@
 """A tokenised prompt and its annotated response."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from keras_iris.files import hash_arrays
 
 TokenIds: TypeAlias = NDArray[np.int32]
 
@@ -43,3 +45,14 @@ def check_vocabulary(examples: Iterable[Example], vocabulary_size: int) -> None:
                 "the model's vocabulary. Use the tokenizer that the model was "
                 "trained with."
             )
+
+
+def hash_examples(examples: Sequence[Example]) -> str:
+    """A hash of the examples' ids."""
+    ids = [
+        np.asarray(part, "int32")
+        for example in examples
+        for part in (example.prompt_ids, example.response_ids)
+    ]
+    lengths = np.array([len(part) for part in ids], "int32")
+    return hash_arrays({"ids": np.concatenate(ids), "lengths": lengths})[:16]

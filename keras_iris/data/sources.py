@@ -86,7 +86,7 @@ def cmudict() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _check_file_options(name: str | Path, split: str, streaming: bool) -> None:
-    if streaming:
+    if streaming and Path(name).expanduser().exists():
         raise ValueError(
             f"`streaming=True` with one file, {name}, which is read whole. "
             "Leave it out, or pass the folder that holds the file."

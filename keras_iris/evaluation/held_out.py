@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from keras_iris.data import Example
+from keras_iris.data.example import hash_examples
 from keras_iris.generation import KerasEngine
 from keras_iris.metrics import ExampleScore
 from keras_iris.models import SelfPlayModel
@@ -46,6 +47,8 @@ class HeldOut:
         ValueError: There are no examples.
     """
 
+    score_names = ("nll_per_token",)
+
     def __init__(
         self,
         examples: list[Example],
@@ -81,6 +84,10 @@ class HeldOut:
         nll = ExampleScore(-log_probs[:, 0], num_tokens)
         answers = self._answer(model.causal_lm) if self.samples else []
         return Scores({"nll_per_token": nll}, answers)
+
+    def get_config(self) -> dict[str, Any]:
+        """What the scores are of: a run goes on with the same."""
+        return {"examples": hash_examples(self.examples)}
 
     def _answer(self, causal_lm: Any) -> list[dict[str, str]]:
         tokenizer = getattr(causal_lm, "tokenizer", None)

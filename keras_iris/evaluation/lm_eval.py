@@ -3,11 +3,16 @@
 Nothing else of the package imports this module, or `lm_eval`.
 """
 
+import contextlib
+import hashlib
 import itertools
 import json
+import sqlite3
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import keras
 import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -18,6 +23,7 @@ from tqdm import tqdm
 from keras_iris import backend
 from keras_iris.evaluation.answers import GreedyAnswers
 from keras_iris.evaluation.continuations import ContinuationScorer
+from keras_iris.models.lora import find_lora
 from keras_iris.models.values import hash_variables
 
 __all__ = ["TEN", "KerasLM", "evaluate"]
@@ -63,18 +69,29 @@ def evaluate(
         max_length: As in `KerasLM`.
         **options: Others of `simple_evaluate`, such as `limit=100`,
             `apply_chat_template=True` or, to go on after a crash,
-            `use_cache="runs/own/harness"`.
+            `use_cache="runs/own/harness"`. Not `cache_requests`, which
+            unpickles what it finds.
 
     Returns:
         The harness' results; those of `TEN` have their scores, between 0 and
         1, as `results["ten"]`. In processes of `torchrun` but the first, an
         empty dictionary.
+
+    Raises:
+        ValueError: An option or the cache can't be used, or as in `KerasLM`.
     """
+    if options.get("cache_requests"):
+        raise ValueError(
+            "`cache_requests` isn't taken: the harness unpickles what it finds "
+            "there, which may run anything. `use_cache` keeps the results."
+        )
     model = KerasLM(causal_lm, batch_size=batch_size, max_length=max_length)
     is_ten = tasks == "ten"
     if is_ten:
         options["task_manager"] = options.get("task_manager") or TaskManager()
         tasks = _load_ten(options["task_manager"])
+    if use_cache := options.get("use_cache"):
+        _check_cache(Path(use_cache))
     results: dict[str, Any] | None = lm_eval.simple_evaluate(
         model=model,
         tasks=[tasks] if isinstance(tasks, str) else list(tasks),
@@ -88,6 +105,19 @@ def evaluate(
             for name, (task, _, metric) in TEN.items()
         }
     return results
+
+
+def _check_cache(path: Path) -> None:
+    """Refuses what the harness would open in a thread of its own."""
+    for file in path.parent.glob(f"{path.name}_rank*.db"):
+        try:
+            with contextlib.closing(sqlite3.connect(file)) as database:
+                database.execute("PRAGMA schema_version")
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"The cache {file} can't be used: {error}. Name another file, "
+                "or delete this one."
+            ) from error
 
 
 def _load_ten(manager: TaskManager) -> list[Any]:
@@ -160,19 +190,14 @@ class KerasLM(TemplateLM):
         )
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Takes the harness' cache: as JSON, by weights as well as by text.
+        """Takes the harness' cache: as JSON, by model as well as by text.
 
         The harness would unpickle what it reads.
         """
         super().set_cache_hook(cache_hook)
         if (cache := cache_hook.dbdict) is None:
             return
-        model = [
-            hash_variables(self._causal_lm.variables),
-            self._causal_lm.dtype_policy.name,
-            self.tokenizer.fingerprint(),
-            str(self.max_length),
-        ]
+        model = self._fingerprint()
 
         def decode(text: str | bytes) -> Any:
             try:
@@ -185,7 +210,24 @@ class KerasLM(TemplateLM):
             return tuple(result) if isinstance(result, list) else result
 
         cache.encode, cache.decode = json.dumps, decode
-        cache.encode_key = lambda key: " ".join([*model, key])
+        cache.encode_key = lambda key: f"{model} {key}"
+
+    def _fingerprint(self) -> str:
+        """Of all that results depend on, but for the text."""
+        causal_lm = self._causal_lm
+        config = causal_lm.backbone.get_config()
+        # Keras numbers names in a process; the dtype's name is another part.
+        config = {n: v for n, v in config.items() if n not in ("name", "dtype")}
+        lora = find_lora(causal_lm.backbone)
+        parts = [
+            keras.saving.serialize_keras_object(config),
+            lora and lora.get_config(),
+            hash_variables(causal_lm.variables),
+            causal_lm.dtype_policy.name,
+            self.tokenizer.fingerprint(),
+            self.max_length,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def all_gather(self, tensor: Any) -> Any:
         """The numbers of all processes."""
@@ -354,14 +396,14 @@ class KerasLM(TemplateLM):
         return [found[i] for i in range(len(requests))]
 
     def _read(self, context: str, options: dict[str, Any]) -> "_Prompt":
-        options = dict(normalize_gen_kwargs(options))
+        given, options = options, dict(normalize_gen_kwargs(options))
         limit = options.pop("max_gen_toks")
         end = self.tokenizer.decode([self.eot_token_id])
         until = handle_stop_sequences(options.pop("until"), end)
         if options.pop("do_sample") or options.keys() - {"temperature"}:
             raise ValueError(
                 "Answers are greedy. Expected nothing but `until`, "
-                f"`max_gen_toks` and `do_sample: false`. Received: {options}"
+                f"`max_gen_toks` and `do_sample: false`. Received: {given}"
             )
         room = self.max_length - limit
         if room < 1:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from keras_iris.evaluation.run_record import Line, RunRecord
 from keras_iris.metrics import interval_of_difference
 
@@ -94,7 +96,7 @@ def _scores(run: RunRecord, others: Sequence[RunRecord]) -> Table:
         f"{run.name} minus the run of the line, or its own start, at the last "
         "iteration of both; its interval is over the held-out examples, not "
         "over seeds of training. No verdict: the examples' scores weren't "
-        "kept, or which way is better isn't known.",
+        "kept or are of others, or which way is better isn't known.",
         3,
         [*header, *map(str, iterations)],
         rows,
@@ -115,8 +117,10 @@ def compare(run: RunRecord, other: RunRecord, score: str) -> list[str]:
     examples = run.examples(score, last)
     others = other.examples(score, 0 if other is run else last)
     ends = None
-    if examples and others and len(examples.values) == len(others.values):
-        ends = interval_of_difference(examples, others)
+    if examples and others:
+        # Of the same examples, and not only of as many.
+        if np.array_equal(examples.weights, others.weights):
+            ends = interval_of_difference(examples, others)
     verdict = _verdict(ends, run.mode(score))
     if " than" in verdict or " from" in verdict:
         verdict += f" {'its start' if other is run else other.name}"

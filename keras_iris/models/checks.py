@@ -147,6 +147,25 @@ def check_length(causal_lm: Any, length: int | None) -> None:
         )
 
 
+def check_compile(
+    metrics: Any = None, jit_compile: Any = "auto", **_: Any
+) -> None:
+    """Refuses what Keras would refuse in the first step, or take for true.
+
+    Args:
+        metrics: Of `compile`, a name or a list with names.
+        jit_compile: Of `compile`.
+    """
+    for metric in keras.tree.flatten(metrics):
+        if isinstance(metric, str):
+            keras.metrics.get(metric)  # raises for those that it doesn't know
+    if jit_compile not in (True, False, "auto"):
+        raise ValueError(
+            "`jit_compile` has to be True, False or 'auto'. Received: "
+            f"{jit_compile!r}"
+        )
+
+
 def check_micro_batch_size(size: Any) -> int | None:
     """The size as an integer."""
     if size is None:

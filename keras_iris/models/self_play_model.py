@@ -17,6 +17,7 @@ from keras_iris.metrics import PairBatch, PairMetric
 from keras_iris.metrics.recent import RecentLogProbs
 from keras_iris.models.checks import (
     check_causal_lm,
+    check_compile,
     check_fit,
     check_inputs,
     check_length,
@@ -150,6 +151,7 @@ class SelfPlayModel(backend.Trainer):
             loss.bind_alpha(self.alpha)
         self.compile_options = kwargs
         metrics = _metric_list(metrics) + _metric_list(weighted_metrics)
+        check_compile(metrics, **kwargs)
         self._set_metrics(metrics)
         # Keras would keep those of a `compile` before.
         self.loss: Any = None

@@ -10,7 +10,7 @@ import numpy as np
 import xxhash
 from safetensors import SafetensorError, safe_open
 
-from keras_iris.files import as_bytes, replaced
+from keras_iris.files import as_bytes, hash_arrays, replaced
 
 Arrays = dict[str, np.ndarray]
 
@@ -63,7 +63,7 @@ def read_arrays(path: Path) -> tuple[Arrays, dict[str, str]]:
         header = size + file.read(*struct.unpack("<Q", size))
     there = metadata.get("xxh3", "")
     header = header.replace(there.encode(), _NO_CHECKSUM.encode())
-    if there != _checksum(arrays, xxhash.xxh3_128(header)):
+    if there != hash_arrays(arrays, header):
         raise ValueError(f"{path} is damaged: its checksum is another one")
     return arrays, metadata
 
@@ -98,17 +98,6 @@ def read_responses(run_dir: Path, iteration: int) -> list[np.ndarray]:
         for file in sorted(run_dir.glob(name))
         for ids in split_responses(read_arrays(file)[0])
     ]
-
-
-def hash_arrays(arrays: Mapping[str, np.ndarray]) -> str:
-    """A hash of the values, in the order of the names."""
-    return _checksum(arrays, xxhash.xxh3_128())
-
-
-def _checksum(arrays: Mapping[str, np.ndarray], digest: Any) -> str:
-    for _, array in sorted(arrays.items()):
-        digest.update(as_bytes(array))
-    return str(digest.hexdigest())
 
 
 def _source(array: np.ndarray | Source) -> Source:

@@ -1,6 +1,7 @@
 """The control of a run: the same steps from the same start, another loss."""
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,13 @@ from keras_iris.self_play.arrays import read_responses
 from keras_iris.self_play.checkpoints import read_variables, write_variables
 from keras_iris.self_play.options import Options, control_loss
 from keras_iris.self_play.processes import from_first
-from keras_iris.self_play.run_dir import RunDir, read_manifest
+from keras_iris.self_play.run_dir import (
+    RunDir,
+    check_settings,
+    read_manifest,
+)
 from keras_iris.self_play.seeds import combine_seeds
+from keras_iris.self_play.settings import describe
 
 
 class Control:
@@ -38,6 +44,27 @@ class Control:
         self._optimizer = new_optimizer(
             options.model, options.control_learning_rate
         )
+
+    def check(self) -> None:
+        """Refuses a folder with the control of another loss or rate.
+
+        Raises:
+            ValueError: With a line a difference.
+        """
+        manifest = self.path / "manifest.json"
+        if not from_first(manifest.exists):
+            return
+        old = read_manifest(manifest)
+        loss = {
+            "class_name": type(self.loss).__name__,
+            "config": self.loss.get_config(),
+        }
+        here = describe({"loss": loss, "optimizer": self._optimizer})
+        here = json.loads(json.dumps(here))
+        # A run may have changed its learning rate.
+        here = {n: v for n, v in here.items() if n not in old.get("left", {})}
+        there = {name: old["settings"].get(name) for name in here}
+        check_settings(self.path, there, here)
 
     def keep_start(self, weights: str) -> None:
         """Keeps the weights that the run begins with, if they aren't yet.

@@ -17,6 +17,7 @@ from keras_iris import backend
 from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import PairDataset
 from keras_iris.data.buckets import choose_bucket_lengths
+from keras_iris.data.example import hash_examples
 from keras_iris.evaluation.alarms import Alarms
 from keras_iris.evaluation.run_record import read_metrics
 from keras_iris.generation import KerasEngine
@@ -38,7 +39,6 @@ from keras_iris.self_play.seeds import combine_seeds
 from keras_iris.self_play.settings import (
     WeightsHash,
     execution_settings,
-    hash_examples,
     result_settings,
     versions,
 )
@@ -152,6 +152,8 @@ class SelfPlay(Options):
         if not from_first(self.folder.is_new):
             self._hash = WeightsHash(causal_lm)
             self.folder.join(self._describe())
+            if self.control is not None:
+                Control(self, self.folder).check()
         self.opponent = Opponent(self, engine, self.folder)
 
     @property

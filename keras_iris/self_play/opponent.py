@@ -11,12 +11,12 @@ from tqdm import tqdm
 
 from keras_iris import backend
 from keras_iris.data import Example
+from keras_iris.files import hash_arrays
 from keras_iris.generation import Completion, Engine, check_log_probs
 from keras_iris.hub import export, save_adapter
 from keras_iris.models.score import TokenScorer, score_pairs
 from keras_iris.self_play.arrays import (
     Arrays,
-    hash_arrays,
     read_responses,
     split_responses,
 )

@@ -112,6 +112,12 @@ class Options:
                 f"keep_best={self.keep_best!r} needs `evaluate`, which has to "
                 "give that score."
             )
+        names = getattr(self.evaluate, "score_names", None)
+        if self.keep_best and names and self.keep_best not in names:
+            raise ValueError(
+                f"keep_best={self.keep_best!r} isn't a score of `evaluate`. "
+                f"Expected one of {list(names)}."
+            )
         flat = keras.tree.flatten(self.callbacks or ())
         for callback in flat:
             is_list = isinstance(callback, keras.callbacks.CallbackList)

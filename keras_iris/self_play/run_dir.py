@@ -33,6 +33,9 @@ from keras_iris.self_play.processes import (
 
 Manifest = dict[str, Any]
 
+# Those of Keras that change what is trained, and don't tell their arguments.
+_CALLBACKS = ("EarlyStopping", "LearningRateScheduler", "ReduceLROnPlateau")
+
 
 class LostShard(ValueError):
     """A shard is gone, and the weights that made it aren't those in memory."""
@@ -59,6 +62,7 @@ class RunDir:
         self.path = Path(path).expanduser().absolute()
         self.manifest = self.path / "manifest.json"
         self.checkpoints = Checkpoints(self.path)
+        self.texts: dict[str, str] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             open(self.path / "metrics.jsonl", "a").close()
@@ -102,19 +106,18 @@ class RunDir:
             is_known = name == "weights" and value in self.checkpoints.weights()
             if is_known or (name in left and left[name] == value):
                 settings[name] = old["settings"].get(name)
-        differences = _differences(old["settings"], settings)
+        # A run may be evaluated from now on, or no more.
+        for name in old["settings"].keys() ^ settings.keys():
+            if name.partition(".")[0] == "evaluate":
+                value = old["settings"].get(name, settings.get(name))
+                old["settings"][name] = settings[name] = value
+        fewer = []
         there, here = (m["execution"]["iterations"] for m in (old, new))
         if here < there:
-            differences.append(
+            fewer = [
                 f"iterations: {there} there, {here} here; more can be added"
-            )
-        if differences:
-            lines = "\n".join(f"  {shorten(line, 300)}" for line in differences)
-            raise ValueError(
-                f"{self.path} holds a run with other settings:\n{lines}\n"
-                "Continue it with its own settings and the model it started "
-                "from, or pass another `run_dir`."
-            )
+            ]
+        check_settings(self.path, old["settings"], settings, fewer)
         parts = ("execution", "versions")
         changed = {part: old[part] for part in parts if old[part] != new[part]}
         earlier = [*old.get("earlier", []), *([changed] if changed else [])]
@@ -151,7 +154,10 @@ class RunDir:
         """Writes the manifest of a run that goes on, or begins."""
         manifest = self.join(new)
         if self.manifest.exists():
-            self._warn_of_versions(manifest["versions"])
+            self._warn(read_manifest(self.manifest), manifest)
+        for name, text in self.texts.items():
+            with replaced(self.path / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         shards = self.path.glob("iteration_*/*")
         for folder in (self.path, self.path / "starts", *shards):
             remove_unfinished(folder)
@@ -165,12 +171,25 @@ class RunDir:
         if is_first():
             self._write(manifest | {"left": left})
 
-    def _warn_of_versions(self, here: dict[str, Any]) -> None:
-        there = read_manifest(self.manifest)["versions"]
-        for line in _differences(there, here):
+    def _warn(self, there: Manifest, here: Manifest) -> None:
+        """Tells of what may change a result, and what it was before."""
+        callbacks = [
+            {
+                "callbacks": [
+                    name
+                    for name in part["execution"]["callbacks"]
+                    if name in _CALLBACKS
+                ]
+            }
+            for part in (there, here)
+        ]
+        for line in (
+            *_differences(there["versions"], here["versions"]),
+            *_differences(*callbacks),
+        ):
             warnings.warn(
-                f"The run in {self.path} goes on with another version, {line}: "
-                "it may not end in the same weights.",
+                f"The run in {self.path} goes on with another version or "
+                f"callback, {line}: it may not end in the same weights.",
                 stacklevel=5,
             )
 
@@ -353,7 +372,7 @@ def read_manifest(file: Path) -> Manifest:
         for part in ("settings", "execution", "versions"):
             content[part].items()
         content.get("left", {}).items()
-        [*content.get("earlier", [])]
+        [*content.get("earlier", []), *content["execution"]["callbacks"]]
         content["execution"]["iterations"] + 0
         return content
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -373,6 +392,33 @@ def _left(
         return {}
     there = manifest["settings"]
     return {name: v for name, v in now.items() if v != there.get(name)}
+
+
+def check_settings(
+    path: Path,
+    old: dict[str, Any],
+    new: dict[str, Any],
+    others: Sequence[str] = (),
+) -> None:
+    """Refuses to go on with another run.
+
+    Args:
+        path: Its folder.
+        old: Settings there.
+        new: Settings here, as JSON gives them back.
+        others: More lines that say what differs.
+
+    Raises:
+        ValueError: With a line a difference.
+    """
+    differences = [*_differences(old, new), *others]
+    if differences:
+        lines = "\n".join(f"  {shorten(line, 300)}" for line in differences)
+        raise ValueError(
+            f"{path} holds a run with other settings:\n{lines}\n"
+            "Continue it with its own settings and the model it started "
+            "from, or pass another `run_dir`."
+        )
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

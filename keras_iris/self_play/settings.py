@@ -2,7 +2,7 @@
 
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,9 +10,7 @@ import keras
 import numpy as np
 
 from keras_iris import backend
-from keras_iris.data import Example
 from keras_iris.models.values import hash_variables
-from keras_iris.self_play.arrays import hash_arrays
 from keras_iris.self_play.options import Options
 
 _PLAIN = bool | int | float | str | None
@@ -36,6 +34,7 @@ def result_settings(options: Options) -> dict[str, Any]:
     }
     names = "end_token_ids epochs batch_size num_samples max_response_length "
     names += "seed"
+    is_told = isinstance(options.evaluate, Configured)
     parts = {
         "num_examples": len(options.examples),
         **{name: getattr(options, name) for name in names.split()},
@@ -46,6 +45,8 @@ def result_settings(options: Options) -> dict[str, Any]:
         "callbacks": [
             c for c in options.callbacks if isinstance(c, Configured)
         ],
+        # Scores of other examples can't be compared.
+        **({"evaluate": options.evaluate} if is_told else {}),
         # The order changes between executions.
         "steps_per_execution": model.steps_per_execution,
         "backend": keras.backend.backend(),
@@ -121,17 +122,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # under another name
             found[name] = "unknown"
     return found
-
-
-def hash_examples(examples: Sequence[Example]) -> str:
-    """A hash of the examples' ids."""
-    ids = [
-        np.asarray(part, "int32")
-        for example in examples
-        for part in (example.prompt_ids, example.response_ids)
-    ]
-    lengths = np.array([len(part) for part in ids], "int32")
-    return hash_arrays({"ids": np.concatenate(ids), "lengths": lengths})[:16]
 
 
 class WeightsHash:

@@ -3,6 +3,7 @@
 import json
 import pickle
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager, _factory
 from programs import environments
+from tiny_checkpoints import edit
 from tiny_models import make_causal_lm
 from tokenizer_texts import TEXTS
 
@@ -367,6 +369,13 @@ def test_cache(checkpoint, tasks, manager, tmp_path, monkeypatch):
     causal_lm.variables[0].assign(causal_lm.variables[0] * 2)
     evaluate(causal_lm, use_cache=cache, **options)
     assert len(scored) == number + 3
+    # Nor for another model with the same weights.
+    other = tmp_path / "other"
+    shutil.copytree(checkpoint("qwen2"), other)
+    rope = {"rope_type": "default", "rope_theta": 123.0}
+    edit(other / "config.json", rope_parameters=rope)
+    evaluate(keras_iris.load(other), use_cache=cache, **options)
+    assert len(scored) == number + 6
 
 
 def test_nothing_is_unpickled(checkpoint, tasks, manager, tmp_path):
@@ -392,6 +401,11 @@ def test_nothing_is_unpickled(checkpoint, tasks, manager, tmp_path):
     with pytest.raises(ValueError, match=f"Expected JSON in .*{file.name}"):
         evaluate(causal_lm, **options)
     assert not ran.exists()
+    file.write_text("It is no database. " * 99)
+    with pytest.raises(ValueError, match="cache.* can't be used: .*database"):
+        evaluate(causal_lm, **options)
+    with pytest.raises(ValueError, match="unpickles"):
+        evaluate(causal_lm, ["colours"], cache_requests=True)
 
 
 def test_document(checkpoint, tasks, manager, monkeypatch):

@@ -71,6 +71,19 @@ def test_compare_by_examples(score, shift, expected, tmp_path):
     np.testing.assert_allclose([low, high], ends, atol=0.3 * error)
 
 
+def test_scores_of_other_examples_have_no_verdict(tmp_path):
+    """They are of as many, but of other lengths."""
+    keep_examples(tmp_path / "a", 1, nll=ExampleScore(NOISE[0], [2] * 400))
+    keep_examples(tmp_path / "b", 1, nll=ExampleScore(NOISE[0] - 9, [3] * 400))
+    run, other = (
+        record(evaluation(1, nll=float(i)), name=name)._replace(
+            folder=tmp_path / name
+        )
+        for i, name in enumerate("ab")
+    )
+    assert compare(run, other, "nll") == ["no verdict", "-1.0000", "-"]
+
+
 def test_scores_that_are_no_scores_of_examples():
     assert ExampleScore([1.0, 5.0], [1, 2]) == 2.0
     for values, weights in (([], None), ([1.0], [1.0, 2.0]), ([[1.0]], None)):

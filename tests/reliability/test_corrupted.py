@@ -56,7 +56,7 @@ MANIFEST = {
     "created": "2026-01-01T00:00:00+0000",
     "score_modes": {"taste": "max"},
     "settings": {"data": "ab", "weights": "cd", "optimizer.beta": 0.9},
-    "execution": {"iterations": 1, "device": "cpu"},
+    "execution": {"iterations": 1, "device": "cpu", "callbacks": []},
     "versions": {"python": "3.11", "keras": "3.15"},
     "left": {"weights": "ef"},
     "earlier": [],

@@ -116,6 +116,24 @@ def test_another_loss_draws_its_own_responses(tmp_path):
     assert own.tolist() != control.tolist()
 
 
+def test_another_control_is_refused_before_the_run_trains(tmp_path):
+    options = dict(evaluate=held_out(), epochs=1, control="sft")
+    make_self_play(tmp_path, iterations=1, **options).run()
+    before = (tmp_path / "metrics.jsonl").read_text()
+    for others, line in (
+        ({"control": "spin"}, "loss: 'SFT' there, 'SPIN' here"),
+        (
+            {"control_learning_rate": 0.002},
+            "optimizer.learning_rate: 0.01.* there, 0.002 here",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"control holds .*\n.*{line}"):
+            make_self_play(tmp_path, **{**options, **others})
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    make_self_play(tmp_path, iterations=2, **options).run()
+    assert len(read_scores(tmp_path / "control")) == 3
+
+
 def test_controls_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match="'sft'.*Received: 'dpo'"):
         make_self_play(tmp_path, control="dpo")

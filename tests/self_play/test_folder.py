@@ -21,8 +21,9 @@ from tiny_models import make_causal_lm
 
 import keras_iris
 from keras_iris.callbacks import AlphaScheduler
-from keras_iris.files import locked, remove_unfinished, replaced
-from keras_iris.self_play.arrays import hash_arrays, read_arrays, write_arrays
+from keras_iris.evaluation import HeldOut
+from keras_iris.files import hash_arrays, locked, remove_unfinished, replaced
+from keras_iris.self_play.arrays import read_arrays, write_arrays
 from keras_iris.self_play.checkpoints import Checkpoints
 from keras_iris.self_play.settings import versions
 
@@ -82,7 +83,8 @@ class TestWeights:
             tmp_path, epochs=1, iterations=1, callbacks=[rates]
         )
         self_play.run()
-        make_again(self_play, callbacks=()).run()
+        with pytest.warns(UserWarning, match="LearningRateScheduler'. there"):
+            make_again(self_play, callbacks=()).run()
         self_play.model.optimizer.learning_rate = 0.002
         with pytest.raises(ValueError, match="_rate: 0.00.* there, 0.002"):
             make_again(self_play, callbacks=())
@@ -335,6 +337,43 @@ print((peak - before) / 200e6)
         )
         assert result.returncode == 0, result.stderr
         assert float(result.stdout.split()[-1]) < 0.1
+
+
+def test_scores_of_other_examples_are_refused(tmp_path):
+    """They, and what was best by them, can't be compared."""
+
+    def held_out(seed):
+        return HeldOut(make_examples(6, seed=seed), batch_size=2, samples=0)
+
+    def start(**options):
+        return make_self_play(tmp_path, epochs=1, callbacks=[], **options)
+
+    start(iterations=1, evaluate=held_out(5)).run()
+    with pytest.raises(ValueError, match="evaluate.examples: '.*' there, '.*'"):
+        start(evaluate=held_out(6))
+    # Without them it goes on, and the first ones are still known.
+    start(iterations=2, evaluate=None).run()
+    with pytest.raises(ValueError, match="evaluate.examples"):
+        start(iterations=3, evaluate=held_out(6))
+    start(iterations=3, evaluate=held_out(5)).run()
+
+
+def test_other_callbacks_are_told_of(tmp_path):
+    options = dict(iterations=1, epochs=1)
+    make_self_play(tmp_path, callbacks=[], **options).run()
+    slower = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate)
+    with pytest.warns(UserWarning, match="callbacks: .* there, .*RateSchedul"):
+        make_self_play(tmp_path, callbacks=[slower], **options).run()
+
+
+def test_texts_of_a_run_that_is_refused_are_not_written(tmp_path):
+    run = make_self_play(tmp_path, iterations=1, epochs=1, callbacks=[])
+    run.folder.texts["config.yaml"] = "text"
+    with locked(tmp_path), pytest.raises(ValueError, match="in use"):
+        run.run()
+    assert not (tmp_path / "config.yaml").exists()
+    run.run()
+    assert (tmp_path / "config.yaml").read_text() == "text"
 
 
 def test_hash_of_arrays():
