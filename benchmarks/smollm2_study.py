@@ -56,11 +56,9 @@ SETTINGS = {
     "folds": 8,
 }
 SMALL = SETTINGS | {
-    "methods": ["IRIS", "SPIN"],
-    "prompts": 64,
-    "held_out": 48,
+    "prompts": 192,
+    "held_out": 96,
     "iterations": 2,
-    "batch_size": 8,
     "learning_rate": 1e-3,
     "max_response_length": 24,
 }

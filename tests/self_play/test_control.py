@@ -124,7 +124,7 @@ def test_another_control_is_refused_before_the_run_trains(tmp_path):
         ({"control": "spin"}, "loss: 'SFT' there, 'SPIN' here"),
         (
             {"control_learning_rate": 0.002},
-            "optimizer.learning_rate: 0.01.* there, 0.002 here",
+            "optimizer.learning_rate: 0.0099.* there, 0.0020.* here",
         ),
     ):
         with pytest.raises(ValueError, match=f"control holds .*\n.*{line}"):
