@@ -3,7 +3,8 @@
 The options: `run_dir`, `mesh` and `strategy` of `make_distribution` (JAX),
 `mirrored` devices (TensorFlow), `lora_rank`, `quantize`, `iterations`, `kill`:
 at which of "step", "generation" and "save" this process is to be killed,
-`outside`: whether an engine of another process answers, which one process has.
+`outside`: whether an engine of another process answers, which one process has,
+`experts`: whether the model has some, with routers.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import keras
+import keras_hub
 import numpy as np
 from safetensors.numpy import load_file
 from tiny_models import make_causal_lm
@@ -21,7 +23,7 @@ from tiny_models import make_causal_lm
 import keras_iris
 from keras_iris import backend
 from keras_iris.callbacks import AlphaScheduler, SelfPlayCallback
-from keras_iris.data import Example
+from keras_iris.data import Example, PairDataset
 from keras_iris.evaluation import HeldOut
 from keras_iris.generation import Completion, Engine
 from keras_iris.hub.load import quantize_matrices
@@ -126,8 +128,32 @@ def main(options):
     run(model, options)
 
 
+def make_experts():
+    backbone = keras_hub.models.QwenMoeBackbone(
+        vocabulary_size=VOCABULARY_SIZE,
+        num_layers=1,
+        num_query_heads=4,
+        num_key_value_heads=2,
+        hidden_dim=32,
+        intermediate_dim=32,
+        moe_intermediate_dim=16,
+        shared_expert_intermediate_dim=16,
+        num_experts=4,
+        top_k=2,
+        tie_word_embeddings=True,
+        router_aux_loss_coefficient=3.0,
+    )
+    return keras_hub.models.QwenMoeCausalLM(
+        backbone=backbone, preprocessor=None
+    )
+
+
 def make_model(options):
-    causal_lm = make_causal_lm(vocabulary_size=VOCABULARY_SIZE, num_layers=1)
+    causal_lm = (
+        make_experts()
+        if options.get("experts")
+        else make_causal_lm(vocabulary_size=VOCABULARY_SIZE, num_layers=1)
+    )
     if mode := options.get("quantize"):
         quantize_matrices(causal_lm, mode)
     if rank := options.get("lora_rank"):
@@ -173,6 +199,16 @@ def run(model, options):
         seen["largest_share"] = (
             report.bytes_per_device * report.num_devices / report.num_bytes
         )
+    # What Keras logs of it, in whole batches.
+    responses = [example.response_ids for example in examples]
+    pairs = PairDataset(
+        examples, responses[::-1], np.full((24, 2), -9.0), batch_size=24
+    )
+    model.compile("sgd", loss=keras_iris.losses.IRIS())
+    seen["losses"] = [
+        float(model.evaluate(pairs, verbose=0)),
+        float(model.fit(pairs, verbose=0).history["loss"][0]),
+    ]
     if backend.process_index() == 0:
         folder = Path(options["run_dir"])
         np.savez(folder / "weights.npz", *weights)

@@ -273,6 +273,14 @@ def assert_same(folder, expected):
             np.testing.assert_allclose(
                 exported[name], array, atol=WEIGHT_TOLERANCE
             )
+    np.testing.assert_allclose(
+        *(
+            json.loads((f / "seen.json").read_text())["losses"]
+            for f in (folder, expected)
+        ),
+        atol=LOSS_TOLERANCE,
+        rtol=1e-4,
+    )
     weights, there = (np.load(f / "weights.npz") for f in (folder, expected))
     for name in there.files:
         np.testing.assert_allclose(
@@ -300,6 +308,25 @@ def test_several_devices_train_as_one(tmp_path):
         assert status == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
         run_one(8, run_dir=many, **TWO_D)
     assert_same(many, one)
+
+
+@pytest.mark.multi_device
+def test_routers_of_experts(tmp_path):
+    """Their loss is that of the tokens of all devices."""
+    name = keras.backend.backend()
+    one, two = tmp_path / "one", tmp_path / "two"
+    # Micro-batches are one pass less where one device has whole batches.
+    options = {"experts": True, "outside": True, "iterations": 1}
+    run_one(run_dir=one, **options, micro_batch_size=None)
+    options["run_dir"] = two
+    if name == "torch":
+        status, outputs = run_two(1, **options)
+        assert status == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    elif name == "tensorflow":
+        run_one(mirrored=2, **options)
+    else:
+        run_one(2, mesh={"data": 2}, strategy="fsdp", **options)
+    assert_same(two, one)
 
 
 @pytest.mark.multi_device

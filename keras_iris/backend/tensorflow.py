@@ -142,12 +142,11 @@ class Trainer(keras.Model):
         size, count = self.micro_batch_size or 0, self._num_replicas
         strategy = self.distribute_strategy
         is_mirrored = isinstance(strategy, tf.distribute.MirroredStrategy)
-        if count > 1 and (not is_mirrored or has_routers(self) or size % count):
+        if count > 1 and (not is_mirrored or size % count):
             raise ValueError(
-                f"{type(strategy).__name__} with {count} replicas trains no "
-                "routers of experts, and takes micro-batches of a multiple of "
-                f"{count}. Received: micro_batch_size={size}. Use "
-                "MirroredStrategy, one device, or JAX."
+                f"{count} replicas need MirroredStrategy, and micro-batches of "
+                f"a multiple of {count}. Received: {type(strategy).__name__}, "
+                f"micro_batch_size={size}."
             )
 
     @functools.wraps(keras.Model.fit)
@@ -249,15 +248,18 @@ class Trainer(keras.Model):
     ) -> tf.Tensor:
         """The loss of a whole batch, and of what else there is."""
         x, y, sample_weight = batch
-        # The hook of Keras' own step (3.15), which takes each replica's loss
-        # for its share of the whole.
-        loss = self._compute_loss(
+        # The hook of Keras' own step (3.15).
+        return self._compute_loss(
             x=x,
             y=y,
             y_pred=y_pred,
             sample_weight=sample_weight,
             training=training,
         )
+
+    def _aggregate_additional_loss(self, loss: tf.Tensor) -> tf.Tensor:
+        # Keras (3.15) takes each replica's for its share of the whole.
+        loss = super()._aggregate_additional_loss(loss)
         return loss * self._num_replicas if self._num_replicas > 1 else loss
 
     def _log(
@@ -274,8 +276,9 @@ class Trainer(keras.Model):
         """Loss, log-probs and gradients: see the one of JAX."""
         # TensorFlow's own: of Keras' it makes no zeros.
         variables = [variable.value for variable in self.trainable_weights]
-        size = self.micro_batch_size
+        replica = tf.distribute.get_replica_context()
         num_rows, num_responses = tf.unstack(tf.shape(x["token_ids"])[:2])
+        size = self._local_size(num_rows)
         starts = tf.range(0, num_rows, size)
 
         def call(start: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -299,16 +302,19 @@ class Trainer(keras.Model):
         )
         for seed, value in zip(seeds, before, strict=True):
             seed.assign(value)
-        y_pred = tf.reshape(y_pred, (-1, y_pred.shape[-1]))[:num_rows]
-        sums = tf.reduce_sum(sums, axis=0)
+        y_pred = gather(tf.reshape(y_pred, (-1, y_pred.shape[-1]))[:num_rows])
+        sums = _add_up(tf.reduce_sum(sums, axis=0))
+        num_parts = tf.size(starts) * self._num_replicas
         with tf.GradientTape() as tape:
             tape.watch([y_pred, sums])
             loss = self._whole_loss(batch, y_pred)
-            loss = loss + router_loss(sums, tf.size(starts))
+            loss = loss + router_loss(sums, num_parts)
             scaled = self.optimizer.scale_loss(loss)
-        d_pred, d_sums, *gradients = tape.gradient(
+        d_pred, d_sums, *direct = tape.gradient(
             scaled, [y_pred, sums, *variables], unconnected_gradients="zero"
         )
+        first = replica.replica_id_in_sync_group * num_rows
+        d_pred = d_pred[first : first + num_rows]
         d_pred = tf.pad(d_pred, ((0, -num_rows % size), (0, 0)))
 
         def body(start: tf.Tensor, gradients: list[tf.Tensor]) -> Any:
@@ -327,11 +333,11 @@ class Trainer(keras.Model):
             body,
             (
                 tf.constant(0),
-                [tf.cast(g, _sum_dtype(g.dtype)) for g in gradients],
+                [tf.zeros(v.shape, _sum_dtype(v.dtype)) for v in variables],
             ),
             parallel_iterations=1,
         )
-        return loss, y_pred, gradients
+        return loss, y_pred, _add(_add_up(gradients), direct)
 
     def _micro_batched_gradients(
         self, x: Any, y: tf.Tensor, sample_weight: tf.Tensor | None
@@ -361,6 +367,11 @@ class Trainer(keras.Model):
         y_pred = tf.stack([columns[i] for i in sorted(columns)], axis=1)
         return gather(y_pred), sums
 
+    def _local_size(self, num_rows: tf.Tensor) -> Any:
+        """Rows of a micro-batch in this replica, which has `num_rows`."""
+        size = self.micro_batch_size
+        return size // self._num_replicas if size else num_rows
+
     def _accumulate(
         self, stream: Stream, x: Any, y: tf.Tensor, share: tf.Tensor
     ) -> tuple[tf.Tensor, list[tf.Tensor]]:
@@ -370,10 +381,10 @@ class Trainer(keras.Model):
         with copies of the last row, as XLA needs one shape.
         """
         variables = [variable.value for variable in self.trainable_weights]
-        count = self._num_replicas
-        size = self.micro_batch_size or y.shape[0] * count
-        size = stream.part_size(size // count, y.shape[0])
         num_rows, num_columns = tf.shape(y)[0], len(stream.columns)
+        size = self._local_size(num_rows)
+        if isinstance(size, int):
+            size = stream.part_size(size, y.shape[0])
 
         def body(
             start: tf.Tensor,
@@ -419,16 +430,23 @@ class Trainer(keras.Model):
             ),
             parallel_iterations=1,
         )
-        if count > 1:
+        if self._num_replicas > 1:
             # The sums of other replicas count from other exponents.
             shrink = tf.exp(shift - tf.reduce_max(gather(shift[None])))
-            total, *gradients = tf.distribute.get_replica_context().all_reduce(
-                tf.distribute.ReduceOp.SUM,
-                [total * shrink, *(g * shrink for g in gradients)],
+            total, *gradients = _add_up(
+                [total * shrink, *(g * shrink for g in gradients)]
             )
         return log_probs, [
             tf.math.divide_no_nan(g, tf.cast(total, g.dtype)) for g in gradients
         ]
+
+
+def _add_up(tensors: Any) -> Any:
+    """The sums of tensors over all replicas."""
+    replica = tf.distribute.get_replica_context()
+    if replica.num_replicas_in_sync == 1:
+        return tensors
+    return replica.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
 
 
 def _take(

@@ -128,12 +128,10 @@ class Trainer(keras.Model):
         """Refuses what can't be trained in several processes."""
         refuse_distribution()
         size, count = self.micro_batch_size or 0, process_count()
-        if size % count or (count > 1 and has_routers(self)):
+        if size % count:
             raise ValueError(
                 f"In {count} processes `micro_batch_size` has to be a multiple "
-                "of their number, and the model without routers of experts. "
-                f"Received: micro_batch_size={size}. Train in one process, or "
-                "on JAX."
+                f"of their number. Received: micro_batch_size={size}."
             )
 
     @functools.wraps(keras.Model.compile)
@@ -240,8 +238,9 @@ class Trainer(keras.Model):
         self, x: Any, batch: Any
     ) -> tuple[torch.Tensor, torch.Tensor, Gradients]:
         """Loss, log-probs and gradients: see the one of JAX."""
-        size = self.micro_batch_size
-        starts = range(0, len(x["token_ids"]), size)
+        num_rows, count = len(x["token_ids"]), process_count()
+        size = self._local_size(num_rows)
+        starts = range(0, num_rows, size)
 
         def call(start: int) -> tuple[torch.Tensor, torch.Tensor]:
             rows = keras.tree.map_structure(
@@ -259,16 +258,21 @@ class Trainer(keras.Model):
         # The second pass draws the same dropout.
         with torch.no_grad(), torch.random.fork_rng():
             outputs = [call(start) for start in starts]
-        y_pred = torch.cat([row[0] for row in outputs]).requires_grad_()
-        sums = torch.stack([row[1] for row in outputs]).sum(0).requires_grad_()
+        y_pred = gather(torch.cat([row[0] for row in outputs]))
+        sums = torch.stack([row[1] for row in outputs]).sum(0)
+        add_up([sums])
+        y_pred.requires_grad_()
+        sums.requires_grad_()
         loss = self._batch_loss(batch, y_pred)
-        loss = loss + router_loss(sums, len(starts))
+        loss = loss + router_loss(sums, len(starts) * count)
         values = [variable.value for variable in self.trainable_weights]
         d_pred, d_sums, *direct = torch.autograd.grad(
             self.optimizer.scale_loss(loss),
             [y_pred, sums, *values],
             allow_unused=True,
         )
+        first = process_index() * num_rows
+        d_pred = d_pred[first : first + num_rows]
         gradients: Gradients = [None] * len(values)
         self.zero_grad()
         for start in starts:
@@ -276,6 +280,7 @@ class Trainer(keras.Model):
                 call(start), [d_pred[start : start + size], d_sums]
             )
             _take_gradients(values, gradients)
+        add_up(gradients)
         self.zero_grad()
         return loss.detach(), y_pred.detach(), _add(gradients, direct)
 
@@ -302,14 +307,18 @@ class Trainer(keras.Model):
         y_pred = torch.stack([columns[i] for i in sorted(columns)], dim=1)
         return gather(y_pred), gradients
 
+    def _local_size(self, num_rows: int) -> int:
+        """Rows of a micro-batch in this process, which has `num_rows`."""
+        size = self.micro_batch_size
+        return size // process_count() if size else num_rows
+
     def _accumulate(
         self, stream: Stream, x: Any, y: torch.Tensor, share: torch.Tensor
     ) -> tuple[torch.Tensor, Gradients]:
         """The log-probs of a term's responses, and its gradients."""
         values = [variable.value for variable in self.trainable_weights]
         num_rows, count = y.shape[0], process_count()
-        size = (self.micro_batch_size or num_rows * count) // count
-        size = stream.part_size(size, num_rows)
+        size = stream.part_size(self._local_size(num_rows), num_rows)
         read = list(stream.columns)
         shift = torch.full((), stream.first_shift, device=y.device)
         total = torch.zeros((), device=y.device)

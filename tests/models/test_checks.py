@@ -142,7 +142,7 @@ two = [tf.config.LogicalDeviceConfiguration()] * 2
 tf.config.set_logical_device_configuration(devices[0], two)
 with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
     model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
-    with pytest.raises(ValueError, match="MirroredStrategy with 2 replicas"):
+    with pytest.raises(ValueError, match="2 replicas need MirroredStrategy"):
         model.compile("sgd", keras_iris.losses.IRIS(), micro_batch_size=3)
     model.compile("sgd", keras_iris.losses.IRIS(), micro_batch_size=4)
 """
