@@ -15,7 +15,6 @@ import sys
 from pathlib import Path
 
 import keras
-import keras_hub
 import numpy as np
 from safetensors.numpy import load_file
 from tiny_models import make_causal_lm
@@ -128,32 +127,14 @@ def main(options):
     run(model, options)
 
 
-def make_experts():
-    backbone = keras_hub.models.QwenMoeBackbone(
-        vocabulary_size=VOCABULARY_SIZE,
-        num_layers=1,
-        num_query_heads=4,
-        num_key_value_heads=2,
-        hidden_dim=32,
-        intermediate_dim=32,
-        moe_intermediate_dim=16,
-        shared_expert_intermediate_dim=16,
-        num_experts=4,
-        top_k=2,
-        tie_word_embeddings=True,
-        router_aux_loss_coefficient=3.0,
-    )
-    return keras_hub.models.QwenMoeCausalLM(
-        backbone=backbone, preprocessor=None
-    )
-
-
 def make_model(options):
-    causal_lm = (
-        make_experts()
-        if options.get("experts")
-        else make_causal_lm(vocabulary_size=VOCABULARY_SIZE, num_layers=1)
-    )
+    sizes = {"vocabulary_size": VOCABULARY_SIZE, "num_layers": 1}
+    if options.get("experts"):
+        sizes |= {
+            "architecture": "qwen_moe",
+            "router_aux_loss_coefficient": 3.0,
+        }
+    causal_lm = make_causal_lm(**sizes)
     if mode := options.get("quantize"):
         quantize_matrices(causal_lm, mode)
     if rank := options.get("lora_rank"):

@@ -14,6 +14,12 @@ _SIZES = dict(
     hidden_dim=32,
     intermediate_dim=64,
 )
+_EXPERTS = dict(
+    num_experts=4,
+    top_k=2,
+    moe_intermediate_dim=16,
+    shared_expert_intermediate_dim=16,
+)
 
 
 def make_causal_lm(architecture="qwen", seed=0, **options):
@@ -35,6 +41,10 @@ def make_causal_lm(architecture="qwen", seed=0, **options):
             options.setdefault("final_logit_soft_cap", 5.0)
             backbone = models.GemmaBackbone(head_dim=8, **options)
             return models.GemmaCausalLM(backbone=backbone, preprocessor=None)
+        case "qwen_moe":
+            options = {**_EXPERTS, "tie_word_embeddings": True, **options}
+            backbone = models.QwenMoeBackbone(**options)
+            return models.QwenMoeCausalLM(backbone=backbone, preprocessor=None)
     raise ValueError(architecture)
 
 

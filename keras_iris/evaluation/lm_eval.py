@@ -3,16 +3,11 @@
 Nothing else of the package imports this module, or `lm_eval`.
 """
 
-import contextlib
-import hashlib
 import itertools
-import json
-import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import keras
 import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
@@ -23,8 +18,11 @@ from tqdm import tqdm
 from keras_iris import backend
 from keras_iris.evaluation.answers import GreedyAnswers
 from keras_iris.evaluation.continuations import ContinuationScorer
-from keras_iris.models.lora import find_lora
-from keras_iris.models.values import hash_variables
+from keras_iris.evaluation.harness_cache import (
+    check_cache,
+    fingerprint,
+    keep_json,
+)
 
 __all__ = ["TEN", "KerasLM", "evaluate"]
 
@@ -91,7 +89,7 @@ def evaluate(
         options["task_manager"] = options.get("task_manager") or TaskManager()
         tasks = _load_ten(options["task_manager"])
     if use_cache := options.get("use_cache"):
-        _check_cache(Path(use_cache))
+        check_cache(Path(use_cache))
     results: dict[str, Any] | None = lm_eval.simple_evaluate(
         model=model,
         tasks=[tasks] if isinstance(tasks, str) else list(tasks),
@@ -105,19 +103,6 @@ def evaluate(
             for name, (task, _, metric) in TEN.items()
         }
     return results
-
-
-def _check_cache(path: Path) -> None:
-    """Refuses what the harness would open in a thread of its own."""
-    for file in path.parent.glob(f"{path.name}_rank*.db"):
-        try:
-            with contextlib.closing(sqlite3.connect(file)) as database:
-                database.execute("PRAGMA schema_version")
-        except sqlite3.DatabaseError as error:
-            raise ValueError(
-                f"The cache {file} can't be used: {error}. Name another file, "
-                "or delete this one."
-            ) from error
 
 
 def _load_ten(manager: TaskManager) -> list[Any]:
@@ -190,44 +175,13 @@ class KerasLM(TemplateLM):
         )
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Takes the harness' cache: as JSON, by model as well as by text.
-
-        The harness would unpickle what it reads.
-        """
+        """Takes the harness' cache, as JSON and by model."""
         super().set_cache_hook(cache_hook)
-        if (cache := cache_hook.dbdict) is None:
-            return
-        model = self._fingerprint()
-
-        def decode(text: str | bytes) -> Any:
-            try:
-                result = json.loads(text)
-            except ValueError as error:
-                raise ValueError(
-                    f"Expected JSON in the cache {cache.filename}. Received: "
-                    f"{text[:40]!r}. Name another file, or delete this one."
-                ) from error
-            return tuple(result) if isinstance(result, list) else result
-
-        cache.encode, cache.decode = json.dumps, decode
-        cache.encode_key = lambda key: f"{model} {key}"
-
-    def _fingerprint(self) -> str:
-        """Of all that results depend on, but for the text."""
-        causal_lm = self._causal_lm
-        config = causal_lm.backbone.get_config()
-        # Keras numbers names in a process; the dtype's name is another part.
-        config = {n: v for n, v in config.items() if n not in ("name", "dtype")}
-        lora = find_lora(causal_lm.backbone)
-        parts = [
-            keras.saving.serialize_keras_object(config),
-            lora and lora.get_config(),
-            hash_variables(causal_lm.variables),
-            causal_lm.dtype_policy.name,
-            self.tokenizer.fingerprint(),
-            self.max_length,
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        if cache_hook.dbdict is not None:
+            model = fingerprint(
+                self._causal_lm, self.tokenizer, self.max_length
+            )
+            keep_json(cache_hook.dbdict, model)
 
     def all_gather(self, tensor: Any) -> Any:
         """The numbers of all processes."""

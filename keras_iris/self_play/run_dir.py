@@ -173,20 +173,18 @@ class RunDir:
 
     def _warn(self, there: Manifest, here: Manifest) -> None:
         """Tells of what may change a result, and what it was before."""
-        callbacks = [
+        old, new = (
             {
+                **manifest["versions"],
                 "callbacks": [
                     name
-                    for name in part["execution"]["callbacks"]
+                    for name in manifest["execution"]["callbacks"]
                     if name in _CALLBACKS
-                ]
+                ],
             }
-            for part in (there, here)
-        ]
-        for line in (
-            *_differences(there["versions"], here["versions"]),
-            *_differences(*callbacks),
-        ):
+            for manifest in (there, here)
+        )
+        for line in _differences(old, new):
             warnings.warn(
                 f"The run in {self.path} goes on with another version or "
                 f"callback, {line}: it may not end in the same weights.",

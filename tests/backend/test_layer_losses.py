@@ -23,16 +23,9 @@ SIZES = dict(
 
 
 def _qwen_moe(coefficient):
-    keras.utils.set_random_seed(0)
-    models = keras_hub.models
-    backbone = models.QwenMoeBackbone(
-        moe_intermediate_dim=16,
-        shared_expert_intermediate_dim=16,
-        tie_word_embeddings=True,
-        router_aux_loss_coefficient=coefficient,
-        **SIZES,
+    return make_causal_lm(
+        "qwen_moe", router_aux_loss_coefficient=coefficient, **SIZES
     )
-    return models.QwenMoeCausalLM(backbone=backbone, preprocessor=None)
 
 
 def _mixtral(coefficient):
