@@ -1,7 +1,6 @@
 """Chat templates: messages to the text a model reads."""
 
 import copy
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from keras_iris.data.conversations import Message
 from keras_iris.data.named_templates import NAMED_TEMPLATES
 from keras_iris.data.rows import shorten
+from keras_iris.data.template_process import RenderError, render
 from keras_iris.data.text_files import read_json, read_text
 from keras_iris.data.tokenizer import Tokenizer
 
@@ -171,7 +171,7 @@ class ChatTemplate:
         Raises:
             ValueError: If the template cannot be rendered.
         """
-        return self._render(messages, add_generation_prompt=True)
+        return self._render([(messages, True)])[0]
 
     def render(self, messages: Sequence[Message], response: str) -> str:
         """The text of prompt, response and end of turn.
@@ -187,23 +187,28 @@ class ChatTemplate:
             ValueError: If the template cannot be rendered, or its text
                 doesn't start with the prompt.
         """
-        return self.render_pair(messages, response)[1]
+        return self.render_pairs([(messages, response)])[0][1]
 
-    def render_pair(
-        self, messages: Sequence[Message], response: str
-    ) -> tuple[str, str]:
-        """The texts of `render_prompt` and of `render`."""
-        prompt = self.render_prompt(messages)
-        turn = {"role": "assistant", "content": response}
-        full = self._render([*messages, turn], add_generation_prompt=False)
-        if not full.startswith(prompt):
-            raise ValueError(
-                "The chat template changes the prompt once the response is "
-                "known, so a model would be trained on other prompts than it "
-                "generates from. Expected the whole text to start with the "
-                f"prompt.\n{_show(prompt, full)}\n{_OTHER_TEMPLATE}"
-            )
-        return prompt, full
+    def render_pairs(
+        self, pairs: Sequence[tuple[Sequence[Message], str]]
+    ) -> list[tuple[str, str]]:
+        """For each pair the texts of `render_prompt` and of `render`."""
+        jobs: list[tuple[Sequence[Message], bool]] = []
+        for messages, response in pairs:
+            turn = {"role": "assistant", "content": response}
+            jobs += [(messages, True), ([*messages, turn], False)]
+        texts = self._render(jobs)
+        rendered = list(zip(texts[::2], texts[1::2], strict=True))
+        for prompt, full in rendered:
+            if not full.startswith(prompt):
+                raise ValueError(
+                    "The chat template changes the prompt once the response "
+                    "is known, so a model would be trained on other prompts "
+                    "than it generates from. Expected the whole text to start "
+                    f"with the prompt.\n{_show(prompt, full)}\n"
+                    f"{_OTHER_TEMPLATE}"
+                )
+        return rendered
 
     def check(self, tokenizer: Tokenizer | None = None) -> None:
         """Refuses a template that cannot be used, before any work is done.
@@ -221,7 +226,7 @@ class ChatTemplate:
         if tokenizer is not None:
             self = self.bind(tokenizer)
         for messages in _CHECK_MESSAGES:
-            prompt, full = self.render_pair(messages, _CHECK_RESPONSE)
+            [(prompt, full)] = self.render_pairs([(messages, _CHECK_RESPONSE)])
             header, found, end = full[len(prompt) :].partition(_CHECK_RESPONSE)
             if _CHECK_USER not in prompt or not found:
                 raise ValueError(
@@ -229,7 +234,7 @@ class ChatTemplate:
                     f"Expected {_CHECK_USER!r} in the prompt and "
                     f"{_CHECK_RESPONSE!r} after it.\n{_show(prompt, full)}"
                 )
-            without = self._render(messages, add_generation_prompt=False)
+            [without] = self._render([(messages, False)])
             if header.strip() and without == prompt:
                 raise ValueError(
                     "The chat template has no generation prompt, so a model "
@@ -247,35 +252,34 @@ class ChatTemplate:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def _render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool
-    ) -> str:
-        from jinja2.exceptions import SecurityError
-
-        from keras_iris.data.template_environment import render
-
-        variables = {
-            "messages": [dict(message) for message in messages],
-            "add_generation_prompt": add_generation_prompt,
+        self, jobs: Sequence[tuple[Sequence[Message], bool]]
+    ) -> list[str]:
+        """The texts of messages, with a generation prompt or without."""
+        always = {
             "bos_token": self.bos_token or "",
             "eos_token": self.eos_token or "",
             "tools": None,
             "documents": None,
             **self.other_tokens,
         }
+        variables = [
+            {"messages": messages, "add_generation_prompt": is_prompt, **always}
+            for messages, is_prompt in jobs
+        ]
         try:
-            return render(_compile(self.source), variables)
-        except SecurityError as error:
-            raise ValueError(
-                "The chat template reaches for Python, which the sandbox "
-                f"refuses: {error}. A chat template may only format messages; "
-                "don't trust this one."
-            ) from error
-        except Exception as error:  # a template can raise anything
+            return render(self.source, variables)
+        except RenderError as error:
+            if error.is_unsafe:
+                raise ValueError(
+                    "The chat template reaches for Python, which the sandbox "
+                    f"refuses: {error}. A chat template may only format "
+                    "messages; don't trust this one."
+                ) from error
+            roles = [message.get("role") for message in jobs[error.index][0]]
             raise ValueError(
                 "The chat template cannot be rendered: "
-                f"{type(error).__name__}: {shorten(str(error), _SHOWN)}. The "
-                "messages' roles are "
-                f"{[message.get('role') for message in messages]}."
+                f"{shorten(str(error), _SHOWN)}. The messages' roles are "
+                f"{roles}."
             ) from error
 
 
@@ -317,13 +321,6 @@ def _find_source(entry: Any, folder: Path) -> str | None:
             "Download the file again."
         )
     return entry
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(source: str) -> Any:
-    from keras_iris.data.template_environment import compile_template
-
-    return compile_template(source)
 
 
 def token_text(token: Any) -> str:

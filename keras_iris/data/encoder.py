@@ -98,7 +98,7 @@ class Encoder:
     def _encode_rendered(
         self, rows: Sequence[Conversation], template: ChatTemplate
     ) -> list[TokenPair]:
-        texts = [self._render(row, template) for row in rows]
+        texts = self._render(rows, template)
         # Most of a prompt is encoded once: up to its last special token.
         heads = self._encode_texts(
             [(t.marked, t.prompt[: t.cut]) for t in texts]
@@ -121,15 +121,25 @@ class Encoder:
             pairs.append((head + tail, rest))
         return pairs
 
-    def _render(self, row: Conversation, template: ChatTemplate) -> _Rendered:
-        messages = as_messages(row.prompt)
-        turn = {"role": "assistant", "content": row.response}
-        marked = MarkedText([*messages, turn], self.tokenizer)
-        *history, turn = marked.messages
-        prompt, full = template.render_pair(history, turn["content"])
-        cuts = self._cuts if marked.is_plain else []
-        cut = max([0, *(prompt.rfind(token) for token in cuts)])
-        return _Rendered(marked, prompt, full, cut)
+    def _render(
+        self, rows: Sequence[Conversation], template: ChatTemplate
+    ) -> list[_Rendered]:
+        all_marked, pairs = [], []
+        for row in rows:
+            turn = {"role": "assistant", "content": row.response}
+            messages = [*as_messages(row.prompt), turn]
+            marked = MarkedText(messages, self.tokenizer)
+            *history, turn = marked.messages
+            all_marked.append(marked)
+            pairs.append((history, turn["content"]))
+        rendered = []
+        for marked, (prompt, full) in zip(
+            all_marked, template.render_pairs(pairs), strict=True
+        ):
+            cuts = self._cuts if marked.is_plain else []
+            cut = max([0, *(prompt.rfind(token) for token in cuts)])
+            rendered.append(_Rendered(marked, prompt, full, cut))
+        return rendered
 
     def _encode_texts(
         self, texts: Sequence[tuple[MarkedText, str]]

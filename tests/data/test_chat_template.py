@@ -178,54 +178,12 @@ def test_a_template_that_drops_a_message_is_refused():
         "{{ messages[99].content }}",
         "{{ 'a' * 3000000000 }}",
         "{{ 3000000000 * [0] }}",
-        "{{ 10 ** 999999999 }}",
         "{% set x = 2 ** 900000 %}{{ x * x }}",
     ],
 )
 def test_a_template_that_cannot_render_is_refused(source):
     with pytest.raises(ValueError, match="cannot be rendered: [A-Z].*roles"):
         ChatTemplate(source).check()
-
-
-@pytest.mark.parametrize(
-    "size", [4_000_000, 400_000_000], ids=["small", "large"]
-)
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ 'a'.center(N) }}",
-        "{{ 'a'.ljust(N) }}",
-        "{{ 'a'.rjust(width) }}",
-        "{{ 'a'.zfill(N) }}",
-        "{{ '\t'.expandtabs(N) }}",
-        "{{ 'a' | center(N) }}",
-        "{{ 'a\nb' | indent(N // 2) }}",
-        "{{ '%Nd' % 1 }}",
-        "{{ '%*d' % (N, 1) }}",
-        "{{ '%Nd' | format(1) }}",
-        "{{ '{:>N}'.format(1) }}",
-        "{{ '{:>{w}}'.format(1, w=N) }}",
-        "{{ ('a' * 2000).replace('a', 'b' * (N // 2000)) }}",
-        "{{ ('a' * 2000) | replace('a', 'b' * (N // 2000)) }}",
-        "{{ ('b' * (N // 2000)).join(['a'] * 2001) }}",
-        "{{ (['a'] * 2001) | join('b' * (N // 2000)) }}",
-        "{% set x = 'a' * (N // 64) %}{% for i in range(6) %}"
-        "{% set x = x + x %}{{ x + x }}{{ x + x }}{% endfor %}"
-        "{{ 'a' * N }}",
-        "{% set x = 'a' * (N // 4000) %}"
-        "{% for i in range(4000) %}{{ x }}{% endfor %}",
-    ],
-)
-def test_a_template_that_writes_too_much(source, size):
-    source = source.replace("N", str(size)).replace("width", str(size))
-    template = ChatTemplate(source)
-    if size < 10_000_000:
-        assert len(template.render_prompt(ONE_TURN)) >= size // 2
-        return
-    with pytest.raises(
-        ValueError, match="OverflowError: (the result of|it ta)"
-    ):
-        template.render_prompt(ONE_TURN)
 
 
 def test_a_template_without_generation_prompt_is_refused():
@@ -242,11 +200,6 @@ def test_a_template_without_generation_prompt_is_refused():
         "{{ m.content }} [/INST]{% else %} {{ m.content }}{% endif %}"
         "{% endfor %}"
     ).check()
-
-
-def test_small_products():
-    source = "{{ '-' * 3 }}{{ 2 * 3 }}{{ 2 ** 3 }}{{ 'a' * -1 }}{{ 0.5 * 4 }}"
-    assert ChatTemplate(source).render_prompt(ONE_TURN) == "---682.0"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""A template that takes too much is ended, and takes nothing with it."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from keras_iris.data import ChatTemplate, template_process
+from keras_iris.data.named_templates import NAMED_TEMPLATES
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+GOOD = ChatTemplate.named("plain")
+
+
+def _repeat(body):
+    return f"{{% for i in range(100000) %}}{body}{{% endfor %}}"
+
+
+ENDLESS = {
+    "nested loops": _repeat(_repeat("")),
+    "recursive macro": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}"
+    "{% endif %}{% endmacro %}{{ m(60) }}",
+    "one operation": "{{ 10 ** 999999999 }}",
+    "long texts": "{% set x = 'ab' * 4000000 %}" + _repeat("{{ 'c' in x }}"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def one_second(monkeypatch):
+    monkeypatch.setattr(template_process, "SECONDS", 1.0)
+
+
+@pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
+def test_templates_that_would_not_end(source, one_second):
+    template = ChatTemplate(source)
+    for seconds in (5.0, 0.5):  # the second time it's known
+        start = time.perf_counter()
+        with pytest.raises(ValueError, match=r"more than 1 seconds.*\['user'"):
+            template.render_prompt(MESSAGES)
+        assert time.perf_counter() - start < seconds
+    assert GOOD.render_prompt(MESSAGES) == "Hello"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ 'a' * 3000000000 }}",
+        "{{ 'a'.center(3000000000) }}",
+        "{{ 'a' | center(3000000000) }}",
+        "{{ '%3000000000d' % 1 }}",
+        "{{ '{:>{w}}'.format(1, w=3000000000) }}",
+        "{% set x = 'a' * 1000000 %}" + _repeat("{{ x }}"),
+        "{% set y %}{% set x = 'a' * 9000000 %}" + _repeat("{{ x }}")
+        + "{% endset %}",
+    ],
+)  # fmt: skip
+def test_templates_that_fill_the_memory(source):
+    with pytest.raises(ValueError, match="MemoryError|OverflowError"):
+        ChatTemplate(source).render_prompt(MESSAGES)
+    assert GOOD.render_prompt(MESSAGES) == "Hello"
+
+
+@pytest.mark.parametrize("source", ["{{ " + 5_000 * "(" + "1", 10**6 * "{{("])
+def test_deep_templates(source):
+    with pytest.raises(ValueError, match="cannot be rendered"):
+        ChatTemplate(source).render_prompt(MESSAGES)
+    assert GOOD.render_prompt(MESSAGES) == "Hello"
+
+
+@pytest.mark.parametrize("name", NAMED_TEMPLATES)
+def test_long_conversations(name):
+    template = ChatTemplate.named(name)
+    turns = [
+        {"role": role, "content": 500 * "Well, "}
+        for _ in range(1_000)
+        for role in ("user", "assistant")
+    ]
+    text = template.render_prompt(turns[:-1])
+    assert text.count("Well,") == 500 * len(turns[:-1])
+
+
+def test_an_interrupt_leaves_no_answer_behind():
+    """The next call doesn't read what the interrupted one asked for."""
+    interrupt = (threading.get_ident(), signal.SIGINT)
+    timer = threading.Timer(0.5, signal.pthread_kill, interrupt)
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        ChatTemplate("slow" + _repeat(_repeat(""))).render_prompt(MESSAGES)
+    assert GOOD.render_prompt(MESSAGES) == "Hello"
+
+
+def test_a_fork_has_a_process_of_its_own():
+    """Else parent and child would read each other's answers."""
+    assert GOOD.render_prompt(MESSAGES) == "Hello"
+    renderer = template_process._renderer(os.getpid())
+    assert template_process._renderer(os.getpid()) is renderer
+    assert template_process._renderer(0) is not renderer
+
+
+def test_threads_get_their_own_answers():
+    def render(name):
+        messages = [{"role": "user", "content": name}]
+        texts.append((name, GOOD.render_prompt(messages)))
+
+    texts = []
+    threads = [
+        threading.Thread(target=render, args=[str(i)]) for i in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 20
+    assert all(name == text for name, text in texts)
