@@ -1,5 +1,6 @@
 """An order that depends on the step alone."""
 
+import warnings
 from typing import Any
 
 import keras
@@ -48,6 +49,10 @@ class AlphaSchedule(keras.callbacks.Callback):
         """The arguments."""
         return {"schedule": self.schedule}
 
+    def on_train_begin(self, logs: Logs = None) -> None:
+        """A `fit` starts."""
+        warn_without_order(self)
+
     def on_train_batch_begin(self, batch: int, logs: Logs = None) -> None:
         """Sets the order for the batch."""
         model = self.model
@@ -56,3 +61,15 @@ class AlphaSchedule(keras.callbacks.Callback):
         if keras.ops.is_tensor(alpha) and tuple(alpha.shape) == ():
             alpha = float(keras.ops.convert_to_numpy(alpha))
         model.alpha.assign(check_alpha(alpha))
+
+
+def warn_without_order(callback: keras.callbacks.Callback) -> None:
+    """Says that a callback sets an order that the model's loss doesn't have."""
+    loss, name = callback.model.loss, type(callback).__name__
+    if not loss.has_order:
+        warnings.warn(
+            f"The loss {type(loss).__name__} has no order: {name} changes "
+            "`model.alpha`, which the logs show, and not the training. Use "
+            f"`keras_iris.losses.IRIS`, or leave {name} out.",
+            stacklevel=3,
+        )

@@ -7,6 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_iris.arguments import check_between
+from keras_iris.callbacks.alpha_schedule import warn_without_order
 from keras_iris.callbacks.gap import (
     GapEstimator,
     RenyiGap,
@@ -123,6 +124,7 @@ class AlphaScheduler(SelfPlayCallback):
 
     def on_train_begin(self, logs: Logs = None) -> None:
         """A `fit` starts."""
+        warn_without_order(self)
         self._num_seen = self.model.recent.num_batches
         if self._gap_is != "given":
             self._gap_is = "unknown"

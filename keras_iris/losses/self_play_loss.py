@@ -139,6 +139,11 @@ class SelfPlayLoss(keras.losses.Loss, abc.ABC):
         """
         del variable
 
+    @property
+    def has_order(self) -> bool:
+        """Whether `bind_alpha` changes the loss."""
+        return type(self).bind_alpha is not SelfPlayLoss.bind_alpha
+
     def __copy__(self) -> "SelfPlayLoss":
         # Keras (3.15) copies by serialising, for which the class of a user's
         # own loss would have to be registered.

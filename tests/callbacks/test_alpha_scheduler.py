@@ -9,7 +9,7 @@ import keras_iris
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler, RenyiGap
 from keras_iris.callbacks.gap import gap_of_moments
 from keras_iris.data import Example, PairDataset
-from keras_iris.losses import IRIS
+from keras_iris.losses import IRIS, SPIN
 from keras_iris.metrics import PairBatch, effective_sample_size
 
 
@@ -381,3 +381,20 @@ def test_a_gap_that_is_not_finite_and_rows_of_no_weight():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         AlphaScheduler(**options)
+
+
+@pytest.mark.parametrize(
+    "callback", [AlphaScheduler(), AlphaSchedule(lambda step: 1.0)]
+)
+def test_a_loss_without_order(callback):
+    """Its logs would show an order that nothing follows."""
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    for loss, is_told in ((SPIN(), True), (IRIS(), False)):
+        model.compile(optimizer="sgd", loss=loss)
+        callback.set_model(model)
+        if is_told:
+            name = type(callback).__name__
+            with pytest.warns(UserWarning, match=f"SPIN has no order: {name}"):
+                callback.on_train_begin()
+        else:
+            callback.on_train_begin()
