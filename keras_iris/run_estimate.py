@@ -313,7 +313,6 @@ class RunEstimate:
             self._sizes,
             prompt_length=prompt_length,
             new_tokens=self.new_tokens,
-            waits=self.num_devices > 1,
         )
 
     @property

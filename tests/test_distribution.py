@@ -105,6 +105,88 @@ def test_sharded(architecture, options, checkpoint, tmp_path):
     assert four[4] < LARGEST_SHARE
 
 
+QUEUES = """
+import json, sys
+import jax, keras, numpy as np
+import keras_iris
+from keras_iris.distribution import make_distribution
+from keras_iris.generation import KerasEngine
+from tiny_models import make_causal_lm
+
+NEW, PROMPTS = 200, [[5 + i % 20] * (3 + i % 5) for i in range(60)]
+steps = 0
+
+def run(batch_size):
+    global steps
+    steps = 0
+    causal_lm = make_causal_lm(num_layers=1)
+    engine = KerasEngine(
+        causal_lm,
+        end_token_ids=range(2, 5),
+        max_new_tokens=NEW,
+        batch_size=batch_size,
+        bucket_lengths=(8,),
+    )
+    decoder = engine._decoder
+    size = batch_size * decoder.waves
+    inputs = {
+        "prompts": np.ones((size, 8), "int32"),
+        "lengths": np.full(size, 8, "int32"),
+        "is_active": np.ones(size, bool),
+        "noise": np.zeros((size, 2 * NEW), "float32"),
+    }
+    variables = causal_lm.variables
+
+    def answer(inputs, values):
+        mapping = zip(variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=mapping):
+            return decoder.generate_step(inputs, (2,))
+
+    cut = {name: keras_iris.backend.cut(a) for name, a in inputs.items()}
+    program = jax.jit(answer).lower(cut, [v.value for v in variables])
+    program = program.compile()
+    memory = program.memory_analysis().temp_size_in_bytes
+    step = decoder.forward.step
+
+    def count():
+        global steps
+        steps += 1
+
+    def counted(*arguments):
+        jax.debug.callback(count)
+        return step(*arguments)
+
+    decoder.forward.step = counted
+    answers = engine.generate(PROMPTS, seed=0)
+    jax.effects_barrier()
+    tokens = [c.token_ids for c in answers]
+    return memory, steps, program.as_text(), tokens
+
+one = run(4)
+keras.distribution.set_distribution(make_distribution())
+with open(sys.argv[1], "w") as file:
+    json.dump([one, run(16)], file)
+"""
+
+
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_every_device_has_a_queue_of_prompts(tmp_path):
+    """Its answers that are over make room, and it computes no others."""
+    target = tmp_path / "results.json"
+    run_on_devices(4, QUEUES, target)
+    one, (on_four, steps, text, answers) = json.loads(target.read_text())
+    assert answers == one[-1]
+    lengths = [len(answer) for answer in answers]
+    # Batches of 16 that end with their longest answers.
+    waiting = sum(max(lengths[i : i + 16]) for i in range(0, 60, 16))
+    assert steps < 0.7 * waiting
+    assert on_four < 1.15 * one[0]
+    # Sums of floats over devices: each would have a part of every row.
+    assert re.search(r"all-reduce\(", text)
+    assert not re.search(r"= \(?f32.* all-reduce\(", text)
+
+
 DATA_PARALLEL = """
 import json, sys
 import jax, keras, numpy as np

@@ -352,7 +352,6 @@ counted = row_bytes(
     read_sizes(causal_lm.backbone),
     prompt_length=time,
     new_tokens=new,
-    waits=decoder.waves == 1,
 )
 print((allocated(32) - allocated(16)) / 16, counted)
 """

@@ -81,11 +81,19 @@ def write_rows(array: jax.Array, rows: jax.Array, new: jax.Array) -> jax.Array:
     """An array with other rows.
 
     Args:
-        array: It isn't to be used any more, as PyTorch writes to it.
-        rows: Which ones, integers of shape `(n,)`, none of them twice.
-        new: What they are to be, of shape `(n, ...)`.
+        array: Of shape `(groups, rows, ...)`. It isn't to be used any more, as
+            PyTorch writes to it.
+        rows: Which ones of each group, integers of shape `(groups, n)`, none
+            of them twice.
+        new: What they are to be, of shape `(groups, n, ...)`.
     """
-    return array.at[rows].set(new, unique_indices=True)
+
+    def write_group(
+        array: jax.Array, rows: jax.Array, new: jax.Array
+    ) -> jax.Array:
+        return array.at[rows].set(new, unique_indices=True)
+
+    return jax.vmap(write_group)(array, rows, new)
 
 
 def map_parts(

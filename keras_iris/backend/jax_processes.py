@@ -82,15 +82,22 @@ def replicate(tree: Any) -> Any:
     return jax.lax.with_sharding_constraint(tree, whole)
 
 
-def cut(array: np.ndarray) -> Any:
+def cut(array: Any) -> Any:
     """An array that every process has whole, cut along its first axis.
 
     Args:
-        array: Its rows are a batch of all processes.
+        array: Its rows are a batch of all processes. In compiled code a
+            tensor, of which other axes may be cut, too.
     """
     distribution = keras.distribution.distribution()
     if distribution is None:
         return array
+    if isinstance(array, jax.core.Tracer):
+        others = [jax.sharding.PartitionSpec.UNCONSTRAINED] * (array.ndim - 1)
+        spec = jax.sharding.PartitionSpec(distribution.batch_dim_name, *others)
+        mesh = distribution.device_mesh.backend_mesh
+        layout = jax.sharding.NamedSharding(mesh, spec)
+        return jax.lax.with_sharding_constraint(array, layout)
     check_shared("batch_size", len(array), num_batch_shares())
     layout = distribution.get_data_layout(array.shape).backend_layout
     return jax.make_array_from_callback(array.shape, layout, array.__getitem__)

@@ -106,7 +106,9 @@ def write(cache: tf.Tensor, index: Any, new: tf.Tensor) -> tf.Tensor:
 
 def write_rows(array: tf.Tensor, rows: tf.Tensor, new: tf.Tensor) -> tf.Tensor:
     """An array with other rows: see `keras_iris.backend.jax.write_rows`."""
-    return tf.tensor_scatter_nd_update(array, rows[:, None], new)
+    groups = tf.broadcast_to(tf.range(rows.shape[0])[:, None], rows.shape)
+    places = tf.stack([groups, rows], axis=-1)
+    return tf.tensor_scatter_nd_update(array, places, new)
 
 
 def map_parts(

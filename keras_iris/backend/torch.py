@@ -92,7 +92,8 @@ def write_rows(
     array: torch.Tensor, rows: torch.Tensor, new: torch.Tensor
 ) -> torch.Tensor:
     """An array with other rows: see `keras_iris.backend.jax.write_rows`."""
-    array[rows] = new
+    groups = torch.arange(len(rows), device=rows.device)[:, None]
+    array[groups, rows] = new
     return array
 
 

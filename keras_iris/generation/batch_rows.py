@@ -94,21 +94,18 @@ def token_bytes(sizes: Sizes) -> int:
     return 2 * sizes.num_layers * keys * sizes.item_bytes
 
 
-def row_bytes(
-    sizes: Sizes, *, prompt_length: float, new_tokens: int, waits: bool
-) -> float:
+def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
     """Bytes that a row takes while its batch is answered, at their most.
 
     Keys and values, and beside them either attention or logits of a new token,
     or what is computed of prompts as they are read: attention, which isn't
-    fused, or the feed-forward network of one layer.
+    fused, or the feed-forward network of one layer. Where rows begin on their
+    own, an eighth of them does; of few rows more, which isn't counted.
 
     Args:
         sizes: Of the model.
         prompt_length: Tokens that prompts are padded to.
         new_tokens: The most tokens of an answer.
-        waits: Whether all rows begin together. If not, an eighth of them does;
-            of few rows more, which isn't counted.
     """
     total = prompt_length + new_tokens
     step = _FLOAT_BYTES * max(
@@ -125,8 +122,6 @@ def row_bytes(
         token = 2 * token + 2 * 2 * queries * sizes.item_bytes
         return max(prompt_length * (token + read), total * token + step)
     beginning = total * token + min(BLOCK, prompt_length) * read
-    if waits:
-        return max(beginning, total * token + step)
     answers = WAVES * _ANSWER_BYTES * new_tokens
     return total * token + answers + max(beginning * SHARE_THAT_BEGINS, step)
 

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import keras_hub
+import numpy as np
 from keras import ops, tree
 
 from keras_iris import backend
@@ -58,7 +59,8 @@ class Decoder:
     """Answers prompts with a causal LM and its cache.
 
     A queue of prompts shares the rows of a batch: where enough answers are
-    over, the next prompts get their rows, all in one compiled program.
+    over, the next prompts get their rows, all in one compiled program. Where a
+    batch is cut over devices, each has a queue for its own rows.
 
     `keras_hub.models.CausalLM.make_generate_function` compiles the
     `generate_step` of whatever it is called on, with the current values of
@@ -113,9 +115,7 @@ class Decoder:
     @property
     def waves(self) -> int:
         """Prompts of a queue to a row; 1 where none can begin on its own."""
-        # Rows that are cut over devices stay where they are.
-        is_one = not self.forward.is_rowwise or backend.is_cut()
-        return 1 if is_one else WAVES
+        return WAVES if self.forward.is_rowwise else 1
 
     def __call__(self, inputs: dict[str, Any]) -> tuple[Any, Any]:
         """Answers a queue of prompts, compiling once for each shape.
@@ -139,11 +139,16 @@ class Decoder:
             self.generate_function = None
             self._variable_ids = variable_ids
         generate = keras_hub.models.CausalLM.make_generate_function(self)
+        shares = backend.num_row_shares()
+        dealt = {n: _deal(array, shares) for n, array in inputs.items()}
         outputs = generate(
-            {name: backend.cut(array) for name, array in inputs.items()},
+            {name: backend.cut(array) for name, array in dealt.items()},
             stop_token_ids=self.end_token_ids,
         )
-        answers, log_probs = map(backend.read, outputs)
+        size = len(inputs["lengths"])
+        answers, log_probs = (
+            _deal(backend.read(output), size // shares) for output in outputs
+        )
         return answers, log_probs
 
     def generate_step(
@@ -158,56 +163,64 @@ class Decoder:
             name: ops.convert_to_tensor(inputs[name], dtype)
             for name, dtype in _DTYPES.items()
         }
-        queue["places"] = ops.arange(size, dtype="int32")
         ends = ops.convert_to_tensor(stop_token_ids, "int32")
         if num_rows == size:
+            queue["places"] = ops.arange(size, dtype="int32")
             rows, _ = self._decode(
                 self._begin(queue), _int32(0), _int32(size + 1), ends
             )
             return rows.answers, rows.log_probs
 
-        return self._answer_queue(queue, num_rows, ends)
+        shares = backend.num_row_shares()
+        queues = {name: _cut(array, shares) for name, array in queue.items()}
+        return self._answer_queues(queues, num_rows // shares, ends)
 
-    def _answer_queue(
-        self, queue: dict[str, Any], num_rows: int, ends: Any
+    def _answer_queues(
+        self, queues: dict[str, Any], num_rows: int, ends: Any
     ) -> tuple[Any, Any]:
-        """Answers a queue of more prompts than there are rows.
+        """Answers queues of more prompts than there are rows.
+
+        Every queue has rows of its own. They go on together, but no row waits
+        for one of another queue unless that has none to begin with.
 
         Args:
-            queue: As `Rows` has them.
-            num_rows: Prompts that are answered at a time.
+            queues: As `Rows` has them, of shape `(queues, size, ...)`.
+            num_rows: Prompts of a queue that are answered at a time.
             ends: Ids that end an answer.
 
         Returns:
             Token ids and their log-probs, for each prompt.
         """
-        size, prompt_time = queue["prompts"].shape
-        num_prompts = ops.sum(ops.cast(queue["is_active"], "int32"))
+        shares, size, prompt_time = queues["prompts"].shape
+        is_active = ops.cast(queues["is_active"], "int32")
+        num_prompts = ops.max(ops.sum(is_active, axis=1))
         count = max(int(num_rows * SHARE_THAT_BEGINS), min(num_rows // 4, 4), 1)
+        numbers = ops.arange(num_rows, dtype="int32")[None]
 
         def begin(first: Any) -> Rows:
             """The next prompts; what is behind the last isn't active."""
             wanted = first + ops.arange(count, dtype="int32")
             places = _at_most(wanted, size - 1)
-            taken = {n: ops.take(a, places, axis=0) for n, a in queue.items()}
-            is_new = wanted < num_prompts
+            taken = {n: ops.take(a, places, axis=1) for n, a in queues.items()}
+            is_new = ops.logical_and(wanted < size, taken["is_active"])
             taken["is_active"] = is_new
             taken["places"] = ops.where(is_new, places, size)
-            return self._begin(taken)
+            return self._begin({n: _join(a) for n, a in taken.items()})
 
         def go_on(
             first: Any, step: Any, rows: Rows, kept: tuple[Any, Any]
         ) -> tuple[Any, ...]:
-            kept = _keep(rows, kept)
+            kept = keep(rows, kept)
             # Rows that are over come first.
-            order = ops.argsort(ops.cast(rows.is_active, "int32"))
-            rows = tree.map_structure(
-                lambda array, new: backend.write_rows(
-                    array, order[:count], new
-                ),
-                rows,
-                begin(first),
-            )
+            is_active = ops.cast(_cut(rows.is_active, shares), "int32")
+            order = ops.argsort(is_active, axis=1)[:, :count]
+
+            def replace(array: Any, new: Any) -> Any:
+                array, new = _cut(array, shares), _cut(new, shares)
+                return _join(backend.write_rows(array, order, new))
+
+            rows = tree.map_structure(replace, rows, begin(first))
+            rows = _on_devices(rows)
             first = first + count
             # While others wait, until there is room for as many.
             enough = ops.where(
@@ -216,20 +229,32 @@ class Decoder:
             rows, step = self._decode(rows, step, enough, ends)
             return first, step, rows, kept
 
-        # One more, for rows without a prompt.
-        shape = (size + 1, self.max_new_tokens)
+        def keep(rows: Rows, kept: tuple[Any, Any]) -> tuple[Any, Any]:
+            """Answers and log-probs with those of the rows at their places."""
+            places = _cut(rows.places, shares)
+            # Of rows without a prompt each has one behind them all.
+            places = ops.where(places < size, places, size + numbers)
+            answers, log_probs = (
+                backend.write_rows(old, places, _cut(new, shares))
+                for old, new in zip(
+                    kept, (rows.answers, rows.log_probs), strict=True
+                )
+            )
+            return answers, log_probs
+
+        shape = (shares, size + num_rows, self.max_new_tokens)
         *_, rows, kept = ops.while_loop(
             lambda first, *_: first < num_prompts,
             go_on,
             (
                 _int32(0),
                 _int32(0),
-                self._no_rows(num_rows, size, prompt_time),
+                self._no_rows(shares * num_rows, size, prompt_time),
                 (ops.zeros(shape, "int32"), ops.zeros(shape, "float32")),
             ),
         )
-        answers, log_probs = _keep(rows, kept)
-        return answers[:size], log_probs[:size]
+        answers, log_probs = keep(rows, kept)
+        return _join(answers[:, :size]), _join(log_probs[:, :size])
 
     def _begin(self, prompts: dict[str, Any]) -> Rows:
         """Rows with prompts, of which nothing is answered yet."""
@@ -267,21 +292,22 @@ class Decoder:
 
     def _no_answers(self, num_rows: int, **fields: Any) -> Rows:
         shape = (num_rows, self.max_new_tokens)
-        return Rows(
+        rows = Rows(
             answers=ops.full(shape, self.pad_token_id, "int32"),
             log_probs=ops.zeros(shape, "float32"),
             **fields,
         )
+        return _on_devices(rows)
 
     def _decode(
         self, rows: Rows, step: Any, enough: Any, ends: Any
     ) -> tuple[Rows, Any]:
-        """Draws tokens until all answers, or `enough` of them, are over.
+        """Draws tokens until all answers, or enough of them, are over.
 
         Args:
             rows: The batch.
             step: Tokens that were drawn for it before.
-            enough: Number of rows.
+            enough: Number of rows of every device.
             ends: Ids that end an answer.
 
         Returns:
@@ -292,7 +318,8 @@ class Decoder:
 
         def goes_on(rows: Rows, step: Any) -> Any:
             del step
-            num_over = ops.sum(ops.cast(~rows.is_active, "int32"))
+            is_over = _cut(~rows.is_active, backend.num_row_shares())
+            num_over = ops.min(ops.sum(ops.cast(is_over, "int32"), axis=1))
             return ops.logical_and(ops.any(rows.is_active), num_over < enough)
 
         def draw_token(rows: Rows, step: Any) -> tuple[Rows, Any]:
@@ -321,7 +348,7 @@ class Decoder:
                 log_probs=ops.where(is_new, log_probs[:, None], rows.log_probs),
                 is_active=ops.logical_and(rows.is_active, ~is_over),
             )
-            return rows, step + 1
+            return _on_devices(rows), step + 1
 
         rows, step = ops.while_loop(goes_on, draw_token, (rows, step))
         return rows, step
@@ -348,14 +375,26 @@ class Decoder:
         return drawn, ops.log(_column(probabilities, drawn))
 
 
-def _keep(rows: Rows, kept: tuple[Any, Any]) -> tuple[Any, Any]:
-    """Answers and log-probs with those of the rows at their places."""
-    places = rows.places[:, None]
-    answers, log_probs = kept
-    return (
-        ops.scatter_update(answers, places, rows.answers),
-        ops.scatter_update(log_probs, places, rows.log_probs),
-    )
+def _deal(array: np.ndarray, shares: int) -> np.ndarray:
+    """Gives rows to so many shares in turn; those of a share are together."""
+    grouped = array.reshape(-1, shares, *array.shape[1:])
+    return grouped.swapaxes(0, 1).reshape(array.shape)
+
+
+def _on_devices(rows: Rows) -> Rows:
+    """The same, cut over devices: the compiler may choose to cut weights."""
+    cut: Rows = tree.map_structure(backend.cut, rows)
+    return cut
+
+
+def _cut(array: Any, shares: int) -> Any:
+    """Rows as `(shares, rows, ...)`: where devices have them, in place."""
+    return ops.reshape(array, (shares, -1, *array.shape[1:]))
+
+
+def _join(array: Any) -> Any:
+    """Undoes `_cut`."""
+    return ops.reshape(array, (-1, *array.shape[2:]))
 
 
 def _column(array: Any, index: Any) -> Any:

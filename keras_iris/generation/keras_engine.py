@@ -39,11 +39,10 @@ class KerasEngine(Engine):
     Prompts are sorted by length into batches of a few shapes, so that each
     shape is compiled once, at its first use, and never for another seed,
     changed weights or a last incomplete batch. An answer that is over makes
-    room for the next prompt with Llama, Mistral and Qwen models on one device;
-    else a batch ends with its
-    longest answer. Each call reads the current weights. The model's own
-    sampler, its preprocessor and its compiled functions are neither used nor
-    changed.
+    room for the next prompt with Llama, Mistral and Qwen models; else a batch
+    ends with its longest answer. Each call reads the current weights. The
+    model's own sampler, its preprocessor and its compiled functions are
+    neither used nor changed.
 
     The same seed, prompts and weights give the same completions on one
     backend and machine, also in another process and in batches of another
@@ -176,7 +175,6 @@ class KerasEngine(Engine):
                     self._sizes,
                     prompt_length=length,
                     new_tokens=self.max_new_tokens,
-                    waits=self._decoder.waves == 1,
                 )
                 rows = rows_that_fit(size, free)
             # Never more again: another number is another compilation.
