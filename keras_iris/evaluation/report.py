@@ -32,8 +32,7 @@ def report(run_dir: str | Path) -> Path:
     """
     from jinja2 import Environment, PackageLoader
 
-    folder = Path(run_dir).expanduser()
-    run = read_run(folder)
+    run = read_run(run_dir)
     plots = make_plots(run)
     pages = PackageLoader("keras_iris.evaluation", "")
     environment = Environment(loader=pages, autoescape=True, trim_blocks=True)
@@ -46,17 +45,17 @@ def report(run_dir: str | Path) -> Path:
         answers=make_answers(run),
         plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},
     )
-    path = folder / "report.html"
+    path = run.folder / "report.html"
     try:
         for name, panels in plots.items():
-            with replaced(folder / "plots" / f"{name}.png") as new:
+            with replaced(run.folder / "plots" / f"{name}.png") as new:
                 draw(panels).savefig(new, format="png")
         with replaced(path) as new:
             new.write_text(html, encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"Expected to write the report into {folder}. Received: {error}. "
-            "Copy the folder to where you can write, and pass that."
+            f"Expected to write the report into {run.folder}. Received: "
+            f"{error}. Copy the folder to where you can write, and pass that."
         ) from error
     return path
 
@@ -74,7 +73,7 @@ def scores_table(run_dir: str | Path) -> str:
     Raises:
         ValueError: The folder isn't a run's, or a file can't be read.
     """
-    run = read_run(Path(run_dir).expanduser())
+    run = read_run(run_dir)
     texts = [table.text() for table in make_tables(run)]
     words = [*what_came_out(run), *alarm_texts(run)]
     return "\n\n".join([*texts, "\n".join(words)])
@@ -94,7 +93,7 @@ def samples(run_dir: str | Path) -> str:
     Raises:
         ValueError: The folder isn't a run's, or has no answers.
     """
-    shown = make_answers(read_run(Path(run_dir).expanduser()))
+    shown = make_answers(read_run(run_dir))
     if not shown:
         raise ValueError(
             f"{run_dir} has no answers to held-out prompts. Run with "

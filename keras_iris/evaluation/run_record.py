@@ -85,10 +85,11 @@ class RunRecord(NamedTuple):
         return score + ways.get(self.mode(score) or "", "")
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def read_run(run_dir: str | Path) -> RunRecord:
     """Reads a run, and beside it the sub-folders that are runs themselves."""
-    run, others = _read_run(run_dir, "this run"), []
-    for file in sorted(run_dir.glob("*/metrics.jsonl")):
+    folder = Path(run_dir).expanduser()
+    run, others = _read_run(folder, "this run"), []
+    for file in sorted(folder.glob("*/metrics.jsonl")):
         try:
             others.append(_read_run(file.parent, file.parent.name))
         except ValueError as error:  # another tool's, maybe
