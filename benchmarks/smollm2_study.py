@@ -36,7 +36,7 @@ import records
 from smollm2_scores import NLL, SCORE_MODES, TOLD_APART, AnswerScores, load_rows
 
 import keras_iris
-from keras_iris.evaluation.run_record import read_runs
+from keras_iris.evaluation.run_record import read_run
 from keras_iris.losses import IRIS, SPIN, TSPIN
 from keras_iris.metrics import ExampleScore, interval_of_difference
 
@@ -150,9 +150,10 @@ def read_arms(folders):
         Those at the end of each, the number of its steps, and the seconds of
         all runs.
     """
-    with_control, (sft,) = read_runs(folders[WITH_CONTROL])
+    with_control = read_run(folders[WITH_CONTROL])
+    (sft,) = with_control.others
     runs = {"start": with_control, "SFT": sft}
-    runs |= {name: read_runs(folder)[0] for name, folder in folders.items()}
+    runs |= {name: read_run(folder) for name, folder in folders.items()}
     arms, steps, seconds = {}, {}, 0.0
     for name, run in runs.items():
         reached = run.scores("step")

@@ -30,69 +30,56 @@ from pathlib import Path
 
 import keras_iris
 import keras
+from keras_iris.distribution import make_distribution, read_mesh
 
 PRESET = "hf://alignment-handbook/zephyr-7b-sft-full"
 DATA = "HuggingFaceH4/ultrachat_200k"
 TEMPLATE = "zephyr"  # where the checkpoint has none
-FULL_RATE, LORA_RATE = 5e-7, 5e-6
-SMALL = 64  # rows that the dry run reads
+RATE, LORA_RATE = 5e-7, 5e-6
 
-
-def read_options(arguments=None):
-    """The options of the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--preset", default=PRESET, help="a folder or hf://org/name@revision")
-    add("--data", default=DATA, help="a dataset's id, or a file")
-    add("--run-dir", help="if None, runs/ and the preset's name")
-    add("--max-prompts", type=int, default=50_000, help="drawn from the data")
-    add("--held-out", type=int, default=500, help="of them, to evaluate on")
-    add("--iterations", type=int, default=5, help="of self-play")
-    add("--epochs", type=int, default=2, help="of an iteration")
-    add("--batch-size", type=int, default=64, help="pairs")
-    add("--micro-batch-size", type=int, default=8, help="pairs at a time")
-    add("--max-length", type=int, default=2048, help="tokens, half a prompt's")
-    add("--max-new-tokens", type=int, default=256, help="of an answer")
-    add("--num-samples", type=int, default=1, help="answers to a prompt")
-    rates = f"if None, {FULL_RATE}, with LoRA {LORA_RATE}"
-    add("--learning-rate", type=float, help=rates)
-    add("--lora-rank", type=int, help="if None, all weights are trained")
-    add("--quantize", choices=("int8", "int4"), help="the base of LoRA")
-    mesh = keras_iris.distribution.read_mesh
-    add("--mesh", type=mesh, help="auto, data=8 or data=2,model=4 (JAX)")
-    add("--strategy", choices=("fsdp", "2d", "data"), default="fsdp")
-    serve = "vllm serve {folder} --port {port}"
-    add("--serve", help=f"a command, such as '{serve}'; if None, Keras answers")
-    add("--in-flight", type=int, default=256, help="prompts that a server has")
-    add("--dry-run", action="store_true", help="only check and estimate")
-    options = parser.parse_args(arguments)
-    if options.quantize and options.lora_rank is None:
-        parser.error("--quantize is for the base of LoRA: add --lora-rank")
-    return options
+parser = argparse.ArgumentParser(
+    description=__doc__.splitlines()[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+)
+add = parser.add_argument
+add("--preset", default=PRESET, help="a folder or hf://org/name@revision")
+add("--data", default=DATA, help="a dataset's id, or a file")
+add("--run-dir", help="if None, runs/ and the preset's name")
+add("--max-prompts", type=int, default=50_000, help="drawn from the data")
+add("--held-out", type=int, default=500, help="of them, to evaluate on")
+add("--iterations", type=int, default=5, help="of self-play")
+add("--epochs", type=int, default=2, help="of an iteration")
+add("--batch-size", type=int, default=64, help="pairs")
+add("--micro-batch-size", type=int, default=8, help="pairs at a time")
+add("--max-length", type=int, default=2048, help="tokens, half a prompt's")
+add("--max-new-tokens", type=int, default=256, help="of an answer")
+add("--num-samples", type=int, default=1, help="answers to a prompt")
+add("--learning-rate", type=float, help=f"{RATE}, or {LORA_RATE} with LoRA")
+add("--lora-rank", type=int, help="if None, all weights are trained")
+add("--quantize", choices=("int8", "int4"), help="the base of LoRA")
+add("--mesh", type=read_mesh, help="auto, data=8 or data=2,model=4 (JAX)")
+add("--strategy", choices=("fsdp", "2d", "data"), default="fsdp")
+add("--serve", help="'vllm serve {folder} --port {port}', else Keras answers")
+add("--in-flight", type=int, default=256, help="prompts that a server has")
+add("--dry-run", action="store_true", help="only check and estimate")
 
 
 def main(arguments=None):
     """Trains, exports the model and writes the report."""
-    options = read_options(arguments)
+    options = parser.parse_args(arguments)
+    if options.quantize and options.lora_rank is None:
+        parser.error("--quantize is for the base of LoRA: add --lora-rank")
     run_dir = Path(options.run_dir or f"runs/{Path(options.preset).name}")
     half = options.max_length // 2
     lengths = {"max_prompt_length": half, "max_response_length": half}
     lora = {"lora_rank": options.lora_rank, "quantize": options.quantize}
-    sizes = {
-        "iterations": options.iterations,
-        "epochs": options.epochs,
-        "num_samples": options.num_samples,
-    }
     template = keras_iris.data.ChatTemplate.named(TEMPLATE)
 
     # Data: the first question of each conversation, and its answer.
     rows = keras_iris.data.load_dataset(
         options.data,
         split="train_sft",
-        num_prompts=SMALL if options.dry_run else options.max_prompts,
+        num_prompts=64 if options.dry_run else options.max_prompts,
         streaming=options.dry_run and not Path(options.data).exists(),
     )
     conversations = [row.first_turn() for row in rows]
@@ -102,6 +89,9 @@ def main(arguments=None):
             conversations,
             default_template=template,
             num_prompts=options.max_prompts,
+            iterations=options.iterations,
+            epochs=options.epochs,
+            num_samples=options.num_samples,
             new_tokens=options.max_new_tokens,
             micro_batch_size=options.micro_batch_size,
             num_devices=math.prod((options.mesh or {}).values()),
@@ -109,7 +99,6 @@ def main(arguments=None):
             run_dir=run_dir,
             **lengths,
             **lora,
-            **sizes,
         )
         print(estimate)
         return
@@ -118,9 +107,7 @@ def main(arguments=None):
     keras_iris.distribution.initialize()  # of several processes, if any
     keras.utils.set_random_seed(0)
     if options.mesh is not None:
-        distribution = keras_iris.distribution.make_distribution(
-            options.mesh, options.strategy
-        )
+        distribution = make_distribution(options.mesh, options.strategy)
         keras.distribution.set_distribution(distribution)
     causal_lm = keras_iris.load(
         options.preset,
@@ -143,11 +130,11 @@ def main(arguments=None):
     num_pairs = len(examples) * options.num_samples
     num_batches = -(-num_pairs // options.batch_size)
     num_steps = num_batches * options.epochs * options.iterations
+    rate = options.learning_rate or (LORA_RATE if options.lora_rank else RATE)
     schedule = keras.optimizers.schedules.CosineDecay(
         0.0,
         decay_steps=num_steps - num_steps // 10,
-        warmup_target=options.learning_rate
-        or (LORA_RATE if options.lora_rank else FULL_RATE),
+        warmup_target=rate,
         warmup_steps=num_steps // 10,
     )
     model = keras_iris.SelfPlayModel(causal_lm)
@@ -166,7 +153,10 @@ def main(arguments=None):
         model,
         examples,
         run_dir,
+        iterations=options.iterations,
+        epochs=options.epochs,
         batch_size=options.batch_size,
+        num_samples=options.num_samples,
         max_response_length=options.max_new_tokens,
         engine=engine,
         evaluate=keras_iris.evaluation.HeldOut(
@@ -176,7 +166,6 @@ def main(arguments=None):
         ),
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         title=f"IRIS on {Path(options.preset).name}",
-        **sizes,
     ).run()
     model_dir = keras_iris.export(causal_lm, run_dir / "model")
     if keras_iris.distribution.process_index() == 0:

@@ -1,6 +1,7 @@
 """What tests of reports share: the files of a run."""
 
 import json
+from pathlib import Path
 
 from safetensors.numpy import save_file
 
@@ -53,9 +54,9 @@ def score_line(run, iteration):
     )
 
 
-def record(*lines, name="this run", **manifest):
+def record(*lines, name="this run", others=(), **manifest):
     manifest = {"execution": {}, **manifest}
-    return RunRecord(name, list(lines), manifest)
+    return RunRecord(name, list(lines), manifest, Path("none"), others)
 
 
 def keep_examples(folder, iteration, **scores):

@@ -25,13 +25,12 @@ def report(run: RunFolder) -> Result:
 def samples(run: RunFolder) -> Result:
     """Print what the model answered to held-out prompts."""
     from keras_iris.evaluation import samples
-    from keras_iris.evaluation.run_record import read_runs
+    from keras_iris.evaluation.run_record import read_run
     from keras_iris.evaluation.tables import make_answers
 
     text = samples(run)
-    return Result(
-        [dict(lines) for lines in make_answers(*read_runs(run))], text
-    )
+    answers = make_answers(read_run(run))
+    return Result([dict(lines) for lines in answers], text)
 
 
 @shown

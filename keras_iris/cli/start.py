@@ -73,14 +73,14 @@ def run(config: ConfigFile, settings: Settings = None) -> Result:
 
 def _result(run_dir: Path) -> Result:
     from keras_iris.evaluation import scores_table
-    from keras_iris.evaluation.run_record import read_runs
+    from keras_iris.evaluation.run_record import read_run
 
-    ours, others = read_runs(run_dir)
+    run = read_run(run_dir)
     scores = {
         record.name: {
             name: record.scores(name) for name in record.score_names()
         }
-        for record in (ours, *others)
+        for record in (run, *run.others)
     }
     report = run_dir / "report.html"
     return Result(

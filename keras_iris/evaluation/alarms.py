@@ -99,7 +99,7 @@ class Alarms:
         new = {n: v for n, v in found.items() if n not in self._known}
         self._known.update(new)
         for name, value in new.items():
-            warnings.warn(_text(name, value), stacklevel=3)
+            warnings.warn(_TEXTS[name].format(value=value), stacklevel=3)
         if new:
             self._log("alarm", iteration=iteration, step=step, **new)
 
@@ -107,12 +107,8 @@ class Alarms:
 def alarm_texts(run: RunRecord) -> list[str]:
     """What a run has warned of, with the step."""
     return [
-        f"Step {line['step']}: {_text(name, line[name])}"
+        f"Step {line['step']}: {_TEXTS[name].format(value=line[name])}"
         for line in run.of_kind("alarm")
         for name in _TEXTS
         if name in line
     ]
-
-
-def _text(name: str, value: float) -> str:
-    return _TEXTS[name].format(value=value)

@@ -49,16 +49,14 @@ class Panel(NamedTuple):
     is_training: bool
 
 
-def make_plots(
-    run: RunRecord, others: Sequence[RunRecord]
-) -> dict[str, list[Panel]]:
+def make_plots(run: RunRecord) -> dict[str, list[Panel]]:
     """The panels of each plot for which the run has numbers."""
     plots: dict[str, list[Panel]] = {}
-    for name in run.score_names():
-        runs = {r.name: r.of_kind("evaluation") for r in (run, *others)}
-        scores = {label: _points(lines, name) for label, lines in runs.items()}
-        curves = {label: [p] for label, p in scores.items() if p.size}
-        panel = Panel(run.label(name), curves, is_training=False)
+    for score in run.score_names():
+        runs = {r.name: r.of_kind("evaluation") for r in (run, *run.others)}
+        scores = {name: _points(lines, score) for name, lines in runs.items()}
+        curves = {name: [p] for name, p in scores.items() if p.size}
+        panel = Panel(run.label(score), curves, is_training=False)
         plots.setdefault("scores", []).append(panel)
     for plot, title, names in _TRAINING:
         values = {n: _points(run.of_kind("step"), n) for n in names.split()}

@@ -1,15 +1,14 @@
 """The report of a run, from the files in its folder."""
 
-from importlib.resources import files
+import shlex
 from pathlib import Path
 
 from keras_iris.evaluation.alarms import alarm_texts
 from keras_iris.evaluation.plots import draw, draw_svg, make_plots
-from keras_iris.evaluation.run_record import read_runs
+from keras_iris.evaluation.run_record import read_run
 from keras_iris.evaluation.tables import (
     make_answers,
     make_tables,
-    next_step,
     what_came_out,
 )
 from keras_iris.files import replaced
@@ -31,35 +30,32 @@ def report(run_dir: str | Path) -> Path:
         ValueError: The folder isn't a run's, a file in it can't be read, or
             it can't be written to.
     """
-    from jinja2 import Environment
+    from jinja2 import Environment, PackageLoader
 
-    folder = Path(run_dir).expanduser()
-    run, others = read_runs(folder)
-    plots = make_plots(run, others)
-    page = files("keras_iris.evaluation") / "page.html.jinja"
-    environment = Environment(autoescape=True, trim_blocks=True)
-    html = environment.from_string(page.read_text(encoding="utf-8")).render(
-        folder=folder,
-        manifest=run.manifest,
-        sentences=what_came_out(run, others),
+    run = read_run(run_dir)
+    plots = make_plots(run)
+    pages = PackageLoader("keras_iris.evaluation", "")
+    environment = Environment(loader=pages, autoescape=True, trim_blocks=True)
+    environment.filters["quote"] = lambda path: shlex.quote(str(path))
+    html = environment.get_template("page.html.jinja").render(
+        run=run,
+        sentences=what_came_out(run),
         alarms=alarm_texts(run),
-        weighted_rows=run.weighted_rows(),
-        tables=make_tables(run, others),
-        answers=make_answers(run, others),
-        next_step=next_step(run, folder),
+        tables=make_tables(run),
+        answers=make_answers(run),
         plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},
     )
-    path = folder / "report.html"
+    path = run.folder / "report.html"
     try:
         for name, panels in plots.items():
-            with replaced(folder / "plots" / f"{name}.png") as new:
+            with replaced(run.folder / "plots" / f"{name}.png") as new:
                 draw(panels).savefig(new, format="png")
         with replaced(path) as new:
             new.write_text(html, encoding="utf-8")
     except OSError as error:
         raise ValueError(
-            f"Expected to write the report into {folder}. Received: {error}. "
-            "Copy the folder to where you can write, and pass that."
+            f"Expected to write the report into {run.folder}. Received: "
+            f"{error}. Copy the folder to where you can write, and pass that."
         ) from error
     return path
 
@@ -77,9 +73,9 @@ def scores_table(run_dir: str | Path) -> str:
     Raises:
         ValueError: The folder isn't a run's, or a file can't be read.
     """
-    run, others = read_runs(Path(run_dir).expanduser())
-    texts = [table.text() for table in make_tables(run, others)]
-    words = [*what_came_out(run, others), *alarm_texts(run)]
+    run = read_run(run_dir)
+    texts = [table.text() for table in make_tables(run)]
+    words = [*what_came_out(run), *alarm_texts(run)]
     return "\n\n".join([*texts, "\n".join(words)])
 
 
@@ -97,15 +93,11 @@ def samples(run_dir: str | Path) -> str:
     Raises:
         ValueError: The folder isn't a run's, or has no answers.
     """
-    run, others = read_runs(Path(run_dir).expanduser())
-    shown = make_answers(run, others)
+    shown = make_answers(read_run(run_dir))
     if not shown:
         raise ValueError(
             f"{run_dir} has no answers to held-out prompts. Run with "
             "`SelfPlay(evaluate=keras_iris.evaluation.HeldOut(examples))`."
         )
-    blocks = [
-        "\n".join(f"{name:>12}  {text!r}" for name, text in lines)
-        for lines in shown
-    ]
-    return "\n\n".join(blocks)
+    blocks = [[f"{name:>12}  {text!r}" for name, text in s] for s in shown]
+    return "\n\n".join(map("\n".join, blocks))

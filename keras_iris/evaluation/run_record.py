@@ -1,6 +1,7 @@
 """Reads the files of a run that was finished, killed, or is still going."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,22 +13,14 @@ from keras_iris.files import parse_json
 from keras_iris.metrics import ExampleScore
 
 Line = dict[str, Any]
-_PLACE = ("iteration", "step")
-_NUMBER = (int, float)
-# What a line of a file of texts has beside its iteration and number.
-_TEXTS: dict[str, dict[str, Any]] = {
-    "answers": {"prompt": str, "annotated": str, "answer": str},
-    "weights": {
-        **{"column": str, "weight": _NUMBER},
-        **{"prompt": str, "response": str},
-    },
-}
-_COUNTS = {
-    "step": _PLACE,
-    "evaluation": _PLACE,
-    "alarm": _PLACE,
-    "iteration": _PLACE[:1],
-}
+_PLACE = {"iteration": int, "step": int}
+# What lines of `metrics.jsonl` have by their kind, beside other numbers.
+_COUNTS = dict.fromkeys(("step", "evaluation", "alarm"), _PLACE)
+_COUNTS["iteration"] = {"iteration": int}
+# What those of `answers.jsonl` and `weights.jsonl` have.
+_TEXT = {"iteration": int, "number": int, "prompt": str}
+_ANSWER = {**_TEXT, "annotated": str, "answer": str}
+_WEIGHT = {**_TEXT, "column": str, "weight": int | float, "response": str}
 
 
 class RunRecord(NamedTuple):
@@ -36,7 +29,8 @@ class RunRecord(NamedTuple):
     name: str
     lines: list[Line]
     manifest: dict[str, Any]
-    folder: Path | None = None
+    folder: Path
+    others: Sequence["RunRecord"] = ()  # that the run is compared with
 
     def of_kind(self, kind: str) -> list[Line]:
         """The lines of a kind: `step`, `evaluation`, `iteration`, `alarm`."""
@@ -54,8 +48,6 @@ class RunRecord(NamedTuple):
 
     def examples(self, name: str, iteration: int) -> ExampleScore | None:
         """A score with its examples, if they were kept."""
-        if self.folder is None:
-            return None
         file = f"evaluations/iteration_{iteration:03d}.safetensors"
         try:
             arrays = load_file(self.folder / file)
@@ -64,30 +56,24 @@ class RunRecord(NamedTuple):
             return None
         return ExampleScore(*parts)
 
-    def answers(self) -> dict[int, dict[int, Line]]:
-        """Answers to held-out prompts, by prompt and iteration."""
-        return self._texts("answers")
+    def answers(self) -> dict[tuple[int, int], Line]:
+        """Answers to held-out prompts, by the prompt's number and iteration."""
+        return self._texts("answers", _ANSWER)
 
     def weighted_rows(self) -> list[Line]:
         """Responses that counted most and least in the last iteration."""
-        found = self._texts("weights")
-        last = max((i for rows in found.values() for i in rows), default=0)
-        return [rows[last] for rows in found.values() if last in rows]
+        found = self._texts("weights", _WEIGHT)
+        last = max((iteration for _, iteration in found), default=0)
+        return [line for (_, i), line in found.items() if i == last]
 
-    def _texts(self, name: str) -> dict[int, dict[int, Line]]:
-        """The lines of a file of texts, by number and iteration."""
-        file = self.folder and self.folder / f"{name}.jsonl"
-        found: dict[int, dict[int, Line]] = {}
-        types = {"number": int, "iteration": int, **_TEXTS[name]}
-        for text in _read_lines(file) if file and file.is_file() else []:
-            try:
-                line = parse_json(text)
-                is_whole = all(isinstance(line[n], types[n]) for n in types)
-            except (ValueError, KeyError, TypeError):
-                is_whole = False  # it was being written at a kill
-            if is_whole:
-                found.setdefault(line["number"], {})[line["iteration"]] = line
-        return found
+    def _texts(
+        self, name: str, types: dict[str, Any]
+    ) -> dict[tuple[int, int], Line]:
+        """The whole lines of a file of texts; a kill may have cut one off."""
+        file = self.folder / f"{name}.jsonl"
+        texts = _read_lines(file) if file.is_file() else []
+        lines = filter(None, (_parse(text, types) for text in texts))
+        return {(line["number"], line["iteration"]): line for line in lines}
 
     def mode(self, score: str) -> str | None:
         """Which way a score is better, if that is known."""
@@ -99,15 +85,16 @@ class RunRecord(NamedTuple):
         return score + ways.get(self.mode(score) or "", "")
 
 
-def read_runs(run_dir: Path) -> tuple[RunRecord, list[RunRecord]]:
-    """Reads a run, and the sub-folders that are runs themselves, by name."""
-    run, others = _read_run(run_dir, "this run"), []
-    for file in sorted(run_dir.glob("*/metrics.jsonl")):
+def read_run(run_dir: str | Path) -> RunRecord:
+    """Reads a run, and beside it the sub-folders that are runs themselves."""
+    folder = Path(run_dir).expanduser()
+    run, others = _read_run(folder, "this run"), []
+    for file in sorted(folder.glob("*/metrics.jsonl")):
         try:
             others.append(_read_run(file.parent, file.parent.name))
         except ValueError as error:  # another tool's, maybe
             warnings.warn(f"Left out of the report: {error}", stacklevel=3)
-    return run, others
+    return run._replace(others=others)
 
 
 def _read_run(run_dir: Path, name: str) -> RunRecord:
@@ -154,10 +141,9 @@ def read_metrics(path: str | Path) -> list[Line]:
     lines: dict[tuple[Any, ...], Line] = {}
     for number, text in enumerate(texts, 1):
         # A resumed run writes on where the killed one stopped in mid-line.
-        line = _parse(text) or _parse(text[max(0, text.rfind('{"kind"')) :])
-        if line is not None:
-            key = (line.get("kind"), line.get("iteration"), line.get("step"))
-            lines[key] = line
+        cut = max(0, text.rfind('{"kind"'))
+        if line := _parse(text) or _parse(text[cut:]):
+            lines[line["kind"], line.get("iteration"), line.get("step")] = line
         elif text.strip() and number < len(texts):
             raise ValueError(
                 "Expected a JSON object of numbers, with its iteration and "
@@ -172,23 +158,21 @@ def _read_lines(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8", errors="replace").split("\n")
 
 
-def _parse(text: str) -> Line | None:
-    """The object of a line, or None where it isn't a whole one of a run."""
+def _parse(text: str, types: dict[str, Any] | None = None) -> Line | None:
+    """The object of a line, or None where it isn't a whole one of a run.
+
+    Args:
+        text: The line.
+        types: What it has at least; by default a kind, and numbers only.
+    """
     try:
         line = parse_json(text)
-    except ValueError:
+        if types is None:
+            types = dict.fromkeys(line, int | float) | {"kind": str}
+            types |= _COUNTS.get(line["kind"], {})
+        is_whole = all(isinstance(line[name], types[name]) for name in types)
+        integers = [value for value in line.values() if isinstance(value, int)]
+    except (ValueError, KeyError, TypeError):
         return None
-    if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-        return None
-    numbers = {name: line[name] for name in line if name != "kind"}
-    counts = _COUNTS.get(line["kind"], ())
-    is_whole = all(isinstance(numbers.get(name), int) for name in counts)
-    is_whole &= all(map(_is_number, numbers.values()))
-    return line if is_whole else None
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one that a float can be."""
-    if isinstance(value, int):
-        return abs(value) < 2**63
-    return isinstance(value, float)
+    # A float can be each of them.
+    return line if is_whole and all(abs(i) < 2**63 for i in integers) else None

@@ -1,10 +1,8 @@
 """What a report says: tables, and a few sentences."""
 
-import json
 import math
-import shlex
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -49,15 +47,14 @@ def format_number(value: float, sign: str = "") -> str:
     return f"{value:{sign},.{decimals}f}"
 
 
-def make_tables(run: RunRecord, others: Sequence[RunRecord]) -> list[Table]:
+def make_tables(run: RunRecord) -> list[Table]:
     """The tables for which the run has numbers, that of scores first."""
-    evaluations = [
-        {"iteration": i, "evaluate_seconds": seconds}
-        for i, seconds in run.scores("seconds").items()
+    timing = run.of_kind("iteration") + [
+        {"iteration": iteration, "evaluate_seconds": seconds}
+        for iteration, seconds in run.scores("seconds").items()
     ]
-    timing = [*run.of_kind("iteration"), *evaluations]
     tables = [
-        _scores(run, others),
+        _scores(run),
         Table(
             "Training, mean over the steps of an iteration",
             "gap and margin in nats, NLL in nats per token; ESS: effective "
@@ -76,19 +73,14 @@ def make_tables(run: RunRecord, others: Sequence[RunRecord]) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
-def _scores(run: RunRecord, others: Sequence[RunRecord]) -> Table:
+def _scores(run: RunRecord) -> Table:
     iterations = sorted(run.scores("step"))
     rows = []
-    for score in run.score_names():
-        for other in (run, *others):
-            values = other.scores(score)
-            label = run.label(score) if other is run else ""
-            cells = [
-                format_number(values[i]) if i in values else "-"
-                for i in iterations
-            ]
-            outcome = compare(run, other, score)
-            rows.append([label, other.name, *outcome, *cells])
+    for score, other in product(run.score_names(), (run, *run.others)):
+        label = run.label(score) if other is run else ""
+        values = {i: format_number(v) for i, v in other.scores(score).items()}
+        cells = [values.get(i, "-") for i in iterations]
+        rows.append([label, other.name, *compare(run, other, score), *cells])
     header = ["score", "run", f"{run.name} ended", "difference", "95% interval"]
     return Table(
         "Held-out scores",
@@ -106,43 +98,38 @@ def _scores(run: RunRecord, others: Sequence[RunRecord]) -> Table:
 def compare(run: RunRecord, other: RunRecord, score: str) -> list[str]:
     """How a run ended, and the difference; to itself: to its start."""
     ours, theirs = run.scores(score), other.scores(score)
+    name = other.name
     if other is run:
-        theirs = {i: ours[0] for i in ours if 0 in ours}
+        name, theirs = "its start", {i: ours[0] for i in ours if 0 in ours}
     last = max(ours.keys() & theirs.keys(), default=0)
     if last == 0:
         return ["-", "-", "-"]
     difference = ours[last] - theirs[last]
     if not math.isfinite(difference):
         return ["not comparable", "-", "-"]
-    examples = run.examples(score, last)
+    verdict, interval = "no verdict", "-"
+    mine = run.examples(score, last)
     others = other.examples(score, 0 if other is run else last)
-    ends = None
-    if examples and others:
-        # Of the same examples, and not only of as many.
-        if np.array_equal(examples.weights, others.weights):
-            ends = interval_of_difference(examples, others)
-    verdict = _verdict(ends, run.mode(score))
-    if " than" in verdict or " from" in verdict:
-        verdict += f" {'its start' if other is run else other.name}"
+    # Of the same examples, and not only of as many.
+    if (
+        mine is not None
+        and others is not None
+        and np.array_equal(mine.weights, others.weights)
+    ):
+        low, high = interval_of_difference(mine, others)
+        interval = f"{format_number(low, '+')} to {format_number(high, '+')}"
+        mode = run.mode(score)
+        if mode and low <= 0 <= high:
+            verdict = f"can't be told from {name}"
+        elif mode:
+            word = "better" if (low > 0) == (mode == "max") else "worse"
+            verdict = f"{word} than {name}"
     if last < max(run.scores("step")):
         verdict += f" (iteration {last})"
-    interval = "-"
-    if ends is not None:
-        low, high = (format_number(end, "+") for end in ends)
-        interval = f"{low} to {high}"
     return [verdict, format_number(difference, "+"), interval]
 
 
-def _verdict(ends: tuple[float, float] | None, mode: str | None) -> str:
-    """What an interval of differences says, the beginning of it."""
-    if mode is None or ends is None:
-        return "no verdict"
-    if ends[0] <= 0 <= ends[1]:
-        return "can't be told from"
-    return "better than" if (ends[0] > 0) == (mode == "max") else "worse than"
-
-
-def what_came_out(run: RunRecord, others: Sequence[RunRecord]) -> list[str]:
+def what_came_out(run: RunRecord) -> list[str]:
     """What to know before the scores are judged, in a few sentences."""
     steps = run.scores("step")
     if not steps:
@@ -151,12 +138,12 @@ def what_came_out(run: RunRecord, others: Sequence[RunRecord]) -> list[str]:
     last, planned = max(steps), run.manifest["execution"].get("iterations")
     if isinstance(planned, int) and last < planned:
         text.append(f"The run isn't finished: {last} of {planned} iterations.")
-    if not others:
+    if not run.others:
         text.append(
             "There is no run to compare with: what plain fine-tuning would "
             "have done in the same steps isn't known."
         )
-    for other in others:
+    for other in run.others:
         theirs = other.scores("step")
         last = max(steps.keys() & theirs.keys(), default=0)
         if last and steps[last] != theirs[last]:
@@ -169,29 +156,6 @@ def what_came_out(run: RunRecord, others: Sequence[RunRecord]) -> list[str]:
         "Each run is a single one: a difference can be chance, and only "
         "repeats with other seeds can say whether it is significant.",
     ]
-
-
-def next_step(run: RunRecord, run_dir: Path) -> tuple[str, str]:
-    """What to do now in words, and the command for it, which may be empty."""
-    planned = run.manifest["execution"].get("iterations")
-    done = max((i["iteration"] for i in run.of_kind("iteration")), default=0)
-    config, model = run_dir / "config.yaml", run_dir / "model"
-    if isinstance(planned, int) and done < planned and not config.exists():
-        return "Start the run's program again: it goes on where it stopped.", ""
-    if isinstance(planned, int) and done < planned:
-        return "Go on with the run:", _command("run", config)
-    if (model / "config.json").exists():
-        ask = _command("generate", "--preset", model, "How are you?")
-        return "Ask its model:", ask
-    text = "Write its model, for this package, transformers and vLLM"
-    if config.exists():
-        return f"{text}:", _command("export", run_dir, "--out", model)
-    call = f"keras_iris.export(causal_lm, {json.dumps(str(model))})"
-    return f"{text}, at the end of the run's program:", call
-
-
-def _command(*words: str | Path) -> str:
-    return shlex.join(["keras-iris", *map(str, words)])
 
 
 def _means(
@@ -208,24 +172,20 @@ def _means(
     return ["iteration", *names], rows
 
 
-def make_answers(
-    run: RunRecord, others: Sequence[RunRecord]
-) -> list[list[tuple[str, str]]]:
+def make_answers(run: RunRecord) -> list[list[tuple[str, str]]]:
     """For each held-out prompt the names and texts to show.
 
     Prompt, annotated response, and the answers before self-play, after each
     iteration, and of other runs at their ends.
     """
-    theirs = [(other.name, other.answers()) for other in others]
-    shown = []
-    for number, by_iteration in sorted(run.answers().items()):
-        first = by_iteration[min(by_iteration)]
-        lines = [("prompt", first["prompt"]), ("annotated", first["annotated"])]
-        for iteration, line in sorted(by_iteration.items()):
-            name = f"iteration {iteration}" if iteration else "before"
-            lines.append((name, line["answer"]))
-        for name, answers in theirs:
-            if own := answers.get(number):
-                lines.append((name, own[max(own)]["answer"]))
-        shown.append(lines)
-    return shown
+    shown: dict[int, list[tuple[str, str]]] = {}
+    for (number, iteration), line in sorted(run.answers().items()):
+        given = [(name, line[name]) for name in ("prompt", "annotated")]
+        name = f"iteration {iteration}" if iteration else "before"
+        shown.setdefault(number, given).append((name, line["answer"]))
+    for other in run.others:
+        lines = sorted(other.answers().items())
+        ends = {number: line["answer"] for (number, _), line in lines}
+        for number in shown.keys() & ends.keys():
+            shown[number].append((other.name, ends[number]))
+    return list(shown.values())

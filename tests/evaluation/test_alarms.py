@@ -1,6 +1,7 @@
 """Each sign of a training that goes wrong is told of once."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -61,7 +62,7 @@ def test_means_over_steps(name, bad, words):
         same.begin(2, 100, (100, 100))
         _watch(same, [{name: bad}] * 2 * WINDOW, iteration=2)
     assert len(log) == 1
-    (text,) = alarm_texts(RunRecord("run", log, {}))
+    (text,) = alarm_texts(RunRecord("run", log, {}, Path()))
     assert text.startswith(f"Step {WINDOW}: ")
 
 

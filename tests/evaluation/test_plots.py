@@ -14,11 +14,11 @@ from evaluation_helpers import (
 
 from keras_iris.evaluation import report, scores_table
 from keras_iris.evaluation.plots import draw, draw_svg, make_plots
-from keras_iris.evaluation.run_record import read_runs
+from keras_iris.evaluation.run_record import read_run
 
 
 def test_plots_show_the_values_of_the_run(run_dir):
-    plots = make_plots(*read_runs(run_dir))
+    plots = make_plots(read_run(run_dir))
     assert {name: [p.title for p in plots[name]] for name in plots} == {
         "scores": [
             "nll_per_token (lower is better)",
@@ -43,7 +43,7 @@ def test_plots_show_the_values_of_the_run(run_dir):
 
 
 def test_drawn_lines_and_boundaries(run_dir):
-    plots = make_plots(*read_runs(run_dir))
+    plots = make_plots(read_run(run_dir))
     gap, alpha = draw(plots["alpha_and_gap"]).axes
     assert gap.get_ylim()[0] == 0  # as 0.4 is near to it, beside 0.8
     first, second, *boundaries = alpha.get_lines()
@@ -62,7 +62,7 @@ def test_drawn_lines_and_boundaries(run_dir):
 
 def test_labels_are_taken_as_they_are(run_dir):
     (run_dir / "control").rename(run_dir / "_b$x^2$")
-    panel = make_plots(*read_runs(run_dir))["scores"][0]
+    panel = make_plots(read_run(run_dir))["scores"][0]
     assert " _b$x^2$</text>" in draw_svg(panel)
 
 
@@ -73,7 +73,7 @@ def test_drawing_leaves_matplotlib_as_it_was(run_dir):
         return dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
 
     before = state()
-    draw_svg(make_plots(*read_runs(run_dir))["margin"][0])
+    draw_svg(make_plots(read_run(run_dir))["margin"][0])
     assert state() == before
 
 
@@ -89,7 +89,7 @@ def test_values_that_are_not_finite_are_drawn_around(tmp_path):
 @pytest.mark.parametrize("num_steps, window", [(59, 1), (60, 3), (300, 11)])
 def test_long_runs_have_a_running_mean(num_steps, window):
     run = record(*(step_line(1, i + 1) for i in range(num_steps)))
-    (ax,) = draw(make_plots(run, [])["alpha_and_gap"][1:]).axes
+    (ax,) = draw(make_plots(run)["alpha_and_gap"][1:]).axes
     # Without the lines at 0 and at the iteration's start.
     curves = [line.get_ydata() for line in ax.get_lines()[:-2]]
     assert len(curves) == (1 if window == 1 else 2)

@@ -49,7 +49,7 @@ def test_report_says_what_the_run_is(run_dir):
     assert "a lower bound of the Rényi divergence of order 2" in caption
     assert "alpha = 1 + c * gap" in caption
     assert "effective sample size would get too small" in caption
-    call = f"keras_iris.export(causal_lm, &#34;{run_dir / 'model'}&#34;)"
+    call = f'keras_iris.export(causal_lm, "{run_dir / "model"}")'
     assert f"<pre>{call}</pre>" in html[html.index("<h2>Next") :]
 
 
@@ -82,6 +82,32 @@ def test_report_of_a_run_that_has_just_started(tmp_path):
     write_lines(tmp_path, [score_line("run", 0), step_line(1, 1)])
     assert f"<h1>{tmp_path.name}</h1>" in report(tmp_path).read_text("utf-8")
     assert (tmp_path / "plots" / "margin.png").exists()
+
+
+def test_next_step(tmp_path):
+    """The command for what a run's folder has."""
+
+    def next_step():
+        page = report(tmp_path).read_text(encoding="utf-8")
+        return page[page.index("<h2>Next</h2>") :]
+
+    config, model = tmp_path / "config.yaml", tmp_path / "model"
+    manifest = {"execution": {"iterations": 2}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    write_lines(tmp_path, [])
+    assert "program again" in next_step() and "<pre>" not in next_step()
+    config.touch()
+    assert f"<pre>keras-iris run {config}</pre>" in next_step()
+    write_lines(tmp_path, [{"kind": "iteration", "iteration": 2}])
+    command = f"keras-iris export {tmp_path} --out {model}"
+    assert f"vLLM:</p>\n<pre>{command}</pre>" in next_step()
+    config.unlink()
+    call = f'keras_iris.export(causal_lm, "{model}")'
+    assert f"program:</p>\n<pre>{call}</pre>" in next_step()
+    model.mkdir()
+    (model / "config.json").touch()
+    command = f"keras-iris generate --preset {model} 'How are you?'"
+    assert f"<pre>{command}</pre>" in next_step()
 
 
 def test_unwritable_folder(run_dir):

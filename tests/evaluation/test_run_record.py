@@ -8,7 +8,7 @@ from evaluation_helpers import (
 )
 
 from keras_iris.evaluation import read_metrics, report, scores_table
-from keras_iris.evaluation.run_record import read_runs
+from keras_iris.evaluation.run_record import read_run
 
 
 def test_last_line_of_the_same_step_wins(tmp_path):
@@ -89,8 +89,8 @@ def test_sub_folder_that_is_no_run_is_left_out(run_dir):
     (run_dir / "other_tool").mkdir()
     (run_dir / "other_tool" / "metrics.jsonl").write_text("a\nb\n")
     with pytest.warns(UserWarning, match="Left out of the report: .*JSON"):
-        _, others = read_runs(run_dir)
-    assert [other.name for other in others] == ["control"]
+        run = read_run(run_dir)
+    assert [other.name for other in run.others] == ["control"]
 
 
 def test_home_folder(run_dir, monkeypatch):

@@ -12,12 +12,11 @@ from evaluation_helpers import (
 )
 
 from keras_iris.evaluation import scores_table
-from keras_iris.evaluation.run_record import read_runs
+from keras_iris.evaluation.run_record import read_run
 from keras_iris.evaluation.tables import (
     compare,
     format_number,
     make_tables,
-    next_step,
     what_came_out,
 )
 from keras_iris.metrics import ExampleScore
@@ -84,6 +83,14 @@ def test_scores_of_other_examples_have_no_verdict(tmp_path):
     assert compare(run, other, "nll") == ["no verdict", "-1.0000", "-"]
 
 
+def test_a_score_of_zero_has_a_verdict(tmp_path):
+    keep_examples(tmp_path, 0, f1=[0.0] * 4)
+    keep_examples(tmp_path, 1, f1=[1.0] * 4)
+    run = record(evaluation(0, f1=0.0), evaluation(1, f1=1.0))
+    run = run._replace(folder=tmp_path)
+    assert compare(run, run, "f1")[0] == "better than its start"
+
+
 def test_scores_that_are_no_scores_of_examples():
     assert ExampleScore([1.0, 5.0], [1, 2]) == 2.0
     for values, weights in (([], None), ([1.0], [1.0, 2.0]), ([[1.0]], None)):
@@ -113,22 +120,23 @@ def test_compare_at_the_last_common_iteration():
 def test_words():
     run = record(evaluation(0, f1=1.0), evaluation(1, f1=2.0))
     same = record(*run.lines, name="same")
-    (caution,) = what_came_out(run, [same])
+    (caution,) = what_came_out(run._replace(others=[same]))
     assert "a single one: a difference can be chance" in caution
     longer = record({**evaluation(1, f1=1.0), "step": 9}, name="other")
-    assert what_came_out(run, [same, longer, record()])[0] == (
+    compared = run._replace(others=[same, longer, record()])
+    assert what_came_out(compared)[0] == (
         "Not trained equally long until iteration 1: this run 4 steps, other 9."
     )
     unfinished = record(*run.lines, execution={"iterations": 3})
-    text = what_came_out(unfinished, [])
+    text = what_came_out(unfinished)
     assert text[0] == "The run isn't finished: 1 of 3 iterations."
     assert "There is no run to compare with" in text[1]
-    (text,) = what_came_out(record(), [same])
+    (text,) = what_came_out(record(others=[same]))
     assert "quality can't be judged" in text
 
 
 def test_tables(run_dir):
-    scores, training, timing = make_tables(*read_runs(run_dir))
+    scores, training, timing = make_tables(read_run(run_dir))
     assert scores.header[-3:] == ["0", "1", "2"]
     assert scores.rows[:2] == [
         ["nll_per_token (lower is better)", "this run", "no verdict"]
@@ -163,28 +171,6 @@ def test_run_that_only_trains(tmp_path):
     write_lines(tmp_path, [{**step_line(1, i), "gap": 0.1} for i in (1, 2)])
     assert "Held-out" not in scores_table(tmp_path)
     assert re.search(r"^1 +1\.8500 +0\.1000", scores_table(tmp_path), re.M)
-
-
-def test_next_step(tmp_path):
-    """The command for what a run's folder has."""
-    lines = [{"kind": "iteration", "iteration": 2}]
-    started, done = (
-        record(*some, execution={"iterations": 2}) for some in ([], lines)
-    )
-    config, model = tmp_path / "config.yaml", tmp_path / "model"
-    text, command = next_step(started, tmp_path)
-    assert "program again" in text and not command
-    call = f'keras_iris.export(causal_lm, "{model}")'
-    assert next_step(done, tmp_path)[1] == call
-    config.touch()
-    assert next_step(started, tmp_path)[1] == f"keras-iris run {config}"
-    command = f"keras-iris export {tmp_path} --out {model}"
-    assert next_step(done, tmp_path)[1] == command
-    model.mkdir()
-    (model / "config.json").touch()
-    assert next_step(done, tmp_path)[1] == (
-        f"keras-iris generate --preset {model} 'How are you?'"
-    )
 
 
 @pytest.mark.parametrize(

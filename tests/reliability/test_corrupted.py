@@ -315,7 +315,7 @@ def test_damage(name, total, checkpoint, tmp_path, monkeypatch):
     page = importlib.import_module("keras_iris.evaluation.report")
     monkeypatch.setattr(page, "draw", lambda panels: Figure())
     if name != "report of metrics":
-        monkeypatch.setattr(page, "make_plots", lambda run, others: {})
+        monkeypatch.setattr(page, "make_plots", lambda run: {})
     make, share, allowed = WHAT[name]
     folder = tmp_path / "folder"
     folder.mkdir()

@@ -250,5 +250,5 @@ def test_answers_come_back_from_the_log(rows_of_texts):
         run = RunDir(folder)
         run.log_texts("answers", 1, lines)
         found = RunRecord("run", [], {}, Path(folder)).answers()
-    read = [found[i][1] for i in range(len(lines))]
+    read = [found[i, 1] for i in range(len(lines))]
     assert [{name: line[name] for name in names} for line in read] == lines
