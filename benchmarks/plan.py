@@ -91,6 +91,7 @@ def plan(name, machine, lora_rank):
         micro_batch_size=min(BATCH, micro),
         generation_batch_size=32 * count,
         lora_rank=lora_rank,
+        dtype="bfloat16" if lora_rank else "mixed_bfloat16",
         num_devices=count,
         flops_per_second=FLOPS * chip.peak / H200.peak,
         bytes_per_second=READING * chip.memory / H200.memory,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import keras
 import keras_hub
 import numpy as np
 
@@ -26,8 +27,11 @@ from keras_iris.losses import IRIS, SelfPlayLoss
 from keras_iris.losses.stream import Stream
 
 _MASTER_BYTES = 4  # of a number that is trained, of its gradient, of a slot
-_COMPUTE_BYTES = 2  # bfloat16
+_EXPORT_BYTES = 2  # bfloat16
 _ID_BYTES = 4
+# What an H200 did: 29,000 tokens a second in training, 81,700 generated ones
+# in 28.7 s, compilation included (Qwen2.5-3B's shape, LoRA).
+_GPU_FLOPS, _GPU_BANDWIDTH = 5e14, 5.5e11
 # Tokens and outputs whose logits are held (`keras_iris.models.log_probs`).
 _TILES = {True: (2048, 32768), False: (512, 8192)}  # of a GPU, of a CPU
 _QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5}
@@ -115,11 +119,10 @@ def estimate(  # noqa: PLR0913 (by keyword only)
 class RunEstimate:
     """What a self-play run takes, from its sizes: estimates, on JAX.
 
-    Without LoRA all weights are trained, in mixed_bfloat16; with LoRA the
-    base is bfloat16 or quantized, the adapters are float32. Each layer's
-    activations are computed again in the backward pass.
+    What is trained is float32: adapters, or without LoRA all weights. Each
+    layer's activations are computed again in the backward pass.
 
-    On CPUs the memory is within 15% of what XLA allocates
+    In bfloat16 on CPUs the memory is within 15% of what XLA allocates
     (`tests/test_run_estimate.py`). On a GPU there is one measurement,
     Qwen2.5-3B's shape with LoRA on an H200, 17.2 GB: there the layers'
     matrices must have been in memory twice, so that is counted; why is unknown.
@@ -135,6 +138,7 @@ class RunEstimate:
         iterations: Number of iterations.
         epochs: Epochs of an iteration.
         micro_batch_size: Pairs of a forward and backward pass.
+        dtype: As in `keras_iris.load`.
         loss: What is trained with, of as many responses as it takes.
         generation_batch_size: Prompts that are answered together. By default
             as many as `keras_iris.generation.KerasEngine` would take of the
@@ -146,9 +150,8 @@ class RunEstimate:
         optimizer_slots: Numbers that the optimizer keeps for each trained one.
         needs_folder: Whether the engine reads exported weights.
         flops_per_second: Floating-point operations of a device, not its peak.
-        bytes_per_second: Bytes that it reads from its memory. Both defaults
-            follow from the run on an H200: 29,000 tokens a second in training,
-            81,700 generated ones in 28.7 s, compilation included.
+            By default what an H200 did; of a CPU nothing is known.
+        bytes_per_second: Bytes that it reads from its memory, likewise.
         is_gpu: Or a CPU.
         sample: A prompt with its response, as the model sees them.
     """
@@ -163,6 +166,7 @@ class RunEstimate:
     iterations: int = 5
     epochs: int = 2
     micro_batch_size: int = 8
+    dtype: Any = None
     loss: SelfPlayLoss = dataclasses.field(default_factory=IRIS)
     generation_batch_size: int | None = None
     lora_rank: int | None = None
@@ -171,8 +175,8 @@ class RunEstimate:
     num_devices: int = 1
     optimizer_slots: int = 1
     needs_folder: bool = False
-    flops_per_second: float = 5e14
-    bytes_per_second: float = 5.5e11
+    flops_per_second: float | None = None
+    bytes_per_second: float | None = None
     is_gpu: bool = True
     sample: str = ""
 
@@ -217,7 +221,7 @@ class RunEstimate:
     def disk(self) -> dict[str, float]:
         """Bytes of the run's folder, by name and together."""
         trained = _MASTER_BYTES * self.num_trained
-        export = _COMPUTE_BYTES * self.num_weights
+        export = _EXPORT_BYTES * self.num_weights
         length = self.prompt_length + self.response_length
         synthetic = self.iterations * self.num_samples * self.new_tokens
         parts = {
@@ -233,19 +237,22 @@ class RunEstimate:
     def seconds(self) -> dict[str, float]:
         """Time of the whole run on all devices, by its parts and together.
 
+        Nothing for a CPU without the rates.
+
         2 operations a matrix weight and token forward, 4 backward (2 with
         LoRA), 2 to compute activations again; attention, communication,
         compilation and padding aren't counted. A decoding step takes at least
         the time of reading the weights, and the keys and values.
         """
+        if not self._rates:
+            return {}
+        flops_per_second, bytes_per_second = self._rates
         config = self.config
         weights = self.num_weights
         if not config.tie_word_embeddings:  # a table that is only read
             weights -= config.vocabulary_size * config.hidden_size
-        forward = 2 * weights / (self.flops_per_second * self.num_devices)
-        reading = self._weights_bytes() / (
-            self.bytes_per_second * self.num_devices
-        )
+        forward = 2 * weights / (flops_per_second * self.num_devices)
+        reading = self._weights_bytes() / (bytes_per_second * self.num_devices)
         num_pairs = self.num_prompts * self.num_samples
         lengths = self.prompt_length + np.array(
             [self.response_length, self.new_tokens, self.new_tokens]
@@ -255,7 +262,7 @@ class RunEstimate:
         rows = self._generation_rows(self.prompt_length)
         # Of an answer half-way through.
         length = self.prompt_length + self.new_tokens / 2
-        cache = token_bytes(self._sizes) * length / self.bytes_per_second
+        cache = token_bytes(self._sizes) * length / bytes_per_second
         step = max(forward, reading / rows + cache / self.num_devices)
         once = {
             "generation": num_pairs * forward * self.prompt_length
@@ -267,13 +274,32 @@ class RunEstimate:
         }
         return _with_sum({k: self.iterations * v for k, v in once.items()})
 
+    @property
+    def _rates(self) -> tuple[float, float] | None:
+        """Operations and bytes a second of a device, if they are known."""
+        flops, bandwidth = self.flops_per_second, self.bytes_per_second
+        if self.is_gpu:
+            flops, bandwidth = flops or _GPU_FLOPS, bandwidth or _GPU_BANDWIDTH
+        return (flops, bandwidth) if flops and bandwidth else None
+
+    @property
+    def _item_bytes(self) -> tuple[int, int]:
+        """Of a number of the base, and of one that is computed with."""
+        policy = keras.dtype_policies.get(
+            self.dtype or keras.config.dtype_policy()
+        )
+        names = (policy.variable_dtype, policy.compute_dtype)
+        kept, computed = (2 if "16" in name else 4 for name in names)
+        return kept, computed
+
     def _kept_bytes(self) -> dict[str, float]:
         """On each device, all the time."""
         slots = _MASTER_BYTES * self.num_trained * self.optimizer_slots
         parts = {"weights": self._weights_bytes(), "optimizer": slots}
-        if self.lora_rank is None:
-            parts["bfloat16 copies"] = _COMPUTE_BYTES * self.num_weights
-        elif self.is_gpu:
+        kept, computed = self._item_bytes
+        if kept != computed:
+            parts["bfloat16 copies"] = computed * self.num_weights
+        elif self.lora_rank is not None and self.is_gpu:
             parts["copies of matrices"] = self._matrices_bytes()
         return {n: size / self.num_devices for n, size in parts.items()}
 
@@ -322,7 +348,7 @@ class RunEstimate:
         parts = rowwise_parts(getattr(keras_hub.models, name))
         return Sizes(
             **{name: getattr(config, name) for name in Sizes._fields[:-2]},
-            item_bytes=_COMPUTE_BYTES,
+            item_bytes=self._item_bytes[1],
             is_rowwise=parts is not None,
         )
 
@@ -340,12 +366,12 @@ class RunEstimate:
         if self.lora_rank is None:
             return _MASTER_BYTES * self.num_weights
         rest = self.num_weights - self._num_matrix_weights()
-        base = self._matrices_bytes() + _COMPUTE_BYTES * rest
+        base = self._matrices_bytes() + self._item_bytes[0] * rest
         return base + _MASTER_BYTES * self.num_trained
 
     def _matrices_bytes(self) -> float:
-        """Of the layers' matrices, as they are computed with."""
-        size = _QUANTIZED_BYTES.get(self.quantize or "", _COMPUTE_BYTES)
+        """Of the layers' matrices."""
+        size = _QUANTIZED_BYTES.get(self.quantize or "", self._item_bytes[0])
         return size * self._num_matrix_weights()
 
     def _num_matrix_weights(self) -> int:
@@ -365,7 +391,7 @@ class RunEstimate:
             + 2 * (queries + keys)
             + 4 * config.inner_size
         )
-        inputs = _COMPUTE_BYTES * config.num_layers * config.hidden_size
+        inputs = self._item_bytes[1] * config.num_layers * config.hidden_size
         token = inputs + _MASTER_BYTES * layer
         # KerasHub's attention isn't fused.
         scores = config.num_heads * self.max_length**2
@@ -378,21 +404,20 @@ class RunEstimate:
         """Tables of memory, disk and time."""
         kind = "all weights" if self.lora_rank is None else "LoRA"
         memory = f"memory of a device, of {self.num_devices}, in GiB"
-        time = (
-            f"hours at {self.flops_per_second:.3g} operations and "
-            f"{self.bytes_per_second:.3g} bytes a second"
+        time = "hours at {:.3g} operations and {:.3g} bytes a second".format(
+            *(self._rates or (0, 0))
         )
         lines = [
             self.sample,
             f"{self.num_weights:,} weights, {self.num_trained:,} trained "
-            f"({kind}); estimates:",
+            f"({kind}); estimates, for `remat=True`:",
         ]
         for title, parts, unit in (
             (memory, self.memory(), 2**30),
             ("disk in GiB", self.disk(), 2**30),
             (time, self.seconds(), 3600),
         ):
-            lines.append(title)
+            lines += [title] if parts else []
             lines += [f"  {k:28} {v / unit:10.2f}" for k, v in parts.items()]
         return "\n".join(lines).lstrip()
 

@@ -72,7 +72,12 @@ def main(arguments=None):
     run_dir = Path(options.run_dir or f"runs/{Path(options.preset).name}")
     half = options.max_length // 2
     lengths = {"max_prompt_length": half, "max_response_length": half}
-    lora = {"lora_rank": options.lora_rank, "quantize": options.quantize}
+    model_options = {
+        # Products in bfloat16; all that is trained is float32.
+        "dtype": "bfloat16" if options.lora_rank else "mixed_bfloat16",
+        "lora_rank": options.lora_rank,
+        "quantize": options.quantize,
+    }
     template = keras_iris.data.ChatTemplate.named(TEMPLATE)
 
     # Data: the first question of each conversation, and its answer.
@@ -98,12 +103,12 @@ def main(arguments=None):
             needs_folder=options.serve is not None,
             run_dir=run_dir,
             **lengths,
-            **lora,
+            **model_options,
         )
         print(estimate)
         return
 
-    # Model: bfloat16 products; all that is trained is float32.
+    # Model, over several devices if there is a mesh.
     keras_iris.distribution.initialize()  # of several processes, if any
     keras.utils.set_random_seed(0)
     if options.mesh is not None:
@@ -111,10 +116,9 @@ def main(arguments=None):
         keras.distribution.set_distribution(distribution)
     causal_lm = keras_iris.load(
         options.preset,
-        dtype="bfloat16" if options.lora_rank else "mixed_bfloat16",
         remat=True,
         default_template=template,
-        **lora,
+        **model_options,
     )
     examples = keras_iris.data.tokenize(
         conversations,

@@ -61,6 +61,8 @@ def _estimate(config, **changes):
         micro_batch_size=4,
         generation_batch_size=16,
     )
+    is_whole = changes.get("lora_rank") is None
+    options["dtype"] = "mixed_bfloat16" if is_whole else "bfloat16"
     return RunEstimate(config=config, **{**options, **changes})
 
 
@@ -91,6 +93,27 @@ def test_memory_of_variables(architecture, lora_rank, checkpoint):
     optimizer.build(trained)
     slots = [v for v in optimizer.variables if len(v.shape)]
     assert memory["optimizer"] == _bytes(slots)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "mixed_bfloat16"])
+def test_memory_is_that_of_the_dtype(dtype, checkpoint):
+    folder = checkpoint("qwen2")
+    options = {"dtype": dtype, "lora_rank": 4}
+    causal_lm = keras_iris.load(folder, **options)
+    memory = keras_iris.estimate(folder, **options, is_gpu=False).memory()
+    assert memory["weights"] == _bytes(causal_lm.backbone.weights)
+    assert ("bfloat16 copies" in memory) == (dtype == "mixed_bfloat16")
+
+
+def test_hours_are_told_where_rates_are_known():
+    estimate = _estimate(QWEN)
+    assert "hours at 5e+14" in str(estimate)
+    for rates in ({}, {"flops_per_second": 1e11}):
+        on_cpu = _estimate(QWEN, is_gpu=False, **rates)
+        assert on_cpu.seconds() == {} and "hours" not in str(on_cpu)
+    rates |= {"bytes_per_second": 1e10}
+    on_cpu = _estimate(QWEN, is_gpu=False, **rates)
+    assert on_cpu.seconds()["training"] > estimate.seconds()["training"]
 
 
 @pytest.mark.slow
@@ -202,6 +225,7 @@ def test_the_measured_run():
         response_length=288,
         new_tokens=288,
         lora_rank=16,
+        dtype="bfloat16",
         iterations=1,
         epochs=1,
     )
@@ -296,6 +320,7 @@ def test_what_xla_allocates(architecture, lora_rank, loss, tmp_path):
         micro_batch_size=micro_batch_size,
         max_length=length,
         lora_rank=lora_rank,
+        dtype="bfloat16" if lora_rank else "mixed_bfloat16",
         loss=loss,
         is_gpu=False,
     )
