@@ -335,6 +335,7 @@ selfplay: {}
         ("compile.loss.config.alpha=500", "`alpha` has to be a number"),
         ("compile.optimizer.config.learning_rate=x", "`learning_rate` should"),
         ("self_play.evaluate.config.examples=99", "99 examples can't be held"),
+        ("compile.loss=SPINN", "'SPINN' isn't known. Did you mean SPIN?"),
         ("self_play.control=sgd", "`control` has to be one of"),
         ("self_play.template=[", "can't be read as YAML"),
         ("load.default_template=zefyr", "zephyr"),

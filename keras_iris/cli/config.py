@@ -283,8 +283,12 @@ def _resolve(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
     if isinstance(value, str) and ChatTemplate in get_args(hint):
         return ChatTemplate.named(value)
     classes = _classes()
-    if isinstance(value, str) and value in classes and not _takes_text(hint):
-        value = {"class_name": value}
+    wanted = get_args(hint) or (hint,)
+    if isinstance(value, str) and str not in wanted:
+        kinds = {kind.__name__ for kind in wanted if isinstance(kind, type)}
+        # A misspelt name, too, where nothing but an object is wanted.
+        if value in classes or kinds & classes.keys():
+            value = {"class_name": value}
     if not isinstance(value, dict) or "class_name" not in value:
         return value
     _check_names(value, {"class_name": 0, "config": 0}, where, problems)
@@ -297,10 +301,6 @@ def _resolve(value: Any, hint: Any, where: str, problems: list[str]) -> Any:
         classes[name],
         _check(classes[name], config, f"{where}.config", problems),
     )
-
-
-def _takes_text(hint: Any) -> bool:
-    return hint is str or str in get_args(hint)
 
 
 def _fits(value: Any, hint: Any) -> bool:

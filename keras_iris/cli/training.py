@@ -127,14 +127,7 @@ def load_trained(run_dir: Path, config: Config, *, best: bool) -> keras.Model:
     """
     manifest = read_manifest(run_dir / "manifest.json")
     causal_lm = keras_iris.load(**config.sections["load"])
-    there, here = (
-        weights.partition("-")[2]
-        for weights in (
-            str(manifest["settings"].get("weights")),
-            WeightsHash(causal_lm)(),
-        )
-    )
-    if there != here:
+    if manifest["settings"].get("weights") != WeightsHash(causal_lm)():
         raise ValueError(
             f"{run_dir} was trained from other weights than those of "
             f"{config.sections['load']['preset']}. Put those back, or pass "

@@ -66,7 +66,7 @@ class HeldOut:
         self.batch_size = batch_size
         self.samples = min(samples, len(examples))
         self.max_new_tokens = max_new_tokens
-        self._engine: Any = None
+        self._engine: KerasEngine | None = None
 
     def __call__(self, model: SelfPlayModel) -> Scores:
         """Scores and answers.
@@ -97,7 +97,7 @@ class HeldOut:
                 "tokenizer. Load it with `keras_iris.load`, set "
                 "`causal_lm.tokenizer`, or pass samples=0."
             )
-        if self._engine is None:
+        if self._engine is None or self._engine.causal_lm is not causal_lm:
             self._engine = KerasEngine(
                 causal_lm,
                 end_token_ids=tokenizer.end_token_ids,

@@ -92,6 +92,7 @@ class KerasEngine(Engine):
         temperature: float = 1.0,
     ) -> None:
         _check_model(causal_lm)
+        self.causal_lm = causal_lm
         self.temperature = check_between("temperature", temperature, 0, 100)
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         self.batch_size = batch_size

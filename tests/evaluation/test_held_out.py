@@ -36,6 +36,13 @@ def test_held_out(checkpoint, tmp_path):
         assert answer["answer"] == tokenizer.decode(ids[start:].tolist())
         assert answer["prompt"] == tokenizer.decode(example.prompt_ids)
     np.testing.assert_allclose(scores["nll_per_token"], total / count, 1e-4)
+    # Of another model it is the answers of that.
+    other = keras_iris.load(checkpoint("mistral"), dtype="float32")
+    other = keras_iris.SelfPlayModel(other)
+    fresh = keras_iris.evaluation.HeldOut(
+        examples, batch_size=2, max_new_tokens=3
+    )
+    assert held_out(other).answers == fresh(other).answers != scores.answers
     causal_lm.tokenizer = None
     with pytest.raises(ValueError, match="needs a tokenizer"):
         held_out(model)
