@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,14 +37,20 @@ def check_vocabulary(examples: Iterable[Example], vocabulary_size: int) -> None:
     """
     for index, example in enumerate(examples):
         token_ids = np.concatenate([example.prompt_ids, example.response_ids])
-        wrong = token_ids[(token_ids < 0) | (token_ids >= vocabulary_size)]
-        if wrong.size:
-            raise ValueError(
-                f"Vocabulary mismatch: example {index} has the token id "
-                f"{wrong[0]}, expected ids from 0 to {vocabulary_size - 1}, "
-                "the model's vocabulary. Use the tokenizer that the model was "
-                "trained with."
-            )
+        check_ids(f"example {index}", token_ids, vocabulary_size)
+
+
+def check_ids(
+    name: str, token_ids: NDArray[np.integer[Any]], vocabulary_size: int
+) -> None:
+    """Refuses an array with token ids that a model doesn't have."""
+    wrong = token_ids[(token_ids < 0) | (token_ids >= vocabulary_size)]
+    if wrong.size:
+        raise ValueError(
+            f"Vocabulary mismatch: {name} has the token id {wrong[0]}, "
+            f"expected ids from 0 to {vocabulary_size - 1}, the model's "
+            "vocabulary. Use the tokenizer that the model was trained with."
+        )
 
 
 def hash_examples(examples: Sequence[Example]) -> str:

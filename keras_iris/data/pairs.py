@@ -14,7 +14,12 @@ from keras_iris.data.buckets import (
     choose_bucket_lengths,
     plan_batches,
 )
-from keras_iris.data.example import Example, TokenIds
+from keras_iris.data.example import (
+    Example,
+    TokenIds,
+    check_ids,
+    check_vocabulary,
+)
 
 Inputs: TypeAlias = dict[str, NDArray[Any]]
 Batch: TypeAlias = tuple[Inputs, NDArray[np.float32], NDArray[np.float32]]
@@ -214,6 +219,21 @@ class PairDataset(keras.utils.PyDataset):
     def sequence_lengths(self) -> frozenset[int]:
         """Lengths of the epoch's batches, in tokens."""
         return frozenset(map(self._length, self._batches()))
+
+    def check_vocabulary(self, vocabulary_size: int) -> None:
+        """Refuses token ids that a model doesn't have.
+
+        Args:
+            vocabulary_size: Number of ids of the model.
+
+        Raises:
+            ValueError: If an id is negative, or not below `vocabulary_size`.
+        """
+        check_vocabulary(self.examples, vocabulary_size)
+        for responses in (self.synthetic, self._proto_synthetic or ()):
+            for row, token_ids in enumerate(responses):
+                name = f"synthetic response {row}"
+                check_ids(name, np.asarray(token_ids), vocabulary_size)
 
     def _length(self, indices: NDArray[np.int64]) -> int:
         examples = indices[indices >= 0] // self.num_samples

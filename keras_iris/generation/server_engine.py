@@ -252,7 +252,15 @@ class ServerEngine(Engine):
         self._client = ServerClient(f"{self._server.url}/v1", **self._options)
 
     def _first_model(self) -> str:
-        return str(json.loads(self._client.ask("/models"))["data"][0]["id"])
+        text = self._client.ask("/models")
+        try:
+            return str(json.loads(text)["data"][0]["id"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self._client.where} doesn't say which models it has. "
+                "Expected OpenAI's list of at least one, received "
+                f"{text[:200]!r}. Check `base_url`, or pass `model`."
+            ) from error
 
     def _load_adapter(self, folder: Path) -> None:
         """Another name each time: servers keep what they know by name."""

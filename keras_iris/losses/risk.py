@@ -39,10 +39,11 @@ def tilted_risk(
     Args:
         values: Per-example values `f`, shape `(batch,)`.
         tilt: The tilt `t`: a number, variable or scalar tensor.
-        sample_weight: Weights of shape `(batch,)`, not negative, or None for
-            ones. They are normalised, `p = w / sum(w)`: with any other sum
-            there is no limit at `t = 0`. A value of weight 0 may be
-            anything, NaN included; where all weights are 0 the risk is 0.
+        sample_weight: Weights of shape `(batch,)`, of which negative ones
+            count as 0, or None for ones. They are normalised, `p = w /
+            sum(w)`: with any other sum there is no limit at `t = 0`. A value
+            of weight 0 may be anything, NaN included; where all weights are 0
+            the risk is 0.
 
     Returns:
         A scalar, float32 or wider.
@@ -77,8 +78,8 @@ def tilted_weights(
     Args:
         values: Per-example values `f`, shape `(batch,)`.
         tilt: The tilt `t`: a number, variable or scalar tensor.
-        sample_weight: Weights of shape `(batch,)`, not negative, or None for
-            ones.
+        sample_weight: Weights of shape `(batch,)`, of which negative ones
+            count as 0, or None for ones.
 
     Returns:
         Tensor of shape `(batch,)`, float32 or wider: `p_i exp(t f_i)` divided
@@ -108,6 +109,7 @@ def _prepare(
         weight = ops.ones_like(values)
     else:
         weight = ops.cast(ops.convert_to_tensor(sample_weight), dtype)
+        weight = ops.relu(weight)
         if len(weight.shape) != 1:
             raise ValueError(
                 "`sample_weight` has to be of shape (batch,). Received: shape "

@@ -110,7 +110,8 @@ def shares(sample_weight: Tensor | None, y: Tensor) -> Tensor:
     """Each pair's share in the sum of all weights: see `flat_weights`.
 
     Args:
-        sample_weight: `None` where all pairs weigh the same.
+        sample_weight: `None` where all pairs weigh the same; negative ones
+            count as 0.
         y: The opponent's log-probs, of shape `(batch, responses)`.
 
     Returns:
@@ -119,5 +120,6 @@ def shares(sample_weight: Tensor | None, y: Tensor) -> Tensor:
     if sample_weight is None:
         sample_weight = ops.ones(ops.shape(y)[:1])
     weights = ops.cast(flat_weights(sample_weight, y.shape[0]), "float32")
+    weights = ops.relu(weights)
     total = ops.sum(weights)
     return weights / ops.where(total == 0, 1.0, total)

@@ -2,10 +2,14 @@
 
 import numbers
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import keras
 import numpy as np
+
+from keras_iris.data.example import check_ids
+from keras_iris.data.pairs import PairDataset
 
 Tensor = Any
 
@@ -75,14 +79,51 @@ def check_lora(model: keras.Model) -> None:
             )
 
 
-def check_fit(loss: Any, class_weight: Any) -> None:
-    """Refuses to train without a loss, or with weights of classes."""
+def check_fit(model: Any, options: Mapping[str, Any]) -> None:
+    """Refuses to train without a loss or variables, or with some weights.
+
+    Args:
+        model: A `SelfPlayModel`.
+        options: Of `fit` or `train_on_batch`.
+    """
+    check_loss(model.loss)
+    check_trainable(model)
+    weight = options.get("sample_weight")
+    if isinstance(weight, np.ndarray | list) and np.any(np.less(weight, 0)):
+        raise ValueError(
+            "`sample_weight` has to be 0 or above, as weights are normalised "
+            f"to sum to 1. Received: {np.min(weight)} among them."
+        )
+    class_weight = options.get("class_weight")
     if class_weight is not None:
         raise ValueError(
             "`class_weight` is not taken, as log-probs have no classes. "
             f"Received: {class_weight}. Weigh pairs by `sample_weight`."
         )
-    check_loss(loss)
+
+
+def check_trainable(model: Any) -> None:
+    """Refuses to train a model of which nothing is trainable."""
+    if not model.trainable_variables:
+        raise ValueError(
+            "Nothing of the model is trainable. Expected at least one "
+            "trainable variable: set `causal_lm.backbone.trainable = True`, "
+            "or load the model with `lora_rank=16`."
+        )
+
+
+def check_input_ids(model: Any, x: Any) -> None:
+    """Refuses token ids that the model doesn't have: on JAX they'd pass.
+
+    Args:
+        model: A `SelfPlayModel`.
+        x: A `PairDataset`, or inputs as arrays; others aren't looked at.
+    """
+    size = model.causal_lm.backbone.token_embedding.input_dim
+    if isinstance(x, PairDataset):
+        x.check_vocabulary(size)
+    elif isinstance(x, dict) and isinstance(x.get("token_ids"), np.ndarray):
+        check_ids("`token_ids`", x["token_ids"], size)
 
 
 def check_loss(loss: Any) -> None:
@@ -122,6 +163,11 @@ def check_causal_lm(causal_lm: Any) -> None:
             f"else. Received: {type(causal_lm).__name__}, which also takes "
             f"{', '.join(others)}. Use a model of text only."
         )
+    check_head(head)
+
+
+def check_head(head: Any) -> None:
+    """Refuses a quantized output layer, whose table isn't the embeddings."""
     if head.quantization_mode:
         raise ValueError(
             "The output layer of `causal_lm` has to be in float. Received: "

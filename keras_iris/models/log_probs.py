@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_iris import backend
+from keras_iris.models.checks import check_head
 
 Tensor = Any
 
@@ -109,6 +110,7 @@ def token_log_probs(
 
 def _table(head: keras.layers.ReversibleEmbedding) -> Tensor:
     """The matrix `(vocabulary, width)` as it is stored: blocks are cast."""
+    check_head(head)
     with backend.AutocastScope(None):
         if head.tie_weights:
             return ops.convert_to_tensor(head.embeddings)

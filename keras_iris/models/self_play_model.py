@@ -19,6 +19,7 @@ from keras_iris.models.checks import (
     check_causal_lm,
     check_compile,
     check_fit,
+    check_input_ids,
     check_inputs,
     check_length,
     check_lora,
@@ -209,7 +210,8 @@ class SelfPlayModel(backend.Trainer):
             A `keras.callbacks.History`.
         """
         options = _options(super().fit, x, *args, **kwargs)
-        check_fit(self.loss, options.get("class_weight"))
+        check_fit(self, options)
+        check_input_ids(self, x)
         self.check_devices()
         self.recent.num_samples = 1
         if isinstance(x, PairDataset):
@@ -235,12 +237,14 @@ class SelfPlayModel(backend.Trainer):
         Returns:
             The loss, a list of numbers, or a dictionary.
         """
+        check_input_ids(self, x)
         return super().evaluate(_fixed(x), *args, **kwargs)
 
     def train_on_batch(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A step, as `keras.Model.train_on_batch`."""
         options = _options(super().train_on_batch, x, *args, **kwargs)
-        check_fit(self.loss, options.get("class_weight"))
+        check_fit(self, options)
+        check_input_ids(self, x)
         return super().train_on_batch(**options)
 
     def predict(self, x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -255,6 +259,7 @@ class SelfPlayModel(backend.Trainer):
         Returns:
             Float32 array of shape `(pairs, 2)` or `(pairs, 3)`, in nats.
         """
+        check_input_ids(self, x)
         log_probs = super().predict(_fixed(x), *args, **kwargs)
         if not isinstance(x, PairDataset):
             return log_probs

@@ -17,6 +17,7 @@ from keras_iris.evaluation.score_mode import score_mode
 from keras_iris.generation import Engine
 from keras_iris.losses import SFT, SPACE, SPIF, SPIN, TSPIN, SelfPlayLoss
 from keras_iris.models import SelfPlayModel
+from keras_iris.models.checks import check_trainable
 
 Evaluate = Callable[[SelfPlayModel], dict[str, float]]
 _LOSSES = (SFT, SPIN, SPACE, SPIF, TSPIN)
@@ -137,6 +138,7 @@ class Options:
                 "`model.compile(optimizer=..., "
                 "loss=keras_iris.losses.IRIS())` first."
             )
+        check_trainable(model)
         model.check_devices()
         check_shared("batch_size", self.batch_size, backend.num_batch_shares())
         steps = model.steps_per_execution

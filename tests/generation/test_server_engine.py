@@ -268,6 +268,17 @@ def test_what_is_not_wanted_any_more_is_broken_off(server):
     assert len(server.requests) < 6
 
 
+@pytest.mark.parametrize("models", ['{"data": []}', "<html>", "[1]"])
+def test_models_that_cannot_be_read(server, monkeypatch, models):
+    """A proxy's page, say, in place of OpenAI's list."""
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: self.send(models), raising=False
+    )
+    engine = make_engine(server, model=None)
+    with pytest.raises(ValueError, match="which models it has.*or pass `mod"):
+        engine.generate([[9]], seed=0)
+
+
 # A server elsewhere, reached by plain http: by way of the tests' own as proxy.
 ELSEWHERE = "http://models.example/v1"
 

@@ -69,9 +69,10 @@ def test_large_values(tilt):
 
 @pytest.mark.parametrize("tilt", [-1.0, 0.0, 2.0])
 @pytest.mark.parametrize("junk", [np.nan, np.inf, -np.inf])
-def test_rows_of_weight_zero_may_hold_anything(tilt, junk):
+@pytest.mark.parametrize("none", [0.0, -2.0])
+def test_rows_that_do_not_count_may_hold_anything(tilt, junk, none):
     values = np.array([*VALUES, junk], "float32")
-    weight = [*WEIGHTS, 0.0]
+    weight = [*WEIGHTS, none]
     value = _number(tilted_risk(values, tilt, weight))
     expected = oracles.tilted_risk(VALUES, tilt, WEIGHTS)
     assert value == pytest.approx(expected, rel=1e-5)

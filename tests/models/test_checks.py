@@ -10,6 +10,7 @@ from programs import environment
 from tiny_models import make_causal_lm, make_pairs
 
 import keras_iris
+from keras_iris.data import Example, PairDataset
 from keras_iris.losses import IRIS
 
 optimizers = keras.optimizers
@@ -209,3 +210,47 @@ def test_import_leaves_grappler_as_it_is():
     )
     assert "dependency_optimization" not in result.stdout
     assert result.returncode == 0, result.stderr
+
+
+def test_nothing_to_train():
+    model = _model(optimizer="sgd", loss=IRIS())
+    model.causal_lm.backbone.trainable = False
+    model.compile(optimizer="sgd", loss=IRIS())
+    for train in (model.fit, model.train_on_batch):
+        with pytest.raises(ValueError, match="Nothing of the model is train"):
+            train(PAIRS, OPPONENT)
+
+
+@pytest.mark.parametrize("wrong", [-1, 10**6])
+def test_ids_that_the_model_does_not_have(wrong):
+    """JAX gave log-probs of plus infinity."""
+    model = _model(optimizer="sgd", loss=IRIS())
+    ids = PAIRS["token_ids"].copy()
+    ids[3, 1, 2] = wrong
+    pairs = PAIRS | {"token_ids": ids}
+    examples = [Example(np.array([5, 6]), np.array([7]))] * 8
+    dataset = PairDataset(examples, [np.array([wrong])] * 8, batch_size=8)
+    error = f"Vocabulary mismatch: .* has the token id {wrong}, expected ids"
+    for use in (model.fit, model.evaluate, model.train_on_batch):
+        with pytest.raises(ValueError, match=error):
+            use(pairs, OPPONENT)
+    for use in (model.fit, model.evaluate, model.predict):
+        with pytest.raises(ValueError, match=error):
+            use(dataset)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_model_that_is_quantized_later():
+    """Its table isn't the embeddings any more."""
+    model = _model()
+    model.causal_lm.quantize("int8")
+    with pytest.raises(ValueError, match="output layer .* in float"):
+        model.predict(PAIRS, verbose=0)
+
+
+def test_negative_weights():
+    model = _model(optimizer="sgd", loss=IRIS())
+    weight = np.ones(8, "float32")
+    weight[2] = -1
+    with pytest.raises(ValueError, match="has to be 0 or above.*-1.0 among"):
+        model.fit(PAIRS, OPPONENT, sample_weight=weight)
