@@ -1,3 +1,4 @@
+import gc
 import os
 from pathlib import Path
 
@@ -61,6 +62,8 @@ BUT_FOR = {
     ),
 }
 
+# What is imported for the tests is a million objects, none of them garbage.
+gc.disable()
 # Before anything imports TensorFlow, which KerasHub does.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The tests compile much and run little, and much of it twice.
@@ -86,8 +89,17 @@ for variable in (
 FIRST = ("test_notebooks.py", "test_backends.py", "test_distribution.py")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Doesn't import those of `ONCE` where none of them is to run."""
+    name = str(collection_path.relative_to(ROOT / "tests"))
+    is_left_out = "not once" in config.option.markexpr
+    return True if is_left_out and name.startswith(ONCE) else None
+
+
 def pytest_collection_modifyitems(items):
     """Marks the tests of `ONCE`, and begins with those of `FIRST`."""
+    gc.freeze()
+    gc.enable()
     items.sort(key=lambda item: item.path.name not in FIRST)
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     for item in items:

@@ -18,20 +18,19 @@ import keras_iris
 from tiny_models import make_causal_lm, make_pairs
 
 source, target = sys.argv[1:]
-causal_lm = make_causal_lm("mistral")
+causal_lm = make_causal_lm("mistral", num_layers=1)
 weights = np.load(source)
 causal_lm.set_weights([weights[f"{i:04d}"] for i in range(len(weights.files))])
 pairs = make_pairs()
-results = {}
+log_probs = keras_iris.SelfPlayModel(causal_lm).predict(pairs, verbose=0)
+results = {"log_probs": log_probs}
+opponent = log_probs + np.linspace(-1, 1, 16).reshape(8, 2)
+opponent = opponent.astype("float32")
 for name, loss in {
     "iris": keras_iris.losses.IRIS(alpha=1.5),
     "spin": keras_iris.losses.SPIN(beta=1.0),
 }.items():
     model = keras_iris.SelfPlayModel(causal_lm)
-    log_probs = model.predict(pairs, verbose=0)
-    results["log_probs"] = log_probs
-    opponent = log_probs + np.linspace(-1, 1, 16).reshape(8, 2)
-    opponent = opponent.astype("float32")
     # One step of SGD at rate 1: the change is minus the gradient.
     model.compile(
         optimizer=keras.optimizers.SGD(1.0), loss=loss, micro_batch_size=3
@@ -51,7 +50,7 @@ np.savez(target, **results)
 def test_same_numbers(tmp_path):
     from tiny_models import make_causal_lm
 
-    causal_lm = make_causal_lm("mistral")
+    causal_lm = make_causal_lm("mistral", num_layers=1)
     weights = causal_lm.get_weights()
     source = tmp_path / "weights.npz"
     np.savez(source, **{f"{i:04d}": w for i, w in enumerate(weights)})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import distributed_run
 import keras
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from safetensors.numpy import load_file
 
 import keras_iris
 from keras_iris.distribution.launch import Launch, read_environment
+
+# What runs of tests/distributed_run.py warn of.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 TOLERANCE = 1e-5  # float32, relative: sums in another order
 LARGEST_SHARE = 1.15  # of an equal one; norms and biases are whole
@@ -335,6 +339,9 @@ def run_two(num_devices, *, others=None, **options):
 
 
 def run_one(num_devices=1, **options):
+    if num_devices == 1 and not options.get("mirrored"):
+        distributed_run.main(options)  # here, as nothing has to be set before
+        return
     status, outputs = finish(start_run(environment(num_devices), **options))
     assert status == [0], outputs[0][-3000:]
 
@@ -394,7 +401,10 @@ def test_several_devices_train_as_one(tmp_path):
 
 @pytest.mark.multi_device
 def test_routers_of_experts(tmp_path):
-    """Their loss is that of the tokens of all devices."""
+    """Their loss is that of the tokens of all devices.
+
+    And where these are of two processes, an engine outside answers one.
+    """
     name = keras.backend.backend()
     one, two = tmp_path / "one", tmp_path / "two"
     # Micro-batches are one pass less where one device has whole batches.
@@ -409,27 +419,30 @@ def test_routers_of_experts(tmp_path):
     else:
         run_one(2, mesh={"data": 2}, strategy="fsdp", **options)
     assert_same(two, one)
+    assert_process_0_asks(two, one)
+
+
+def assert_process_0_asks(folder, expected):
+    """An engine outside got all weights, and answered 24 prompts once."""
+    asked = (folder / "asked.jsonl").read_text()
+    assert asked == (expected / "asked.jsonl").read_text()
+    answered = [json.loads(line) for line in asked.splitlines()][1:]
+    assert answered == [[0, 8]] * 3
 
 
 @pytest.mark.multi_device
-def test_an_engine_outside_answers_process_0(tmp_path):
-    """It gets the weights of all, and each process its answers."""
-    if keras.backend.backend() == "tensorflow":
-        pytest.skip("TensorFlow has one process")
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX only")
+def test_adapters_of_quantized_weights(tmp_path):
+    """Two processes train them, and an engine outside gets them."""
     one, two = tmp_path / "one", tmp_path / "two"
-    options, cut = {"outside": True, "iterations": 1}, {}
-    if keras.backend.backend() == "jax":
-        options |= {"lora_rank": 2, "quantize": "int4"}
-        cut = {"mesh": {"data": 4}, "strategy": "fsdp"}
+    options = {"outside": True, "iterations": 1}
+    options |= {"lora_rank": 2, "quantize": "int4"}
     run_one(run_dir=one, **options)
+    cut = {"mesh": {"data": 4}, "strategy": "fsdp"}
     status, outputs = run_two(2, run_dir=two, **options, **cut)
     assert status == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     assert_same(two, one)
-    # Of 24 prompts; nobody else is asked.
-    asked = (two / "asked.jsonl").read_text()
-    assert asked == (one / "asked.jsonl").read_text()
-    answered = [json.loads(line) for line in asked.splitlines()][1:]
-    assert answered == [[0, 8]] * 3
+    assert_process_0_asks(two, one)
 
 
 CHECKPOINTS = """

@@ -23,7 +23,7 @@ def interrupt(self, *args, __method={method}, **kwargs):
 # Called inside the first step, before it has changed anything.
 METHOD = "keras.optimizers.AdamW.apply"
 # All words are in the outputs that are committed.
-FEWER_WORDS = {"2560": "640", "2048": "512"}
+FEWER_WORDS = {"2560": "320", "2048": "256"}
 # A tiny tokenizer makes a token of each letter or two.
 LONGER = {"_length=96": "_length=384", "_length=32": "_length=128"}
 

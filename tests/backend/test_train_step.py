@@ -119,7 +119,7 @@ def test_micro_batches_train_as_the_whole_batch(objective, alpha):
     expected, expected_logs = _train(objective, None, alpha=alpha)
     # The exponential of a difference of log-probs has the rounding of these.
     tolerance = RELATIVE_TOLERANCE * (3 if objective == "tilted margin" else 1)
-    for size in (1, 3, 5) if (objective, alpha) == ("iris", 2.0) else (3,):
+    for size in (1, 3) if (objective, alpha) == ("iris", 2.0) else (3,):
         changes, logs = _train(objective, size, alpha=alpha)
         assert _largest_difference(changes, expected) < tolerance
         for log, expected_log in zip(logs, expected_logs, strict=True):
@@ -137,9 +137,8 @@ def test_gradient_norm_is_that_of_the_batch_before_clipping(size):
     start = [v.numpy() for v in model.trainable_variables]
     optimizers = {
         "plain": keras.optimizers.SGD(rate),
-        "clipped": keras.optimizers.SGD(rate, global_clipnorm=0.1),
-        "scaled": keras.optimizers.LossScaleOptimizer(
-            keras.optimizers.SGD(rate)
+        "clipped": keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(rate, global_clipnorm=0.1)
         ),
     }
     for name, optimizer in optimizers.items():
@@ -220,15 +219,18 @@ def test_averaged_micro_batch_losses_fail_that_check():
     assert _largest_difference(changes, expected) > 100 * RELATIVE_TOLERANCE
 
 
-@pytest.mark.parametrize("objective", ["iris", "spin"])
-def test_sample_weights_and_clipping(objective):
+# As a column and in NumPy's own dtype, as Keras passes them on, too.
+@pytest.mark.parametrize(
+    ("objective", "shape", "dtype"),
+    [("iris", (8, 1), "float64"), ("spin", (8,), "float32")],
+)
+def test_sample_weights_and_clipping(objective, shape, dtype):
     weight = np.array([1, 2, 0, 1, 1, 0.5, 1, 3], "float32")
-    options = {"alpha": 2.0, "weight": weight, "clipnorm": 0.5}
-    expected, _ = _train(objective, None, **options)
-    # As a column and in NumPy's own dtype, as Keras passes them on, too.
-    for received in (weight, weight[:, None].astype("float64")):
-        changes, _ = _train(objective, 3, **options | {"weight": received})
-        assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
+    options = {"alpha": 2.0, "clipnorm": 0.5}
+    expected, _ = _train(objective, None, weight=weight, **options)
+    received = weight.reshape(shape).astype(dtype)
+    changes, _ = _train(objective, 3, weight=received, **options)
+    assert _largest_difference(changes, expected) < RELATIVE_TOLERANCE
     with pytest.raises(ValueError, match="one weight per pair"):
         _train(objective, 3, weight=np.ones((8, 2), "float32"))
 
