@@ -39,7 +39,7 @@ class ShardedCheckpoints:
             variables: Their values are taken.
             metadata: Kept beside them.
         """
-        arrays = {f"{i:05d}": v.value for i, v in enumerate(variables)}
+        arrays = {f"{i:05d}": _sound(v.value) for i, v in enumerate(variables)}
         self._checkpointer.save(
             folder,
             args=self._args.Composite(
@@ -85,3 +85,16 @@ class ShardedCheckpoints:
             ) from error
         for number, variable in enumerate(variables):
             variable.assign(arrays[f"{number:05d}"])
+
+
+def _sound(array: jax.Array) -> jax.Array:
+    """An array whose shards JAX (0.10) can tell.
+
+    It can't where a process has one device of the mesh and the array was put
+    there from that device, as Keras does with what isn't cut.
+    """
+    try:
+        array.addressable_shards  # noqa: B018 (raises)
+    except ValueError:
+        return array.copy()
+    return array
