@@ -33,7 +33,8 @@ class RenyiGap:
     tokens. The sampling noise of both means is taken off `d2`, so that its
     expectation is 0 where data and opponent are the same. It is the noise of
     independent responses, rather too much: what the responses to a prompt
-    have in common cancels.
+    have in common cancels. Where the means of `s` meet the bound is 0, however
+    responses differ in other ways, such as length.
 
     Reference:
         Chapman and Robbins, "Minimum variance estimation without regularity
