@@ -11,12 +11,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SECONDS = 10.0  # of a call of `render`
+SECONDS = 10.0  # of so many texts
+_TEXTS = 32
 _PROGRAM = Path(__file__).with_name("template_program.py")
 
 
@@ -47,7 +49,16 @@ def render(source: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
             than `SECONDS` or writes too much. One that takes too long is
             refused from then on.
     """
-    return _renderer(os.getpid()).render(source, variables)
+    renderer = _renderer(os.getpid())
+    texts: list[str] = []
+    while len(texts) < len(variables):
+        some = variables[len(texts) : len(texts) + _TEXTS]
+        try:
+            texts += renderer.render(source, some)
+        except RenderError as error:
+            error.index += len(texts)
+            raise
+    return texts
 
 
 @functools.cache
@@ -62,20 +73,26 @@ class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._refused: set[str] = set()
+        self._endless: set[str] = set()
 
     def render(
         self, source: str, variables: Sequence[Mapping[str, Any]]
     ) -> list[str]:
         request = json.dumps([source, *variables]).encode() + b"\n"
+        line = b""
         with self._lock:
-            line = b"" if source in self._refused else self._ask(request)
-            if not line:
-                self._refused.add(source)
-                raise RenderError(
-                    f"it takes more than {SECONDS:g} seconds, or ends Python: "
-                    "loops or macros repeat too much, or are nested too deeply"
-                )
+            if source not in self._endless:
+                start = time.monotonic()
+                line = self._ask(request)
+                if not line and time.monotonic() - start >= SECONDS:
+                    self._endless.add(source)
+        if source in self._endless:
+            raise RenderError(
+                f"it takes more than {SECONDS:g} seconds: loops or macros "
+                "repeat too much"
+            )
+        if not line:
+            raise RenderError("it ends Python: it is nested too deeply")
         answer = json.loads(line)
         if isinstance(answer, dict):
             raise RenderError(**answer)

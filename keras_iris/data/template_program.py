@@ -8,6 +8,7 @@ it, so that a checkpoint's template gives the same text.
 import datetime
 import functools
 import json
+import signal
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +26,8 @@ from jinja2.exceptions import SecurityError
 DATE = datetime.datetime(2024, 7, 26)
 MAX_SIZE = 10_000_000  # characters of a text
 MEMORY_BYTES = 2**30  # of this process, where the system can limit them
+# Of a line, where the process that asked has died, and ends nothing any more.
+ALARM_SECONDS = 60
 
 
 class GenerationTag(jinja2.ext.Extension):
@@ -57,11 +60,13 @@ def main() -> None:
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = DATE.strftime
     compile_template = functools.lru_cache(32)(environment.from_string)
+    set_alarm = getattr(signal, "alarm", lambda seconds: None)  # not Windows
     for line in sys.stdin.buffer:
-        source, *variables = json.loads(line)
+        set_alarm(ALARM_SECONDS)
         texts: list[str] = []
         answer: Any = texts
         try:
+            source, *variables = json.loads(line)
             template = compile_template(source)
             texts.extend(_render(template, each) for each in variables)
         except Exception as error:  # a template can raise anything
@@ -71,6 +76,7 @@ def main() -> None:
                 "is_unsafe": isinstance(error, SecurityError),
             }
         print(json.dumps(answer), flush=True)
+        set_alarm(0)
 
 
 def _render(template: jinja2.Template, variables: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ if keras.backend.backend() != "jax":
 
 import jax
 from programs import environment
-from tiny_models import make_causal_lm
+from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 import keras_iris
 from keras_iris.data import Example, PairDataset
@@ -42,7 +42,7 @@ def make_dataset(shift=0):
     rng = np.random.default_rng(0)
 
     def ids(length):
-        return rng.integers(2, 60, length).astype("int32")
+        return rng.integers(2, VOCABULARY_SIZE, length).astype("int32")
 
     examples = [
         Example(ids(3), ids(length - 4))

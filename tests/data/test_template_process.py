@@ -43,6 +43,22 @@ def test_templates_that_would_not_end(source, one_second):
     assert GOOD.render_prompt(MESSAGES) == "Hello"
 
 
+def test_many_texts_may_take_longer(one_second):
+    """Than one of them: a file's, of a slow template."""
+    body = "{% for i in range(100000) %}{% endfor %}{{ messages[0].content }}"
+    template, pairs = ChatTemplate(body + "{{ n }}"), [(MESSAGES, "")] * 500
+    start = time.perf_counter()
+    assert template.render_pairs(pairs) == [("Hello", "Hello")] * 500
+    assert time.perf_counter() - start > 1, "the test shows nothing"
+
+
+def test_an_error_names_the_text_that_it_is_of():
+    source = "{% if messages[0].content == '40' %}{{ x.y.z }}{% endif %}"
+    pairs = [([{"role": str(i), "content": str(i)}], "") for i in range(60)]
+    with pytest.raises(ValueError, match=r"'x' is undefined.*\['40'\]"):
+        ChatTemplate(source).render_pairs(pairs)
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -66,6 +82,15 @@ def test_templates_that_fill_the_memory(source):
 def test_deep_templates(source):
     with pytest.raises(ValueError, match="cannot be rendered"):
         ChatTemplate(source).render_prompt(MESSAGES)
+    assert GOOD.render_prompt(MESSAGES) == "Hello"
+
+
+def test_a_process_that_somebody_ends():
+    """It says nothing of the template."""
+    assert GOOD.render_prompt(MESSAGES) == "Hello"
+    renderer = template_process._renderer(os.getpid())
+    renderer._process.kill()
+    renderer._process.wait()
     assert GOOD.render_prompt(MESSAGES) == "Hello"
 
 
