@@ -378,7 +378,7 @@ counted = row_bytes(
     prompt_length=time,
     new_tokens=new,
 )
-print((allocated(32) - allocated(16)) / 16, counted)
+print((allocated(64) - allocated(32)) / 32, counted)
 """
 
 
@@ -395,7 +395,7 @@ print((allocated(32) - allocated(16)) / 16, counted)
     ],
 )
 def test_what_xla_allocates_for_a_row(shape):
-    """From 16 rows to 32, whatever there is once."""
+    """From 32 rows to 64, whatever there is once."""
     result = subprocess.run(
         [sys.executable, "-c", DECODING, json.dumps(shape)],
         env=LIKE_A_GPU,
@@ -403,7 +403,9 @@ def test_what_xla_allocates_for_a_row(shape):
         stdout=subprocess.PIPE,
     )
     allocated, counted = map(float, result.stdout.split()[-2:])
-    if shape[0] == "gemma":  # differs between models: an upper bound
+    # Upper bounds: KerasHub's own pass differs between models, and of attention
+    # a CPU keeps fewer copies than are counted.
+    if shape[0] == "gemma" or shape[1] == 256:
         assert counted > 0.85 * allocated
     else:
         assert counted == pytest.approx(allocated, rel=0.15)
