@@ -16,6 +16,7 @@ from keras_iris.files import check_room
 from keras_iris.generation.batch_rows import (
     DEFAULT_ROWS,
     Sizes,
+    float_bytes,
     row_bytes,
     rows_that_fit,
     token_bytes,
@@ -288,9 +289,10 @@ class RunEstimate:
         policy = keras.dtype_policies.get(
             self.dtype or keras.config.dtype_policy()
         )
-        names = (policy.variable_dtype, policy.compute_dtype)
-        kept, computed = (2 if "16" in name else 4 for name in names)
-        return kept, computed
+        return (
+            float_bytes(policy.variable_dtype),
+            float_bytes(policy.compute_dtype),
+        )
 
     def _kept_bytes(self) -> dict[str, float]:
         """On each device, all the time."""
@@ -404,20 +406,20 @@ class RunEstimate:
         """Tables of memory, disk and time."""
         kind = "all weights" if self.lora_rank is None else "LoRA"
         memory = f"memory of a device, of {self.num_devices}, in GiB"
-        time = "hours at {:.3g} operations and {:.3g} bytes a second".format(
-            *(self._rates or (0, 0))
-        )
+        tables = [
+            (memory, self.memory(), 2**30),
+            ("disk in GiB", self.disk(), 2**30),
+        ]
+        if self._rates:
+            time = "hours at {:.3g} operations and {:.3g} bytes a second"
+            tables.append((time.format(*self._rates), self.seconds(), 3600))
         lines = [
             self.sample,
             f"{self.num_weights:,} weights, {self.num_trained:,} trained "
             f"({kind}); estimates, for `remat=True`:",
         ]
-        for title, parts, unit in (
-            (memory, self.memory(), 2**30),
-            ("disk in GiB", self.disk(), 2**30),
-            (time, self.seconds(), 3600),
-        ):
-            lines += [title] if parts else []
+        for title, parts, unit in tables:
+            lines.append(title)
             lines += [f"  {k:28} {v / unit:10.2f}" for k, v in parts.items()]
         return "\n".join(lines).lstrip()
 

@@ -77,7 +77,7 @@ def read_sizes(backbone: Any) -> Sizes | None:
         **found,
         head_dim=int(config.get("head_dim") or usual),
         inner_size=inner,
-        item_bytes=2 if "16" in backbone.compute_dtype else 4,
+        item_bytes=float_bytes(backbone.compute_dtype),
         is_rowwise=rowwise_parts(type(backbone)) is not None,
     )
 
@@ -86,6 +86,11 @@ def _inner_size(config: Mapping[str, Any]) -> int:
     usual = int(config.get("intermediate_dim") or 0)
     expert = int(config.get("moe_intermediate_dim") or usual)
     return max(usual, int(config.get("num_experts") or 0) * expert)
+
+
+def float_bytes(dtype: str) -> int:
+    """Bytes of a number of a float type that models are of."""
+    return 2 if "16" in dtype else 4
 
 
 def token_bytes(sizes: Sizes) -> int:
