@@ -136,7 +136,7 @@ class Harness:
             self._model = HFLM(preset, device="cpu", dtype=dtype, **sizes)
         else:
             import keras_iris
-            from keras_iris.evaluation.lm_eval import KerasLM
+            from keras_iris.lm_eval import KerasLM
 
             causal_lm = keras_iris.load(preset, dtype="float32")
             self._model = KerasLM(causal_lm, **sizes)

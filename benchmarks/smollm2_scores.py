@@ -10,9 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
 import keras_iris
-from keras_iris.evaluation.held_out import Scores
 from keras_iris.metrics import ExampleScore
 from keras_iris.models.values import hash_variables
+from keras_iris.self_play.held_out import Scores
 
 NLL = "nll_per_token"
 TOLD_APART = "told_apart"

@@ -24,7 +24,7 @@ import keras_iris
 from keras_iris.cli import doctor, main, start
 from keras_iris.cli.config import build, read_config
 from keras_iris.cli.model import _check_tasks
-from keras_iris.evaluation.lm_eval import evaluate
+from keras_iris.lm_eval import evaluate
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/smollm2_135m.yaml"

@@ -28,7 +28,7 @@ import json, sys
 import keras, numpy as np
 import keras_iris
 from keras_iris.distribution import make_distribution
-from keras_iris.evaluation.continuations import ContinuationScorer
+from keras_iris.lm_eval.continuations import ContinuationScorer
 from tiny_models import make_pairs
 
 def run(folder, options):

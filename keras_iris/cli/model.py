@@ -126,7 +126,7 @@ def evaluate(  # noqa: PLR0913 (the options of a command)
             f'pip install "keras_iris[eval]" ({error})'
         ) from error
     import keras_iris
-    from keras_iris.evaluation.lm_eval import evaluate
+    from keras_iris.lm_eval import evaluate
 
     keras_iris.distribution.initialize()  # of several processes, if any
     manager = TaskManager(include_path=include and str(include))

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from keras_iris.evaluation.run_record import Line, RunRecord
+from keras_iris.evaluation.run_record import RunRecord
+from keras_iris.self_play.run_log import Line
 
 # Plot, title of the panel, values of the training steps.
 _TRAINING = [

@@ -3,7 +3,6 @@
 import shlex
 from pathlib import Path
 
-from keras_iris.evaluation.alarms import alarm_texts
 from keras_iris.evaluation.plots import draw, draw_svg, make_plots
 from keras_iris.evaluation.run_record import read_run
 from keras_iris.evaluation.tables import (
@@ -12,6 +11,7 @@ from keras_iris.evaluation.tables import (
     what_came_out,
 )
 from keras_iris.files import replaced
+from keras_iris.self_play.alarms import alarm_texts
 
 
 def report(run_dir: str | Path) -> Path:
@@ -40,7 +40,7 @@ def report(run_dir: str | Path) -> Path:
     html = environment.get_template("page.html.jinja").render(
         run=run,
         sentences=what_came_out(run),
-        alarms=alarm_texts(run),
+        alarms=alarm_texts(run.of_kind("alarm")),
         tables=make_tables(run),
         answers=make_answers(run),
         plots={n: list(map(draw_svg, panels)) for n, panels in plots.items()},
@@ -75,7 +75,7 @@ def scores_table(run_dir: str | Path) -> str:
     """
     run = read_run(run_dir)
     texts = [table.text() for table in make_tables(run)]
-    words = [*what_came_out(run), *alarm_texts(run)]
+    words = [*what_came_out(run), *alarm_texts(run.of_kind("alarm"))]
     return "\n\n".join([*texts, "\n".join(words)])
 
 

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_iris.evaluation.run_record import Line, RunRecord
+from keras_iris.evaluation.run_record import RunRecord
 from keras_iris.metrics import interval_of_difference
+from keras_iris.self_play.run_log import Line
 
 _TRAINING = "alpha gap margin margin_accuracy real_ess synthetic_ess"
 _TRAINING += " real_nll synthetic_nll"

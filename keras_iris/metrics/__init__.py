@@ -20,6 +20,7 @@ from keras_iris.metrics.monitor import self_play_metrics
 from keras_iris.metrics.nll import NLLGap, RealNLL, SyntheticNLL
 from keras_iris.metrics.pair_batch import PairBatch
 from keras_iris.metrics.pair_metric import PairMetric
+from keras_iris.metrics.score_mode import score_mode
 from keras_iris.metrics.step import Alpha, Gap, GradientNorm
 
 __all__ = [
@@ -41,5 +42,6 @@ __all__ = [
     "SyntheticNLL",
     "effective_sample_size",
     "interval_of_difference",
+    "score_mode",
     "self_play_metrics",
 ]

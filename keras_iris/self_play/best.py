@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_iris.evaluation.score_mode import score_mode
+from keras_iris.metrics.score_mode import score_mode
 from keras_iris.self_play.arrays import read_arrays, read_metadata
 from keras_iris.self_play.checkpoints import read_variables, write_variables
 from keras_iris.self_play.processes import from_first

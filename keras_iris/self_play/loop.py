@@ -18,10 +18,9 @@ from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import PairDataset
 from keras_iris.data.buckets import choose_bucket_lengths
 from keras_iris.data.example import hash_examples
-from keras_iris.evaluation.alarms import Alarms
-from keras_iris.evaluation.run_record import read_metrics
 from keras_iris.generation import KerasEngine
 from keras_iris.metrics import PairBatch, self_play_metrics
+from keras_iris.self_play.alarms import Alarms
 from keras_iris.self_play.best import Best
 from keras_iris.self_play.checkpoints import Position, state_of
 from keras_iris.self_play.control import Control, new_optimizer
@@ -35,6 +34,7 @@ from keras_iris.self_play.run_dir import (
     Manifest,
     RunDir,
 )
+from keras_iris.self_play.run_log import read_metrics
 from keras_iris.self_play.seeds import combine_seeds
 from keras_iris.self_play.settings import (
     WeightsHash,
@@ -92,7 +92,7 @@ class SelfPlay(Options):
         evaluate: Maps the model to scores on held-out data; runs before the
             first iteration and after each.
         score_modes: `"min"` or `"max"` by the name of a score, for those that
-            `keras_iris.evaluation.score_mode` doesn't know.
+            `keras_iris.metrics.score_mode` doesn't know.
         control: A loss, or the name of one (`"sft"`, `"spin"`, `"space"`,
             `"spif"`, `"tspin"`): after the run the same model is trained with
             it from the same start, in the same steps and order, and evaluated
@@ -252,7 +252,9 @@ class SelfPlay(Options):
         for callback in self.callbacks:
             callback.set_model(self.model)
         from_first(self._best.check)
-        self._alarms = Alarms(self.folder.log, read_metrics(self.folder.path))
+        self._alarms = Alarms(
+            self.folder.log.write, read_metrics(self.folder.path)
+        )
         if control is not None:
             control.keep_start(self._hash())
         position = self._begin()
@@ -333,7 +335,7 @@ class SelfPlay(Options):
                 self,
                 dataset,
                 position,
-                self.folder.log,
+                self.folder.log.write,
                 self._alarms,
                 self._termination,
                 save,
@@ -347,10 +349,10 @@ class SelfPlay(Options):
             timing["fit_seconds"] = round(seconds, 3)
             timing["tokens_per_second"] = round(tokens_per_second, 1)
             means = training.steps.means()
-            self.folder.log("iteration", iteration=iteration, **timing)
+            self.folder.log.write("iteration", iteration=iteration, **timing)
             if tokenizer := getattr(self.model.causal_lm, "tokenizer", None):
                 lines = training.steps.rows.lines(dataset, tokenizer)
-                self.folder.log_texts("weights", iteration, lines)
+                self.folder.log.write_texts("weights", iteration, lines)
             save({**position, "epoch": self.epochs, "batch": 0})
             self._termination.check()
         scores = self._evaluate(iteration)
@@ -423,7 +425,7 @@ class SelfPlay(Options):
             return {}
         start = time.perf_counter()
         scores = self.evaluate(self.model)
-        scores = self.folder.log_scores(
+        scores = self.folder.log.write_scores(
             scores,
             iteration=iteration,
             step=self._num_steps(iteration),

@@ -259,7 +259,7 @@ class Opponent:
             dtype=dtype if self.engine.reads == "trainer" else "bfloat16",
             max_difference_nats=self.engine.max_difference_nats,
         )
-        self.folder.log(
+        self.folder.log.write(
             "engine", iteration=iteration, nats_per_token=difference
         )
 

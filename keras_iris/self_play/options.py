@@ -13,9 +13,9 @@ from keras_iris.data import ChatTemplate, Example, Tokenizer
 from keras_iris.data.pairs import check_batch_size
 from keras_iris.data.rows import OnBadRow
 from keras_iris.data.tokenize import OnOverflow
-from keras_iris.evaluation.score_mode import score_mode
 from keras_iris.generation import Engine
 from keras_iris.losses import SFT, SPACE, SPIF, SPIN, TSPIN, SelfPlayLoss
+from keras_iris.metrics.score_mode import score_mode
 from keras_iris.models import SelfPlayModel
 from keras_iris.models.checks import check_trainable
 

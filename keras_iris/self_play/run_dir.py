@@ -15,9 +15,7 @@ from keras_iris.files import (
     parse_json,
     remove_unfinished,
     replaced,
-    telling_of,
 )
-from keras_iris.metrics import ExampleScore
 from keras_iris.self_play.arrays import (
     Arrays,
     read_arrays,
@@ -30,6 +28,7 @@ from keras_iris.self_play.processes import (
     from_first,
     is_first,
 )
+from keras_iris.self_play.run_log import RunLog
 
 Manifest = dict[str, Any]
 
@@ -62,6 +61,7 @@ class RunDir:
         self.path = Path(path).expanduser().absolute()
         self.manifest = self.path / "manifest.json"
         self.checkpoints = Checkpoints(self.path)
+        self.log = RunLog(self.path)
         self.texts: dict[str, str] = {}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -194,70 +194,6 @@ class RunDir:
     def _write(self, manifest: Manifest) -> None:
         with replaced(self.manifest) as temporary:
             temporary.write_text(json.dumps(manifest, indent=2))
-
-    def log(self, kind: str, **values: Any) -> None:
-        """Appends a line to `metrics.jsonl`."""
-        self._append("metrics", [{"kind": kind, **values}])
-
-    def log_scores(self, scores: Any, **where: float) -> dict[str, float]:
-        """Appends a line of what `evaluate` returned; gives it as numbers.
-
-        Scores that remember their examples are kept with them, and so are
-        answers of `keras_iris.evaluation.HeldOut`.
-        """
-        try:
-            self._keep_examples(scores, int(where["iteration"]))
-            numbers = {name: float(value) for name, value in scores.items()}
-            self.log("evaluation", **where, **numbers)
-        except (AttributeError, TypeError, ValueError) as error:
-            raise ValueError(
-                "`evaluate` has to return a dictionary of numbers, of other "
-                f"names than {sorted(['kind', *where])}. Received: {scores!r}"
-            ) from error
-        return numbers
-
-    def log_texts(
-        self, name: str, iteration: int, lines: Sequence[dict[str, Any]]
-    ) -> None:
-        """Appends lines with texts, of an iteration, to a file of their own.
-
-        Args:
-            name: Of the file, without its ending.
-            iteration: Number of the iteration.
-            lines: Texts and numbers by name.
-        """
-        self._append(
-            name,
-            [
-                {"iteration": iteration, "number": number, **line}
-                for number, line in enumerate(lines)
-            ],
-        )
-
-    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        if not (lines and is_first()):
-            return
-        path = self.path / f"{name}.jsonl"
-        text = "".join(f"{json.dumps(line)}\n" for line in lines)
-        with telling_of(path):
-            # There as long as the folder is, which mustn't come to be again.
-            (self.path / "metrics.jsonl").stat()
-            with open(path, "a") as file:
-                file.write(text)
-
-    def _keep_examples(self, scores: Any, iteration: int) -> None:
-        if not is_first():
-            return
-        self.log_texts("answers", iteration, getattr(scores, "answers", []))
-        arrays = {
-            f"{name}.{part}": getattr(score, part)
-            for name, score in scores.items()
-            if isinstance(score, ExampleScore)
-            for part in ("values", "weights")
-        }
-        if arrays:
-            name = f"iteration_{iteration:03d}.safetensors"
-            write_arrays(self.path / "evaluations" / name, arrays, {})
 
     def shard_size(self, name: str, key: str) -> int | None:
         """How many responses the shards have that are there, as in `shard`."""

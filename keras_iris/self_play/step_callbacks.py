@@ -12,8 +12,8 @@ import numpy as np
 from keras_iris import backend
 from keras_iris.callbacks.self_play_callback import Logs
 from keras_iris.data import PairDataset
-from keras_iris.evaluation.alarms import Alarms
 from keras_iris.metrics.monitor import step_values
+from keras_iris.self_play.alarms import Alarms
 from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.seeds import combine_seeds

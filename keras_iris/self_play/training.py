@@ -7,7 +7,7 @@ import keras
 
 from keras_iris import backend
 from keras_iris.data import PairDataset
-from keras_iris.evaluation.alarms import Alarms
+from keras_iris.self_play.alarms import Alarms
 from keras_iris.self_play.checkpoints import Position
 from keras_iris.self_play.options import Options
 from keras_iris.self_play.step_callbacks import (

@@ -247,8 +247,7 @@ def test_answers_come_back_from_the_log(rows_of_texts):
     names = ("prompt", "annotated", "answer")
     lines = [dict(zip(names, row, strict=True)) for row in rows_of_texts]
     with tempfile.TemporaryDirectory() as folder:
-        run = RunDir(folder)
-        run.log_texts("answers", 1, lines)
+        RunDir(folder).log.write_texts("answers", 1, lines)
         found = RunRecord("run", [], {}, Path(folder)).answers()
     read = [found[i, 1] for i in range(len(lines))]
     assert [{name: line[name] for name in names} for line in read] == lines

@@ -1,13 +1,11 @@
 """Each sign of a training that goes wrong is told of once."""
 
 import warnings
-from pathlib import Path
 
 import pytest
 
 from keras_iris.evaluation import report, scores_table
-from keras_iris.evaluation.alarms import WINDOW, Alarms, alarm_texts
-from keras_iris.evaluation.run_record import RunRecord
+from keras_iris.self_play.alarms import WINDOW, Alarms, alarm_texts
 
 pytestmark = pytest.mark.once
 
@@ -62,7 +60,7 @@ def test_means_over_steps(name, bad, words):
         same.begin(2, 100, (100, 100))
         _watch(same, [{name: bad}] * 2 * WINDOW, iteration=2)
     assert len(log) == 1
-    (text,) = alarm_texts(RunRecord("run", log, {}, Path()))
+    (text,) = alarm_texts(log)
     assert text.startswith(f"Step {WINDOW}: ")
 
 

@@ -1,6 +1,6 @@
 import pytest
 
-from keras_iris.evaluation import score_mode
+from keras_iris.metrics import score_mode
 
 
 @pytest.mark.parametrize(

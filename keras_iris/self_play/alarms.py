@@ -5,7 +5,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 
-from keras_iris.evaluation.run_record import Line, RunRecord
+from keras_iris.self_play.run_log import Line
 
 # Steps whose mean, or median, counts; an iteration with fewer has no alarms
 # but that of lengths.
@@ -104,11 +104,15 @@ class Alarms:
             self._log("alarm", iteration=iteration, step=step, **new)
 
 
-def alarm_texts(run: RunRecord) -> list[str]:
-    """What a run has warned of, with the step."""
+def alarm_texts(lines: Iterable[Line]) -> list[str]:
+    """What a run has warned of, with the step.
+
+    Args:
+        lines: Those of kind `alarm`.
+    """
     return [
         f"Step {line['step']}: {_TEXTS[name].format(value=line[name])}"
-        for line in run.of_kind("alarm")
+        for line in lines
         for name in _TEXTS
         if name in line
     ]

@@ -5,8 +5,8 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from keras_iris.evaluation.continuations import lengths_up_to
 from keras_iris.generation import KerasEngine
+from keras_iris.lm_eval.continuations import lengths_up_to
 
 # Tokens between two looks for stop strings.
 _STEP_TOKENS = 64

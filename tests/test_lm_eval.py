@@ -25,12 +25,12 @@ from tiny_models import make_causal_lm
 from tokenizer_texts import TEXTS
 
 import keras_iris
-from keras_iris.evaluation import lm_eval as ours
-from keras_iris.evaluation.continuations import ContinuationScorer
-from keras_iris.evaluation.lm_eval import TEN, KerasLM, evaluate
 from keras_iris.generation import Completion
+from keras_iris.lm_eval import TEN, KerasLM, evaluate
+from keras_iris.lm_eval import harness as ours
+from keras_iris.lm_eval.continuations import ContinuationScorer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LOG_PROB_TOLERANCE = 1e-3  # nats
 # Shorter than some prompts and texts: they lose their beginning, or are cut
 # into windows.
@@ -157,7 +157,7 @@ SHARE = """
 import json, sys
 from lm_eval.tasks import TaskManager
 import keras_iris
-from keras_iris.evaluation.lm_eval import KerasLM, evaluate
+from keras_iris.lm_eval import KerasLM, evaluate
 
 keras_iris.distribution.initialize()
 folder, tasks, batch_size, max_length = json.loads(sys.argv[1])

@@ -16,13 +16,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from keras_iris import backend
-from keras_iris.evaluation.answers import GreedyAnswers
-from keras_iris.evaluation.continuations import ContinuationScorer
-from keras_iris.evaluation.harness_cache import (
+from keras_iris.lm_eval.answers import GreedyAnswers
+from keras_iris.lm_eval.cache import (
     check_cache,
     fingerprint,
     keep_json,
 )
+from keras_iris.lm_eval.continuations import ContinuationScorer
 
 __all__ = ["TEN", "KerasLM", "evaluate"]
 
