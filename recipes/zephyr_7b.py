@@ -5,9 +5,9 @@
     python recipes/zephyr_7b.py --lora-rank 16 --micro-batch-size 4
     python recipes/zephyr_7b.py --mesh data=8        # all weights, 8 GPUs
 
-First turns of UltraChat; the numbers below. Learning rate and optimizer are not
-in what we know of the paper: they are SPACE's. `--preset FOLDER --data
-FILE.jsonl` takes your own. Run again, it takes up a run that was cut off.
+`--preset FOLDER --data FILE.jsonl` takes your own. Run again, it takes up a run
+that was cut off. Learning rate and optimizer are SPACE's: what we know of the
+paper doesn't say.
 
 Memory of a device, estimated by the dry run; LoRA on one 80 GB GPU needs
 micro-batches of 4 pairs:
@@ -16,11 +16,10 @@ micro-batches of 4 pairs:
     LoRA, int8 base               64 GiB
     all weights, on 8 devices     22 GiB
 
-Not measured: anything with the real weights, be it memory, time or scores.
-Tested on a CPU: the recipe from end to end on a tiny checkpoint
-(`tests/test_recipes.py`). Others report that SPIN gains from one revision of
-the start checkpoint only (SPIN's issue 36); which one isn't known to us, so
-none is pinned: `--preset hf://alignment-handbook/zephyr-7b-sft-full@REVISION`.
+Not measured: anything with the real weights. Tested on a CPU with a tiny
+checkpoint (`tests/test_recipes.py`). Others report that SPIN gains from one
+revision of the start checkpoint only (SPIN's issue 36); which one isn't known
+to us, so none is pinned: `hf://alignment-handbook/zephyr-7b-sft-full@REVISION`.
 """
 
 import argparse
@@ -72,6 +71,11 @@ def main(arguments=None):
     run_dir = Path(options.run_dir or f"runs/{Path(options.preset).name}")
     half = options.max_length // 2
     lengths = {"max_prompt_length": half, "max_response_length": half}
+    loop = {
+        "iterations": options.iterations,
+        "epochs": options.epochs,
+        "num_samples": options.num_samples,
+    }
     model_options = {
         # Products in bfloat16; all that is trained is float32.
         "dtype": "bfloat16" if options.lora_rank else "mixed_bfloat16",
@@ -94,15 +98,13 @@ def main(arguments=None):
             conversations,
             default_template=template,
             num_prompts=options.max_prompts,
-            iterations=options.iterations,
-            epochs=options.epochs,
-            num_samples=options.num_samples,
             new_tokens=options.max_new_tokens,
             micro_batch_size=options.micro_batch_size,
             num_devices=math.prod((options.mesh or {}).values()),
             needs_folder=options.serve is not None,
             run_dir=run_dir,
             **lengths,
+            **loop,
             **model_options,
         )
         print(estimate)
@@ -115,10 +117,7 @@ def main(arguments=None):
         distribution = make_distribution(options.mesh, options.strategy)
         keras.distribution.set_distribution(distribution)
     causal_lm = keras_iris.load(
-        options.preset,
-        remat=True,
-        default_template=template,
-        **model_options,
+        options.preset, remat=True, default_template=template, **model_options
     )
     examples = keras_iris.data.tokenize(
         conversations,
@@ -127,12 +126,12 @@ def main(arguments=None):
         cache_dir=run_dir / "tokens",
         **lengths,
     )
-    held_out = examples[: options.held_out]
-    examples = examples[options.held_out :]
+    n = options.held_out
+    held_out, examples = examples[:n], examples[n:]
 
     # Training: cosine with 10% warm-up, the order follows the gap.
     num_pairs = len(examples) * options.num_samples
-    num_batches = -(-num_pairs // options.batch_size)
+    num_batches = math.ceil(num_pairs / options.batch_size)
     num_steps = num_batches * options.epochs * options.iterations
     rate = options.learning_rate or (LORA_RATE if options.lora_rank else RATE)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -157,10 +156,7 @@ def main(arguments=None):
         model,
         examples,
         run_dir,
-        iterations=options.iterations,
-        epochs=options.epochs,
         batch_size=options.batch_size,
-        num_samples=options.num_samples,
         max_response_length=options.max_new_tokens,
         engine=engine,
         evaluate=keras_iris.evaluation.HeldOut(
@@ -170,10 +166,11 @@ def main(arguments=None):
         ),
         callbacks=[keras_iris.callbacks.AlphaScheduler()],
         title=f"IRIS on {Path(options.preset).name}",
+        **loop,
     ).run()
-    model_dir = keras_iris.export(causal_lm, run_dir / "model")
+    folder = keras_iris.export(causal_lm, run_dir / "model")
     if keras_iris.distribution.process_index() == 0:
-        print("Model:", model_dir)
+        print("Model:", folder)
         print("Report:", keras_iris.evaluation.report(run_dir))
         print(keras_iris.evaluation.scores_table(run_dir))
 
