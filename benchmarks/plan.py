@@ -92,7 +92,7 @@ def plan(name, machine, lora_rank):
         generation_batch_size=32 * count,
         lora_rank=lora_rank,
         dtype="bfloat16" if lora_rank else "mixed_bfloat16",
-        num_devices=count,
+        mesh={"data": count},
         flops_per_second=FLOPS * chip.peak / H200.peak,
         bytes_per_second=READING * chip.memory / H200.memory,
     )
@@ -102,12 +102,13 @@ def plan(name, machine, lora_rank):
     hours["sending"] = steps * moved / (chip.links / 2) / 3600
     memory = run.memory()
     # For answers `KerasEngine` takes what is free, be it much or little.
-    fits = memory["training"] < 0.9 * chip.size
+    least = max(memory["training"], memory["generation"] - memory["answers"])
+    fits = least < 0.9 * chip.size
     return {
         "model": name,
         "machine": machine,
         "trains": "all weights" if lora_rank is None else f"LoRA {lora_rank}",
-        "GiB a device (computed)": memory["training"] / GIB,
+        "GiB a device (computed)": least / GIB,
         "fits (computed)": "yes" if fits else "no",
         "generation h (computed from a measured rate)": hours["generation"],
         "training h (computed from a measured rate)": hours["training"]

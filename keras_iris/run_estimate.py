@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,9 @@ class RunEstimate:
         lora_rank: Rank of the adapters, or `None` to train all weights.
         lora_targets: As in `keras_iris.load`.
         quantize: `"int8"`, `"int4"` or `None`.
-        num_devices: Devices that weights and batches are cut over.
+        mesh: Devices by axis, as in `keras_iris.distribution.make_distribution`
+            but for `"auto"`; one by default.
+        strategy: As there.
         optimizer_slots: Numbers that the optimizer keeps for each trained one.
         needs_folder: Whether the engine reads exported weights.
         flops_per_second: Floating-point operations of a device, not its peak.
@@ -173,13 +175,19 @@ class RunEstimate:
     lora_rank: int | None = None
     lora_targets: Sequence[str] | str = ("query", "value")
     quantize: str | None = None
-    num_devices: int = 1
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    strategy: str = "fsdp"
     optimizer_slots: int = 1
     needs_folder: bool = False
     flops_per_second: float | None = None
     bytes_per_second: float | None = None
     is_gpu: bool = True
     sample: str = ""
+
+    @property
+    def num_devices(self) -> int:
+        """Devices, of which each does its share."""
+        return math.prod(self.mesh.values())
 
     @property
     def num_weights(self) -> int:
@@ -208,16 +216,16 @@ class RunEstimate:
         prompt_length = max(1, self.max_length - self.new_tokens)
         answers = self._row_bytes(prompt_length) / self.num_devices
         answers *= self._generation_rows(prompt_length)
+        gathered = self._gathered_bytes()
         always = sum(kept.values())
-        return (
-            kept
-            | training
-            | {
-                "answers": answers,
-                "training": always + sum(training.values()),
-                "generation": always + answers,
-            }
-        )
+        return {
+            **kept,
+            **training,
+            "gathered weights": gathered,
+            "answers": answers,
+            "training": always + sum(training.values()),
+            "generation": always + gathered + answers,
+        }
 
     def disk(self) -> dict[str, float]:
         """Bytes of the run's folder, by name and together."""
@@ -303,11 +311,23 @@ class RunEstimate:
             parts["bfloat16 copies"] = computed * self.num_weights
         elif self.lora_rank is not None and self.is_gpu:
             parts["copies of matrices"] = self._matrices_bytes()
-        return {n: size / self.num_devices for n, size in parts.items()}
+        return {n: size / self._num_parts for n, size in parts.items()}
+
+    @property
+    def _num_parts(self) -> int:
+        """Parts of the weights, of which a device has one."""
+        return 1 if self.strategy == "data" else self.num_devices
+
+    def _gathered_bytes(self) -> float:
+        """Of the weights that a device gets of others to generate."""
+        if self._num_parts == 1:
+            return 0.0
+        most = self._item_bytes[1] * self.num_weights
+        return min(self._weights_bytes(), most) / self.mesh.get("model", 1)
 
     def _training_bytes(self) -> dict[str, float]:
         """On each device, beside that in a training step."""
-        gradients = _MASTER_BYTES * self.num_trained / self.num_devices
+        gradients = _MASTER_BYTES * self.num_trained / self._num_parts
         # XLA adds them up at the end, where all are there.
         num_earlier = len(self._streams) - 1
         tokens, outputs = _TILES[self.is_gpu]
@@ -360,7 +380,7 @@ class RunEstimate:
             return self.generation_batch_size
         if not self.is_gpu:
             return DEFAULT_ROWS
-        free = sum(self._training_bytes().values())
+        free = sum(self._training_bytes().values()) - self._gathered_bytes()
         rows = rows_that_fit(self._row_bytes(prompt_length), free)
         return self.num_devices * rows
 

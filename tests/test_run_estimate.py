@@ -45,6 +45,7 @@ QWEN = DecoderConfig.from_json(
         "tie_word_embeddings": True,
     }
 )
+EIGHT = {"mesh": {"data": 8}}
 GIB = 2**30
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
@@ -171,14 +172,14 @@ def test_memory_of_answers():
         300 * token + 8 * 8 * 299 + max(logits, begin)
     )
     # Each device has rows, and prompts for them, of its own.
-    eight = _estimate(ZEPHYR, max_length=300, new_tokens=299, num_devices=8)
+    eight = _estimate(ZEPHYR, max_length=300, new_tokens=299, mesh={"data": 8})
     assert eight.memory()["answers"] == answers["answers"] / 8
 
 
 def test_answers_fit_into_the_memory_of_training():
-    for num_devices in (1, 8):
+    for mesh in ({}, {"data": 8}):
         memory = _estimate(
-            QWEN, generation_batch_size=None, num_devices=num_devices
+            QWEN, generation_batch_size=None, mesh=mesh, strategy="data"
         ).memory()
         # A power of two of rows, in 0.8 of what is free.
         free = memory["training"] - (memory["generation"] - memory["answers"])
@@ -412,11 +413,95 @@ def test_what_xla_allocates_for_a_row(shape):
 
 
 def test_memory_of_shards():
-    one, eight = (_estimate(ZEPHYR, num_devices=n).memory() for n in (1, 8))
+    one, eight = (_estimate(ZEPHYR, mesh={"data": n}).memory() for n in (1, 8))
     shared = one.pop("logits")
-    for name in one.keys() - {"answers", "generation"}:
+    for name in one.keys() - {"gathered weights", "answers", "generation"}:
         rest = shared if name == "training" else 0
         assert eight[name] - rest == pytest.approx((one[name] - rest) / 8)
+
+
+def test_memory_of_weights_by_strategy():
+    def memory(mesh, **options):
+        found = _estimate(
+            ZEPHYR, dtype="mixed_bfloat16", mesh=mesh, **options
+        ).memory()
+        return [found[n] for n in ("weights", "gathered weights", "gradients")]
+
+    num, eight = 7_241_732_096, {"data": 8}
+    assert memory({}) == [4 * num, 0, 4 * num]
+    assert memory(eight) == [4 * num / 8, 2 * num, 4 * num / 8]
+    assert memory(eight, strategy="data") == memory({})
+    both = {"data": 2, "model": 4}
+    assert memory(both, strategy="2d") == [num / 2, 2 * num / 4, num / 2]
+    # An int8 base is gathered as it is.
+    base = memory(eight, lora_rank=16, quantize="int8")
+    assert base[1] == pytest.approx(8 * base[0])
+
+
+GATHERING = """
+import json, sys
+import jax, keras, numpy as np
+from keras_iris.distribution import make_distribution
+from keras_iris.generation.batch_rows import gathered_bytes
+from keras_iris.generation.decoder import Decoder
+from tiny_models import make_causal_lm
+
+mesh, strategy = json.loads(sys.argv[1])
+
+def allocated(num_rows):
+    causal_lm = make_causal_lm(
+        num_layers=4, hidden_dim=512, intermediate_dim=2048
+    )
+    variables = causal_lm.variables
+    decoder = Decoder(
+        causal_lm,
+        temperature=1.0,
+        end_token_ids=(2,),
+        max_new_tokens=4,
+        pad_token_id=0,
+    )
+    size = num_rows * decoder.waves
+    inputs = {
+        "prompts": np.ones((size, 8), "int32"),
+        "lengths": np.full(size, 8, "int32"),
+        "is_active": np.ones(size, bool),
+        "noise": np.zeros((size, 8), "float32"),
+    }
+
+    def answer(inputs, values):
+        mapping = zip(variables, values, strict=True)
+        with keras.StatelessScope(state_mapping=mapping):
+            return decoder.generate_step(inputs, (2,))
+
+    values = [v.value for v in variables]
+    program = jax.jit(answer).lower(inputs, values).compile()
+    memory = program.memory_analysis().temp_size_in_bytes
+    return memory, gathered_bytes(variables, 4)
+
+one, nothing = allocated(4)
+assert nothing == 0
+keras.distribution.set_distribution(make_distribution(mesh, strategy))
+four, counted = allocated(4 * mesh["data"])
+print(four - one, counted)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.multi_device
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="XLA's figures")
+@pytest.mark.parametrize(
+    ("mesh", "strategy"),
+    [({"data": 4}, "fsdp"), ({"data": 2, "model": 2}, "2d")],
+)
+def test_what_xla_gathers_to_generate(mesh, strategy):
+    result = subprocess.run(
+        [sys.executable, "-c", GATHERING, json.dumps([mesh, strategy])],
+        env=environment(4),
+        check=True,
+        stdout=subprocess.PIPE,
+    )
+    allocated, counted = map(float, result.stdout.split()[-2:])
+    assert counted == pytest.approx(allocated, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -429,10 +514,10 @@ def test_memory_of_shards():
             "LoRA, int8 base",
             {"lora_rank": 16, "quantize": "int8"},
         ),
-        ("zephyr_7b", ZEPHYR, "all weights, on 8 devices", {"num_devices": 8}),
+        ("zephyr_7b", ZEPHYR, "all weights, on 8 devices", EIGHT),
         ("qwen2_5_3b", QWEN, "LoRA of rank 16", {"lora_rank": 16}),
         ("qwen2_5_3b", QWEN, "all weights", {}),
-        ("qwen2_5_3b", QWEN, "all weights, on 8 devices", {"num_devices": 8}),
+        ("qwen2_5_3b", QWEN, "all weights, on 8 devices", EIGHT),
     ],
 )
 def test_memory_that_the_recipes_tell(recipe, config, line, changes):
@@ -497,5 +582,5 @@ def test_seconds():
     assert seconds(lora_rank=16)["training"] == pytest.approx(
         plain["training"] * 3 / 4
     )
-    for name, time in seconds(num_devices=8).items():
+    for name, time in seconds(mesh={"data": 8}).items():
         assert time == pytest.approx(plain[name] / 8)

@@ -1,7 +1,6 @@
 """What `run`, `estimate` and `export` make of a configuration."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import keras_iris
 from keras_iris.cli.config import Config, Section, Spec, arguments_of, build
 from keras_iris.data import Conversation, Example, load_dataset, tokenize
+from keras_iris.distribution import read_mesh
 from keras_iris.models.checks import check_compile
 from keras_iris.run_estimate import RunEstimate
 from keras_iris.self_play.best import Best
@@ -99,12 +99,13 @@ def estimate_run(config: Config, *, is_gpu: bool) -> RunEstimate:
         sizes |= {n: v for n, v in section.items() if n in names}
     if sizes.get("micro_batch_size") is None:
         sizes["micro_batch_size"] = play["batch_size"]
-    mesh = config.sections.get("distribution", {}).get("mesh", {})
-    engine = play["engine"]
+    engine, devices = play["engine"], config.sections.get("distribution")
+    if devices and devices.get("mesh", "auto") == "auto":
+        devices = {**devices, "mesh": read_mesh("auto")}
     return keras_iris.estimate(
         conversations=conversations[:_SAMPLE],
         new_tokens=play["max_response_length"],
-        num_devices=math.prod(mesh.values()) if isinstance(mesh, dict) else 1,
+        **(devices or {}),
         optimizer_slots=_count_slots(compiled.get("optimizer", "rmsprop")),
         needs_folder=isinstance(engine, Spec)
         and engine.type is keras_iris.generation.ServerEngine,

@@ -51,7 +51,8 @@ def make_distribution(
             all devices; of `"2d"`, as many for `"model"` as divide them and
             are at most their root.
         strategy: `"fsdp"`: weights, gradients and the optimizer's state are
-            cut over the axis of the data, and gathered layer by layer.
+            cut over the axis of the data, and gathered layer by layer, but
+            for generation all at once.
             `"2d"`: the same, and matrices are cut over the axis of the model
             as well, heads and feed-forward units by columns and rows.
             `"data"`: every device has the whole model.

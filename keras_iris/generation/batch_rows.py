@@ -4,8 +4,11 @@ Counted from the model's sizes, for JAX; `tests/test_run_estimate.py` holds it
 against what XLA allocates.
 """
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+import keras
 
 from keras_iris.generation.decoder import SHARE_THAT_BEGINS, WAVES
 from keras_iris.generation.rowwise import BLOCK, rowwise_parts
@@ -131,6 +134,32 @@ def row_bytes(sizes: Sizes, *, prompt_length: float, new_tokens: int) -> float:
     return total * token + answers + max(beginning * SHARE_THAT_BEGINS, step)
 
 
+def gathered_bytes(variables: Iterable[Any], item_bytes: int) -> float:
+    """Bytes of the weights that a device gets of others to answer prompts.
+
+    Of variables that are cut over the devices of a batch, XLA gathers all
+    before the first token, and not layer by layer as in training.
+
+    Args:
+        variables: Those of the model.
+        item_bytes: Of a number that it computes with.
+    """
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 0
+    mesh, batch = distribution.device_mesh, distribution.batch_dim_name
+    sizes = dict(zip(mesh.axis_names, mesh.shape, strict=True))
+    total = 0.0
+    for variable in variables:
+        layout = distribution.get_variable_layout(variable)
+        axes = set(keras.tree.flatten(layout.axes if layout else ()))
+        if batch in axes:
+            others = math.prod(sizes[axis] for axis in axes - {batch, None})
+            size = min(item_bytes, variable.value.dtype.itemsize)
+            total += size * math.prod(variable.shape) / others
+    return total
+
+
 def rows_that_fit(bytes_of_row: float, free_bytes: float) -> int:
     """Rows of a device: a power of two, from 1 to `MOST_ROWS`.
 
@@ -138,5 +167,5 @@ def rows_that_fit(bytes_of_row: float, free_bytes: float) -> int:
         bytes_of_row: As `row_bytes` counts them.
         free_bytes: Memory of the device that is free.
     """
-    rows = int(FREE_SHARE * free_bytes / bytes_of_row)
-    return 1 << max(0, min(rows, MOST_ROWS).bit_length() - 1)
+    rows = min(int(FREE_SHARE * free_bytes / bytes_of_row), MOST_ROWS)
+    return 1 << (max(1, rows).bit_length() - 1)

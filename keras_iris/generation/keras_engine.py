@@ -17,6 +17,7 @@ from keras_iris.generation.batch_plan import (
 )
 from keras_iris.generation.batch_rows import (
     DEFAULT_ROWS,
+    gathered_bytes,
     read_sizes,
     row_bytes,
     rows_that_fit,
@@ -168,16 +169,16 @@ class KerasEngine(Engine):
         if self.batch_size is not None:
             return dict.fromkeys(self.bucket_lengths, self.batch_size)
         shares = backend.num_row_shares()
-        free = backend.free_bytes()
+        sizes, free = self._sizes, backend.free_bytes()
         for length in self.bucket_lengths:
             rows = max(1, DEFAULT_ROWS // shares)
-            if self._sizes is not None and free is not None:
+            if sizes is not None and free is not None:
                 size = row_bytes(
-                    self._sizes,
-                    prompt_length=length,
-                    new_tokens=self.max_new_tokens,
+                    sizes, prompt_length=length, new_tokens=self.max_new_tokens
                 )
-                rows = rows_that_fit(size, free)
+                variables = self.causal_lm.variables
+                gathered = gathered_bytes(variables, sizes.item_bytes)
+                rows = rows_that_fit(size, free - gathered)
             # Never more again: another number is another compilation.
             self._rows[length] = min(rows, self._rows.get(length, rows))
         enough = next_power_of_two(-(-num_prompts // shares))
