@@ -15,6 +15,7 @@ ONCE = (
     "hub/test_added_tokens.py",
     "hub/test_bad_input.py",
     "hub/test_convert_tokenizer.py",
+    "hub/test_leftovers.py",
     "reliability/",
     "self_play/test_engine_checks.py",
     "self_play/test_errors.py",

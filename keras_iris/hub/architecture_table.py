@@ -119,7 +119,7 @@ class Architecture:
         windows: Where a layer's window is set: `None` for models without,
             `"argument"` for one of all layers, `"layer"` for one of each.
         window_pattern: Without `layer_types`, each layer of this number has
-            no window.
+            no window; an entry of `defaults` where files may say another.
         ropes: The kinds of rotary embeddings that KerasHub's layers know.
         theta: KerasHub's argument for the base of the rotary embedding, or
             `None`.
@@ -139,7 +139,7 @@ class Architecture:
     names: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biases: tuple[str, ...] = ()
     windows: str | None = None
-    window_pattern: int = 1
+    window_pattern: int = 2
     ropes: tuple[str, ...] = ("default", "linear")
     theta: str | None = "rope_max_wavelength"
     final_norm: str = "layer_norm"
@@ -173,7 +173,6 @@ _GEMMA2 = Architecture(
     fixed={"use_post_ffw_norm": True, "use_post_attention_norm": True},
     names=_GEMMA_NORMS,
     windows="layer",
-    window_pattern=2,
     theta=None,
     halves=2,
 )
@@ -224,6 +223,7 @@ ARCHITECTURES = {
             "final_logit_softcapping": None,
             "rope_theta": 1000000.0,
             "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 6,
         },
         fixed={
             **_GEMMA2.fixed,
@@ -231,7 +231,6 @@ ARCHITECTURES = {
             "vision_encoder": None,
             "image_size": None,
         },
-        window_pattern=6,
         halves=1,
     ),
     "llama": Architecture(

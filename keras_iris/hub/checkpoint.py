@@ -14,6 +14,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Of the folder itself, which no "../" leads out of.
 _FILE_NAME = re.compile(r"[\w .+-]{1,200}\.safetensors")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -31,11 +32,16 @@ def find_weights(
             or has another shape.
     """
     found: dict[str, Path] = {}
+    is_tied = EMBEDDING in shapes and HEAD not in shapes
+    known = {**shapes, HEAD: shapes[EMBEDDING]} if is_tied else shapes
     for file in _list_files(folder):
         for name, entry in _read_header(file).items():
-            if name in shapes:
-                _check_entry(file, name, entry, shapes[name])
+            if name in known:
+                _check_entry(file, name, entry, known[name])
                 found[name] = file
+    if is_tied and HEAD in found:
+        _check_tied(found)
+        found.setdefault(EMBEDDING, found.pop(HEAD))
     missing = [name for name in shapes if name not in found]
     if missing:
         raise ValueError(
@@ -52,8 +58,22 @@ def read_weights(
     """Names and arrays of what `find_weights` gave, one file open at a time."""
     for file in dict.fromkeys(files.values()):
         with safetensors.safe_open(file, framework="np") as tensors:
+            there = set(tensors.keys())
             for name in (n for n, f in files.items() if f == file):
-                yield name, tensors.get_tensor(name)
+                # Of two that share their memory some files have the head.
+                yield name, tensors.get_tensor(name if name in there else HEAD)
+
+
+def _check_tied(files: Mapping[str, Path]) -> None:
+    """Refuses an output layer of its own, where the embedding would be it."""
+    both = {name: files[name] for name in (EMBEDDING, HEAD) if name in files}
+    arrays = [array for _, array in read_weights(both)]
+    if not all(np.array_equal(array, arrays[0]) for array in arrays):
+        raise ValueError(
+            f"{files[HEAD]} holds {HEAD!r}, another matrix than {EMBEDDING!r}, "
+            "and config.json ties the two. Set tie_word_embeddings to false "
+            "there if the model has an output layer of its own, else remove it."
+        )
 
 
 def read_metadata(file: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from keras_iris.data.rows import shorten
 from keras_iris.hub.architecture_table import ARCHITECTURES, Architecture
+from keras_iris.hub.checkpoint import EMBEDDING, HEAD
 from keras_iris.hub.entries import (
     Rope,
     is_integer,
@@ -32,6 +33,9 @@ _HARMLESS = frozenset(
     typical_p unsloth_fixed unsloth_version use_cache
     """.split()
 )
+
+
+_NEUTRAL = {"partial_rotary_factor": 1.0}
 
 
 def _size(entry: str, doc: str) -> Any:
@@ -112,7 +116,9 @@ class DecoderConfig:
         merged["head_dim"] = merged["head_dim"] or usual
         if "head_dim" not in row.arguments:
             _check_expected(model_type, "head_dim", merged["head_dim"], usual)
-        windows = _read_windows(row, merged)
+        windows = _read_windows(model_type, row, merged)
+        if not any(windows):
+            merged["sliding_window"] = None
         full, local = read_ropes(config, row.defaults, row.ropes)
         names = [*row.arguments, *row.adjusted]
         entries = {name: read_entry(merged, name) for name in names}
@@ -172,7 +178,7 @@ class DecoderConfig:
         """The weights, in the order of a checkpoint."""
         row, hidden = self._row, self.hidden_size
         embedding = (self.vocabulary_size, hidden)
-        yield Entry("model.embed_tokens.weight", embedding, None, "embedding")
+        yield Entry(EMBEDDING, embedding, None, "embedding")
         shapes = self._layer_shapes()
         for layer in range(self.num_layers):
             for role in self._roles(layer):
@@ -188,7 +194,7 @@ class DecoderConfig:
                     yield Entry(full, shape, layer, role, expert)
         yield Entry("model.norm.weight", (hidden,), None, "final_norm")
         if not self.tie_word_embeddings:
-            yield Entry("lm_head.weight", embedding, None, "head")
+            yield Entry(HEAD, embedding, None, "head")
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights by their names in a checkpoint."""
@@ -295,16 +301,9 @@ def _check(
             "load the original checkpoint, with `quantize='int8'` or 'int4' "
             "to quantize it here."
         )
-    types = config.get("layer_types")
-    if (
-        row.windows is None
-        and isinstance(types, list)
-        and "sliding_attention" in types
-    ):
-        config = {**config, "use_sliding_window": True}
     known = {*row.arguments, *row.adjusted, *row.defaults}
     for name, value in config.items():
-        if value is None:
+        if value is None or _NEUTRAL.get(name) == value:
             continue
         if name in row.expected:
             _check_expected(model_type, name, value, row.expected[name])
@@ -321,7 +320,7 @@ def _check_expected(
     model_type: str, name: str, value: Any, expected: Any
 ) -> None:
     # Gemma's first files say "gelu" and mean the approximate one.
-    if (value, expected) == ("gelu", "gelu_pytorch_tanh"):
+    if model_type == "gemma" and value == "gelu":
         return
     if value != expected:
         raise ValueError(
@@ -333,32 +332,42 @@ def _check_expected(
 
 
 def _read_windows(
-    row: Architecture, merged: Mapping[str, Any]
+    model_type: str, row: Architecture, merged: Mapping[str, Any]
 ) -> tuple[int | None, ...]:
     """Each layer's window."""
     num_layers = read_integer(merged, "num_hidden_layers")
-    size = merged["sliding_window"]
-    if row.windows is None or not size:
-        return num_layers * (None,)
-    size = read_integer(merged, "sliding_window")
-    if row.windows == "argument":
-        return num_layers * (size,)
-    names = ("sliding_window_pattern", "_sliding_window_pattern")
-    given = [merged[name] for name in names if merged.get(name)]
-    pattern = [*given, row.window_pattern][0]
-    pattern = read_integer({names[0]: pattern}, names[0])
-    types = merged.get("layer_types") or [
-        "sliding_attention" if (layer + 1) % pattern else "full_attention"
-        for layer in range(num_layers)
-    ]
-    known = ("sliding_attention", "full_attention")
+    known = sliding, full = "sliding_attention", "full_attention"
+    types = merged.get("layer_types") or _usual_types(row, merged, num_layers)
     if (
         not isinstance(types, list)
         or len(types) != num_layers
         or any(kind not in known for kind in types)
+        or (row.windows is None and sliding in types)
+        or (row.windows == "argument" and len(set(types)) > 1)
     ):
+        which = {None: f"{full!r} alone", "argument": "of one kind"}
         raise ValueError(
             f"config.json has layer_types={shorten(repr(types))}, expected "
-            f"{num_layers} out of {known}. Use another checkpoint."
+            f"{num_layers} out of {known}, for a {model_type} model "
+            f"{which.get(row.windows, 'of any kind')}. Use another checkpoint."
         )
-    return tuple(size if kind == known[0] else None for kind in types)
+    if not merged["sliding_window"]:
+        return num_layers * (None,)
+    size = read_integer(merged, "sliding_window")
+    return tuple(size if kind == sliding else None for kind in types)
+
+
+def _usual_types(
+    row: Architecture, merged: Mapping[str, Any], num_layers: int
+) -> list[str]:
+    """The kinds of layers where a file doesn't say, as in transformers."""
+    if row.windows != "layer":
+        kind = "sliding_attention" if row.windows else "full_attention"
+        return num_layers * [kind]
+    name, pattern = "sliding_window_pattern", row.window_pattern
+    if name in row.defaults:
+        pattern = read_integer(merged, name)
+    return [
+        "sliding_attention" if (layer + 1) % pattern else "full_attention"
+        for layer in range(num_layers)
+    ]

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from keras_iris.data.rows import shorten
 
 _FLAGS = ("tie_word_embeddings", "norm_topk_prob", "output_router_logits")
-# Lists for all layers, and what is in those that are left out, if anything.
-_BY_LAYER = {"layer_types": "full_attention", "no_rope_layers": None}
+# Lists for all layers.
+_BY_LAYER = ("layer_types", "no_rope_layers")
 # The most of them: a damaged file mustn't fill the memory with names.
 _MOST = dict.fromkeys(
     ("num_hidden_layers", "num_experts", "num_local_experts"), 1000
@@ -27,7 +27,7 @@ def read_entry(content: Mapping[str, Any], name: str) -> Any:
     if name == "mlp_only_layers":
         return _layers(name, value or [])
     if name in _BY_LAYER:
-        return _list(content, name, _BY_LAYER[name])
+        return _list(content, name)
     if name == "router_aux_loss_coef":
         return read_number(content, name) if value else 0.0
     if not value and name in _OPTIONAL:
@@ -37,12 +37,15 @@ def read_entry(content: Mapping[str, Any], name: str) -> Any:
     return read_integer(content, name)
 
 
-def _list(content: Mapping[str, Any], name: str, default: Any) -> list[Any]:
+def _list(content: Mapping[str, Any], name: str) -> list[Any]:
     """An entry with a value for each layer."""
     num_layers = read_integer(content, "num_hidden_layers")
     values = content.get(name)
-    if not values and default is not None:
-        return num_layers * [default]
+    if not values and name == "layer_types":
+        return num_layers * [_FULL]
+    if not values:
+        interval = int(content.get("no_rope_layer_interval") or 4)
+        return [int((i + 1) % interval != 0) for i in range(num_layers)]
     if not isinstance(values, list) or len(values) != num_layers:
         raise ValueError(
             f"config.json has {name}={shorten(repr(values))}, expected a list "
@@ -147,18 +150,24 @@ def read_ropes(
         ValueError: If there is something that KerasHub's layers don't do.
     """
     parameters = _object(config, "rope_parameters")
-    theta = config.get("rope_theta") or defaults["rope_theta"]
-    full = {"rope_theta": theta, **_object(config, "rope_scaling")}
-    if _FULL in parameters:
-        full |= _object(parameters, _FULL)
-    else:
-        full |= parameters
-    local = full
-    if "rope_local_base_freq" in defaults:
-        base = config.get("rope_local_base_freq")
-        local = {"rope_theta": base or defaults["rope_local_base_freq"]}
-        local |= _object(parameters, _LOCAL)
-    return _read(full, kinds), _read(local, kinds)
+    scaling = _object(config, "rope_scaling")
+    full = {"rope_theta": config.get("rope_theta") or defaults["rope_theta"]}
+    if "rope_local_base_freq" not in defaults:
+        chosen = scaling or parameters
+        rope = _read(full | _object(chosen, _FULL, chosen), kinds)
+        return rope, rope
+    if parameters.keys() - {_FULL, _LOCAL}:
+        raise ValueError(
+            f"config.json has rope_parameters={shorten(repr(parameters))}, "
+            f"expected objects {_FULL!r} and {_LOCAL!r}: the layers of this "
+            "model have two rotary embeddings. Use another checkpoint."
+        )
+    base = config.get("rope_local_base_freq")
+    local = {"rope_theta": base or defaults["rope_local_base_freq"]}
+    return (
+        _read(full | _object(parameters, _FULL) | scaling, kinds),
+        _read(local | _object(parameters, _LOCAL), kinds),
+    )
 
 
 def _read(entries: Mapping[str, Any], kinds: Collection[str]) -> Rope:
@@ -192,8 +201,10 @@ def _is_off(name: str, value: Any) -> bool:
     return not value or (name == "partial_rotary_factor" and value == 1.0)
 
 
-def _object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    entry = config.get(name) or {}
+def _object(
+    config: Mapping[str, Any], name: str, default: Any = None
+) -> dict[str, Any]:
+    entry = config.get(name) or default or {}
     if not isinstance(entry, Mapping):
         raise ValueError(
             f"config.json has {name}={shorten(repr(entry))}, expected an "

@@ -90,6 +90,11 @@ def load(  # noqa: PLR0913 (by keyword only)
     lora = None
     if lora_rank is not None:
         lora = Lora(lora_rank, lora_alpha, lora_targets)
+    elif lora_alpha is not None or tuple(lora_targets) != ("query", "value"):
+        raise ValueError(
+            "Without `lora_rank` there are no adapters, which `lora_alpha` and "
+            "`lora_targets` are for. Pass `lora_rank=16`, or leave them out."
+        )
     _check_quantize(quantize, lora)
     folder = find_folder(preset, revision)
     content = {} if folder is None else _read_config(folder)
@@ -138,10 +143,24 @@ def _load_tested(
 
 def _read_config(folder: Path) -> dict[str, Any]:
     content = read_json(folder / "config.json")
+    adapter = read_json(folder / "adapter_config.json")
+    apply = f"`keras_iris.hub.load_adapter(causal_lm, {str(folder)!r})`"
+    if adapter and not content:
+        raise ValueError(
+            f"{folder} holds an adapter and no model. Expected a model's "
+            f"folder: load {adapter.get('base_model_name_or_path')!r}, then "
+            f"call {apply}."
+        )
     if not content:
         raise ValueError(
             f"{folder} has no config.json. Expected a model's folder in "
             "Hugging Face's or KerasHub's layout."
+        )
+    if adapter:
+        warnings.warn(
+            f"{folder} holds an adapter beside the model, which isn't "
+            f"applied: call {apply} to have it.",
+            stacklevel=3,
         )
     return content
 

@@ -13,7 +13,10 @@ from keras_iris.data.text_files import read_json
 from keras_iris.hub.convert_tokenizer import convert_folder
 from keras_iris.hub.entries import is_integer
 
-_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
+_NAMED_TOKENS = [
+    f"{name}_token"
+    for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+]
 _RESPONSE = "The response."
 
 
@@ -47,6 +50,7 @@ def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
             "file of the `tokenizers` library; download it again."
         )
     try:
+        config.setdefault("added_tokens_decoder", _read_old(folder, config))
         ids, wanted = _read_tokens(definition, config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -84,8 +88,8 @@ def _read_tokens(
 ) -> tuple[dict[str, int], dict[str, tuple[int, dict[str, Any]]]]:
     """The added tokens, and those that have to be.
 
-    As in transformers these are those of `added_tokens_decoder`, and the named
-    ones that are in the vocabulary.
+    As in transformers these are those of `added_tokens_decoder`, and the
+    special ones that are in the vocabulary.
 
     Returns:
         The ids of added tokens; id and flags of those that have to be.
@@ -99,11 +103,32 @@ def _read_tokens(
         str(entry["content"]): (int(token_id), entry)
         for token_id, entry in config.get("added_tokens_decoder", {}).items()
     }
-    for name in _NAMED_TOKENS:
-        text = token_text(config.get(name))
-        if text and text in vocabulary:
+    for text in _special_texts(config):
+        if text in vocabulary:
             wanted.setdefault(text, (operator.index(vocabulary[text]), {}))
     return ids, wanted
+
+
+def _special_texts(config: Mapping[str, Any]) -> list[str]:
+    """Special tokens that tokenizer_config.json calls so."""
+    more = config.get("extra_special_tokens")
+    more = more or config.get("additional_special_tokens") or []
+    more = more.values() if isinstance(more, dict) else more
+    tokens = [*(config.get(name) for name in _NAMED_TOKENS), *more]
+    return list(filter(None, map(token_text, tokens)))
+
+
+def _read_old(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The `added_tokens_decoder` of a folder that has none, as of 2022."""
+    special = _special_texts(config)
+    return {
+        str(token_id): {
+            "content": text,
+            "special": text in special,
+            "normalized": text not in special,
+        }
+        for text, token_id in read_json(folder / "added_tokens.json").items()
+    }
 
 
 def _add_tokens(

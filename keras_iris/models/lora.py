@@ -63,7 +63,7 @@ class Lora:
     targets: Targets = ("query", "value")
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or self.rank < 1:
+        if type(self.rank) is not int or self.rank < 1:  # True is an int
             raise ValueError(
                 "LoRA's rank has to be an integer of at least 1. Received: "
                 f"{self.rank!r}. `keras_iris.load` without `lora_rank` trains "

@@ -30,7 +30,22 @@ BAD_CONFIGS = {
     "layer types": (
         "qwen2",
         dict(layer_types=["full_attention", "sliding_attention"]),
-        "use_sliding_window=True, expected False",
+        "for a qwen2 model 'full_attention' alone",
+    ),
+    "windows of some layers": (
+        "mistral",
+        dict(layer_types=["full_attention", "sliding_attention"]),
+        "for a mistral model of one kind",
+    ),
+    "one rotary embedding for two": (
+        "gemma3_text",
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
+        "two rotary embeddings",
+    ),
+    "the exact activation": (
+        "gemma2",
+        dict(hidden_activation="gelu"),
+        "hidden_activation='gelu', expected 'gelu_pytorch_tanh'",
     ),
     "activation": ("llama", dict(hidden_act="gelu"), "hidden_act='gelu'"),
     "biases": ("llama", dict(attention_bias=True), "attention_bias=True"),
