@@ -22,6 +22,8 @@ _OTHER_COLUMNS = {
     *("system", "system_prompt", "instruction", "input", "context", "history"),
     *("tools", "functions", "documents", "images", "audio"),
 }
+# Of a message, beside role and content, for templates that write them.
+_KEPT_KEYS = ("name", "tool_call_id")
 _OTHER_KEYS = {
     *("tool_calls", "function_call", "reasoning_content", "reasoning"),
     *("thinking", "images", "audio"),
@@ -34,7 +36,8 @@ class Conversation:
 
     Args:
         prompt: A string, or the messages that come before the response, each
-            a dict with the strings `"role"` and `"content"`.
+            a dict with the strings `"role"` and `"content"`, and perhaps
+            `"name"` and `"tool_call_id"`.
         response: The text of the annotated (human) response.
         where: Where it was read, such as "line 7 of data.jsonl".
     """
@@ -155,7 +158,10 @@ def _check_message(message: Any, where: str) -> Message:
         _refuse_parts(message, _OTHER_KEYS, f"a message of {where}")
         role, content = message.get("role"), message.get("content")
         if isinstance(role, str) and isinstance(content, str):
-            return {"role": role, "content": _check_text(content, where)}
+            kept = {key: message.get(key) for key in _KEPT_KEYS}
+            texts = {k: v for k, v in kept.items() if v and isinstance(v, str)}
+            texts = {"role": role, "content": content, **texts}
+            return {key: _check_text(v, where) for key, v in texts.items()}
     raise ValueError(
         f"{where}: expected messages with the strings 'role' and 'content', "
         f"received {shorten(repr(message))}. Remove the row, or write what "

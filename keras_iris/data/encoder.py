@@ -67,7 +67,12 @@ class Encoder:
         self._cuts: list[str] = []
         if template is not None:
             probe = template.render_prompt(as_messages("?"))
-            self._cuts = [t for t in tokenizer.cutting_tokens if t in probe]
+            special = tokenizer.special_tokens
+            self._cuts = [
+                token
+                for token in tokenizer.cutting_tokens
+                if token in probe and not _is_within(token, special)
+            ]
 
     def encode(self, rows: Sequence[Conversation]) -> list[TokenPair]:
         """Encodes rows, on all cores.
@@ -158,6 +163,15 @@ class Encoder:
         if places:
             return token_ids[: min(places) + 1]
         return [*token_ids, ends[0]]
+
+
+def _is_within(token: str, others: Sequence[str]) -> bool:
+    """Whether an occurrence of a token may begin inside of another one."""
+    return any(
+        token in other[1:] or other[i:] == token[: len(other) - i]
+        for other in others
+        for i in range(1, len(other))
+    )
 
 
 def as_messages(prompt: Prompt) -> tuple[Message, ...]:

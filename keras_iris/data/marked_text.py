@@ -30,7 +30,7 @@ class MarkedText:
     def __init__(self, messages: Sequence[Message], tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         pattern = tokenizer.special_pattern
-        everything = "\n".join(message["content"] for message in messages)
+        everything = "\n".join(t for m in messages for t in m.values())
         found = dict.fromkeys(pattern.findall(everything))
         self.is_plain = not found
         self._strings: dict[str, str] = {}
@@ -42,7 +42,7 @@ class MarkedText:
         marks = dict(zip(found, free, strict=False))
         self._strings = {mark: token for token, mark in marks.items()}
         self.messages = [
-            {**m, "content": pattern.sub(lambda f: marks[f[0]], m["content"])}
+            {k: pattern.sub(lambda f: marks[f[0]], t) for k, t in m.items()}
             for m in messages
         ]
 

@@ -21,7 +21,7 @@ class BadRows:
         ValueError: If it is neither.
     """
 
-    def __init__(self, on_bad_row: str = "error"):
+    def __init__(self, on_bad_row: OnBadRow = "error"):
         if on_bad_row not in ("error", "drop"):
             raise ValueError(
                 "Expected `on_bad_row` to be 'error' or 'drop', received "

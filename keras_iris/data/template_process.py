@@ -46,8 +46,7 @@ def render(source: str, variables: Sequence[Mapping[str, Any]]) -> list[str]:
 
     Raises:
         RenderError: The source isn't a template, fails, takes longer
-            than `SECONDS` or writes too much. One that takes too long is
-            refused from then on.
+            than `SECONDS` or writes too much.
     """
     renderer = _renderer(os.getpid())
     texts: list[str] = []
@@ -73,23 +72,19 @@ class _Renderer:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
-        self._endless: set[str] = set()
 
     def render(
         self, source: str, variables: Sequence[Mapping[str, Any]]
     ) -> list[str]:
         request = json.dumps([source, *variables]).encode() + b"\n"
-        line = b""
         with self._lock:
-            if source not in self._endless:
-                start = time.monotonic()
-                line = self._ask(request)
-                if not line and time.monotonic() - start >= SECONDS:
-                    self._endless.add(source)
-        if source in self._endless:
+            start = time.monotonic()
+            line = self._ask(request)
+            seconds = time.monotonic() - start
+        if not line and seconds >= SECONDS:
             raise RenderError(
                 f"it takes more than {SECONDS:g} seconds: loops or macros "
-                "repeat too much"
+                "repeat too much, or the text is too long for it"
             )
         if not line:
             raise RenderError("it ends Python: it is nested too deeply")

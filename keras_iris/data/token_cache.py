@@ -12,7 +12,7 @@ from keras_iris.data.conversations import Conversation
 from keras_iris.data.example import Example
 from keras_iris.files import replaced
 
-_FORMAT = 3  # advance when `tokenize` gives other ids
+_FORMAT = 4  # advance when `tokenize` gives other ids
 _BATCH = 1024  # examples
 
 

@@ -1,5 +1,6 @@
 """A source of conversations to examples within limits."""
 
+import contextlib
 import itertools
 import warnings
 from collections import Counter, deque
@@ -121,18 +122,25 @@ class _Limits:
     counts: Counter[str] = field(default_factory=Counter)
 
     def fit(
-        self, row: Conversation, pair: TokenPair, encoder: Encoder
-    ) -> Example | None:
-        """The example of a row, or `None`."""
+        self,
+        row: Conversation,
+        pair: TokenPair | ValueError,
+        encoder: Encoder,
+    ) -> Example | ValueError | None:
+        """The example of a row, what is wrong with it, or `None`."""
+        is_cut = self.on_overflow == "truncate"
+        if isinstance(pair, ValueError):
+            return pair
+        if is_cut and len(pair[0]) > self.max_prompt_length:
+            pair = self._shorten(row, pair, encoder)
+            if isinstance(pair, ValueError):
+                return pair
+            self.counts["have a shortened prompt"] += 1
         self.num_rows += 1
         prompt, response = pair
-        if self.on_overflow == "truncate":
-            if len(prompt) > self.max_prompt_length:
-                self.counts["have a shortened prompt"] += 1
-                prompt, response = self._shorten(row, pair, encoder)
-            if len(response) > self.max_response_length:
-                self.counts["have a cut response, without end token"] += 1
-                response = response[: self.max_response_length]
+        if is_cut and len(response) > self.max_response_length:
+            self.counts["have a cut response, without end token"] += 1
+            response = response[: self.max_response_length]
         sizes = (len(prompt), len(response))
         if (
             sizes[0] <= self.max_prompt_length
@@ -152,7 +160,7 @@ class _Limits:
 
     def _shorten(
         self, row: Conversation, pair: TokenPair, encoder: Encoder
-    ) -> TokenPair:
+    ) -> TokenPair | ValueError:
         if encoder.template is None:
             start = len(encoder.tokenizer.start_token_ids)
             ids, rest = pair
@@ -160,12 +168,16 @@ class _Limits:
             return [*ids[:start], *ids[start:][-room:]], rest
         messages = list(as_messages(row.prompt))
         first = int(messages[0]["role"] == "system")
-        while len(messages) > first + 2 and len(pair[0]) > (
-            self.max_prompt_length
-        ):
-            del messages[first : first + 2]
+        while len(pair[0]) > self.max_prompt_length:
+            roles = [message["role"] for message in messages]
+            if "user" not in roles[first + 1 :]:
+                break
+            del messages[first : roles.index("user", first + 1)]
             short = Conversation(tuple(messages), row.response, row.where)
-            (pair,) = encoder.encode([short])
+            try:
+                [pair] = encoder.encode([short])
+            except ValueError as error:
+                return ValueError(f"{error} Its prompt had been shortened.")
         return pair
 
     @property
@@ -193,13 +205,13 @@ def _make_examples(
     batches = iter(lambda: list(itertools.islice(rows, _BATCH)), [])
     num_examples = 0
     with tqdm(unit=" rows", delay=_SECONDS_IN_SILENCE) as progress:
-        for batch in _two_ahead(partial(_encode_rows, encoder), batches):
+        encode = partial(_encode_rows, encoder, bad_rows.on_bad_row)
+        for batch in _two_ahead(encode, batches):
             for row, pair in batch:
-                if isinstance(pair, ValueError):
-                    bad_rows.add(ValueError(f"{row.where}: {pair}"))
-                    continue
                 example = limits.fit(row, pair, encoder)
-                if example is not None:
+                if isinstance(example, ValueError):
+                    bad_rows.add(ValueError(f"{row.where}: {example}"))
+                elif example is not None:
                     num_examples += 1
                     yield example
             progress.update(len(batch))
@@ -211,20 +223,29 @@ def _make_examples(
             f"Expected at least one with {limits.at_most} tokens in prompt "
             "and response. Raise `max_prompt_length` or `max_response_length`, "
             "or look at the rows."
+            + f" The first bad one: {bad_rows.first}"
+            * bool(bad_rows.errors)
         )
 
 
 def _encode_rows(
-    encoder: Encoder, rows: Sequence[Conversation]
+    encoder: Encoder, on_bad_row: OnBadRow, rows: Sequence[Conversation]
 ) -> list[tuple[Conversation, TokenPair | ValueError]]:
-    """Each row with its ids, or with what is wrong with it."""
-    try:
+    """Each row with its ids, or with what is wrong with it.
+
+    A bad one is the last, unless they are dropped.
+    """
+    with contextlib.suppress(ValueError):
         return list(zip(rows, encoder.encode(rows), strict=True))
-    except ValueError as error:
-        if len(rows) == 1:
-            return [(rows[0], error)]
-    # One of them is bad: find it.
-    return [result for row in rows for result in _encode_rows(encoder, [row])]
+    results: list[tuple[Conversation, TokenPair | ValueError]] = []
+    for row in rows:
+        try:
+            results.append((row, encoder.encode([row])[0]))
+        except ValueError as error:
+            results.append((row, error))
+            if on_bad_row == "error":
+                break
+    return results
 
 
 def _two_ahead(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -93,6 +93,17 @@ class Engine(abc.ABC):
         return {}
 
 
+def read_end_tokens(end_token_ids: Any) -> tuple[int, ...]:
+    """The ids that end an answer, of which there has to be one."""
+    found = tuple(int(i) for i in np.ravel(end_token_ids))
+    if not found:
+        raise ValueError(
+            "Expected at least one id in `end_token_ids`, received none. Pass "
+            "the `end_token_ids` of the model's tokenizer."
+        )
+    return found
+
+
 def check_prompts(prompts: Prompts, limit: int | None) -> None:
     """Refuses prompts before any of them is answered.
 

@@ -30,6 +30,7 @@ from keras_iris.generation.engine import (
     Prompt,
     Prompts,
     check_prompts,
+    read_end_tokens,
 )
 
 
@@ -102,12 +103,7 @@ class KerasEngine(Engine):
             if backend.is_cut():
                 count = backend.num_batch_shares()
                 check_shared("batch_size", batch_size, count)
-        self.end_token_ids = tuple(int(i) for i in np.ravel(end_token_ids))
-        if not self.end_token_ids:
-            raise ValueError(
-                "Expected at least one id in `end_token_ids`, received none. "
-                "Pass the `end_token_ids` of the model's tokenizer."
-            )
+        self.end_token_ids = read_end_tokens(end_token_ids)
         self.vocabulary_size = causal_lm.backbone.token_embedding.input_dim
         self._check_ids("end_token_ids", self.end_token_ids)
         self._check_ids("pad_token_id", (pad_token_id,))

@@ -12,6 +12,7 @@ from keras_iris.generation.engine import (
     Engine,
     Prompts,
     check_prompts,
+    read_end_tokens,
 )
 from keras_iris.generation.server_client import ServerClient
 from keras_iris.generation.server_process import Server
@@ -81,7 +82,7 @@ class ServerEngine(Engine):
             kept.
         max_new_tokens: A completion ends after so many tokens at the latest.
         concurrency: Requests at a time.
-        timeout_seconds: The longest wait for one answer.
+        timeout_seconds: The longest wait for a server that sends nothing.
         max_retries: Further tries of each request.
         api_key: The server's. By default `OPENAI_API_KEY` of the environment,
             which is sent to https and this machine only.
@@ -110,7 +111,7 @@ class ServerEngine(Engine):
         api_key: str | None = None,
         max_difference_nats: float | None = None,
     ) -> None:
-        self.end_token_ids = tuple(int(i) for i in end_token_ids)
+        self.end_token_ids = read_end_tokens(end_token_ids)
         self.max_new_tokens = check_count("max_new_tokens", max_new_tokens)
         self.concurrency = check_count("concurrency", concurrency)
         check_positive("start_seconds", start_seconds)

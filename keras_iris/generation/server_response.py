@@ -30,16 +30,16 @@ def read_completion(
 
     Returns:
         The completion; its log-probs are `None` if the server gave none, or
-        left out the end token.
+        left out the end token's.
 
     Raises:
         ValueError: If it isn't such an answer, or not a whole one, or a
             token's log-prob isn't one.
     """
     try:
-        choice = json.loads(text)["choices"][0]
+        [choice] = json.loads(text)["choices"]
         reason = choice["finish_reason"]
-        token_ids, values = _read_tokens(choice)
+        token_ids, values = _read_tokens(choice, end_token_ids)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise ValueError(
             "The server's answer can't be read "
@@ -60,7 +60,7 @@ def read_completion(
         token_ids.append(end_token_ids[0])
     stopped = reason == "stop" or len(ends) > 0
     whole = stopped or (reason == "length" and len(token_ids) == max_new_tokens)
-    if not whole or len(token_ids) > max_new_tokens + stopped:
+    if not whole or len(token_ids) > max_new_tokens:
         raise ValueError(
             f"The server answered {len(token_ids)} tokens with "
             f"finish_reason={reason!r}, expected an end token or "
@@ -90,7 +90,7 @@ def _read_log_probs(values: Sequence[Any]) -> NDArray[np.float32]:
 
 
 def _read_tokens(
-    choice: dict[str, Any],
+    choice: dict[str, Any], end_token_ids: Sequence[int]
 ) -> tuple[list[int], list[Any] | None]:
     """Ids and, where there are any, their log-probs."""
     details = choice.get("logprobs") or {}
@@ -104,4 +104,10 @@ def _read_tokens(
     for token_id in token_ids:
         if type(token_id) is not int or token_id < 0:  # True is an int as well
             raise ValueError(f"{token_id!r} isn't a token id")
+    if values is not None and len(values) != len(token_ids):
+        is_end = token_ids[-1:] and token_ids[-1] in end_token_ids
+        if not is_end or len(values) != len(token_ids) - 1:
+            raise ValueError(
+                f"{len(values)} log-probs of {len(token_ids)} token ids"
+            )
     return list(token_ids), None if values is None else list(values)

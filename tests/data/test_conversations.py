@@ -18,7 +18,7 @@ EQUIVALENT_ROWS = [
     {"messages": [USER, ASSISTANT, USER]},
     {"real": [USER, ASSISTANT], "generated": [USER, SYSTEM]},
     {"prompt": "ignored", "messages": [USER, ASSISTANT], "response": None},
-    {"messages": [{**USER, "name": "x"}, ASSISTANT], "id": 7},
+    {"messages": [{**USER, "weight": 1}, ASSISTANT], "id": 7},
 ]
 
 

@@ -7,10 +7,18 @@ import time
 
 import pytest
 
-from keras_iris.data import ChatTemplate, template_process
+from keras_iris.data import (
+    ChatTemplate,
+    SymbolTokenizer,
+    template_process,
+    tokenize,
+)
 from keras_iris.data.named_templates import NAMED_TEMPLATES
 
-MESSAGES = [{"role": "user", "content": "Hello"}]
+USER = {"role": "user", "content": "Hello"}
+MESSAGES = [USER]
+CHECKS = "What is the capital of France? The is Paris. Hello. Hi there. Hello"
+LETTERS = SymbolTokenizer(dict.fromkeys(f"a b c d e {CHECKS}".split()))
 GOOD = ChatTemplate.named("plain")
 
 
@@ -35,12 +43,29 @@ def one_second(monkeypatch):
 @pytest.mark.parametrize("source", ENDLESS.values(), ids=ENDLESS.keys())
 def test_templates_that_would_not_end(source, one_second):
     template = ChatTemplate(source)
-    for seconds in (5.0, 0.5):  # the second time it's known
-        start = time.perf_counter()
-        with pytest.raises(ValueError, match=r"more than 1 seconds.*\['user'"):
-            template.render_prompt(MESSAGES)
-        assert time.perf_counter() - start < seconds
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match=r"more than 1 seconds.*\['user'"):
+        template.render_prompt(MESSAGES)
+    assert time.perf_counter() - start < 5
     assert GOOD.render_prompt(MESSAGES) == "Hello"
+
+
+def test_a_template_is_slow_for_one_text_only(one_second):
+    slow = _repeat(_repeat(""))
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+        f"{{% if messages[0].content == 'slow' %}}{slow}{{% endif %}}"
+    )
+    texts = ["a", "slow", "b c", "slow", "d"]
+    rows = [{"prompt": [USER | {"content": t}], "response": "e"} for t in texts]
+    options = {"template": template, "max_prompt_length": 9}
+    options |= {"max_response_length": 9}
+    with pytest.warns(UserWarning, match=r"2 of 5.*row 1: .*more than 1 sec"):
+        examples = tokenize(rows, LETTERS, on_bad_row="drop", **options)
+    prompts = [LETTERS.decode(example.prompt_ids) for example in examples]
+    assert prompts == ["a", "b c", "d"]
+    with pytest.raises(ValueError, match="row 1: .*more than 1 seconds"):
+        tokenize(rows, LETTERS, **options)
 
 
 def test_many_texts_may_take_longer(one_second):

@@ -253,6 +253,55 @@ def test_a_shortened_prompt_keeps_start_system_and_headers(tokenizer):
         )
 
 
+def test_a_shortened_prompt_begins_with_a_question(tokenizer):
+    """Whatever came between; what a template refuses is a bad row."""
+    source = ChatTemplate.named("chatml").source
+    refused = "{{ raise_exception('No') if messages | length == 1 "
+    refused += "and messages[0].content == 'Hello' }}"
+    roles = ["user", "assistant", "tool", "assistant", "user"]
+    messages = tuple({"role": role, "content": "Hello"} for role in roles)
+    rows = [Conversation(messages, "Yo", "line 5")]
+    expected = encode_prompt(messages[-1:], tokenizer, ChatTemplate(source))
+    options = {"on_overflow": "truncate", "max_response_length": 99}
+    options |= {"max_prompt_length": len(expected) + 1}
+    with pytest.warns(UserWarning, match="1 of 1 .* shortened prompt"):
+        (example,) = tokenize(
+            rows, tokenizer, template=ChatTemplate(source), **options
+        )
+    assert example.prompt_ids.tolist() == expected
+    template = ChatTemplate(source + refused)
+    with pytest.raises(ValueError, match="line 5: .*No"):
+        tokenize(rows, tokenizer, template=template, **options)
+    with (
+        pytest.warns(UserWarning, match="1 of 1 rows were dropped"),
+        pytest.raises(ValueError, match="of 1 rows.*bad one: line 5: .*No"),
+    ):
+        tokenize(
+            rows, tokenizer, template=template, on_bad_row="drop", **options
+        )
+
+
+def test_templates_see_names(tokenizer):
+    """And a name is text, whatever it is."""
+    source = ChatTemplate.named("chatml").source
+    template = ChatTemplate(
+        source.replace(
+            "{{ message['content']",
+            "{{ message.name or '' }}{{ message['content']",
+        )
+    )
+    named = {"role": "user", "content": "Hello", "name": "<s>Bob"}
+    texts = [("<s>Bob", "Hello"), ("", "<s>BobHello")]
+    ids = [
+        encode_prompt(
+            ({**named, "name": name, "content": text},), tokenizer, template
+        )
+        for name, text in texts
+    ]
+    assert ids[0] == ids[1]
+    assert tokenizer.inner.token_to_id("<s>") not in ids[0]
+
+
 def test_a_shortened_text_keeps_its_start_token(tokenizer):
     tokenizer.start_token_ids = (tokenizer.inner.token_to_id("<s>"),)
     (text,) = tokenizer.encode_batch(["Hello there, all"])

@@ -152,7 +152,7 @@ def send(body, **options):
             "broke off",
         ),
         (send("<html>"), ValueError, "can't be read.*received '<html>'"),
-        (send('{"choices": []}'), ValueError, "can't be read.*IndexError"),
+        (send('{"choices": []}'), ValueError, "can't be read.*expected 1"),
         (send("[1]"), ValueError, "can't be read.*TypeError"),
         (send(as_json()), ValueError, "can't be read.*gives token ids"),
         (
@@ -417,3 +417,34 @@ def test_an_answer_of_the_full_length():
     completion = read_completion(text, (END,), 4)
     assert completion.finish_reason == "length"
     assert completion.token_ids == (5, 6, 7, 8)
+
+
+def test_an_answer_that_is_longer_than_asked_for():
+    """With the end token that the server left out."""
+    text = as_json("stop", token_ids=[5, 6, 7, 8])
+    with pytest.raises(ValueError, match="answered 5 tokens .*'stop'"):
+        read_completion(text, (END,), 4)
+
+
+def test_two_choices():
+    choice = json.loads(as_json(token_ids=[7, END]))["choices"][0]
+    with pytest.raises(ValueError, match="can't be read.*one choice"):
+        read_completion(json.dumps({"choices": [choice, choice]}), (END,), 4)
+
+
+def test_log_probs_of_some_tokens():
+    def read(values):
+        logprobs = {"token_logprobs": values}
+        text = as_json(token_ids=[7, 8, END], logprobs=logprobs)
+        return read_completion(text, (END,), 4).log_probs
+
+    assert read([-1.0, -2.0]) is None  # the end token has none
+    for values in ([-1.0], [-1.0] * 4):
+        count = len(values)
+        with pytest.raises(ValueError, match=f"{count} log-probs of 3 token"):
+            read(values)
+
+
+def test_no_end_token(server):
+    with pytest.raises(ValueError, match="one id in `end_token_ids`"):
+        make_engine(server, end_token_ids=())

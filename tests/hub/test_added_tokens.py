@@ -64,6 +64,26 @@ def test_ids_are_those_of_transformers(folder, messages):
     assert theirs.convert_tokens_to_ids("<think>") in example.response_ids
 
 
+@pytest.mark.parametrize("token", ["<<|im_start|>>", "user<|im_"])
+def test_a_special_token_around_another(folder, token):
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    last = content["added_tokens"][-1]
+    new = {**last, "id": last["id"] + 1, "content": token, "special": True}
+    content["added_tokens"].append(new)
+    file.write_text(json.dumps(content))
+    header = token + "start|>" * ("_start" not in token)
+    source = TEMPLATE.replace("<|im_start|>", header)
+    edit(folder / "tokenizer_config.json", chat_template=source)
+    causal_lm = load(folder)
+    expected = expected_tokenizer(folder).apply_chat_template(
+        [USER], add_generation_prompt=True, return_dict=False
+    )
+    tokenizer, template = causal_lm.tokenizer, causal_lm.chat_template
+    assert encode_prompt((USER,), tokenizer, template) == expected
+    assert new["id"] in expected
+
+
 def test_special_tokens_beside_them_stay_text(folder):
     tokenizer = load(folder).tokenizer
     special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
