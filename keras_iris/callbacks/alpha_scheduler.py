@@ -37,7 +37,8 @@ class AlphaScheduler(SelfPlayCallback):
     order at which the importance weights of annotated and of synthetic
     responses of the latest batch both keep an effective sample size of
     `min_effective_sample_size` of the batch. Where no order does, it takes
-    the one whose smaller effective sample size is largest.
+    the one whose smaller effective sample size is largest. Of two pairs there
+    always is a half: the guard is for larger batches.
 
     In `SelfPlay` the gap is one number an iteration, from all its pairs,
     before the first step. In plain `fit` it is that of the pairs seen so far;
@@ -168,8 +169,8 @@ class AlphaScheduler(SelfPlayCallback):
         self.model.gap_sums.assign(sums)
         self._set_gap(gap)
 
-    def _set_gap(self, gap: float) -> None:
-        if not np.isfinite(gap):
+    def _set_gap(self, gap: Any) -> None:
+        if gap is None or not np.isfinite(gap):
             raise FloatingPointError(
                 f"The gap is {gap}, expected a finite number of nats. Check "
                 f"{type(self.gap).__name__} and the opponent's log-probs."
@@ -211,7 +212,9 @@ def guarded_order(
 
     Returns:
         One of 101 orders from `alpha` down to 0, a scalar tensor; where none
-        keeps enough, that whose smaller effective sample size is largest.
+        keeps enough, that whose smaller effective sample size is largest. Of
+        several that are it to a thousandth, as where every order leaves one
+        pair alone, it's the closest to 1/2: there both sides weigh as sharply.
     """
     log_ratio = ops.convert_to_tensor(log_ratio)
     orders = alpha * ops.linspace(1.0, 0.0, 101)
@@ -221,5 +224,7 @@ def guarded_order(
     )
     enough = sizes >= min_effective_sample_size
     largest = ops.max(ops.where(enough, orders, -1.0))
-    fallback = ops.take(orders, ops.argmax(sizes))
+    is_best = sizes >= 0.999 * ops.max(sizes)
+    distance = ops.where(is_best, ops.abs(orders - 0.5), np.inf)
+    fallback = ops.take(orders, ops.argmin(distance))
     return ops.where(ops.any(enough), largest, fallback)

@@ -62,11 +62,12 @@ def pair_moments(pairs: PairBatch) -> np.ndarray:
         Float64 array of shape `(2, 3)`. For annotated and synthetic responses:
         their number, where an annotated one that is in several pairs counts
         once, the mean of their log-probs per token, and the sum of their
-        squared deviations from it.
+        squared deviations from it. With weights w the number is as many of
+        equal weight as leave the mean the same noise, (sum w)^2 / sum w^2.
     """
-    weight = pairs.sample_weight[:, None]
-    # As many as there are pairs: their scale says nothing.
-    weight = weight * len(weight) / max(weight.sum(), 1e-30)
+    weight = np.asarray(pairs.sample_weight, "float64")[:, None]
+    # Their scale says nothing.
+    weight = weight * weight.sum() / max((weight**2).sum(), 1e-30)
     values = pairs.opponent / np.maximum(pairs.num_tokens, 1)
     total = weight.sum(axis=0)
     mean = (weight * values).sum(axis=0) / np.maximum(total, 1e-30)

@@ -95,6 +95,9 @@ def flat_weights(sample_weight: Tensor, num_rows: int | None) -> Tensor:
         ValueError: The shape is another one.
     """
     sample_weight = ops.convert_to_tensor(sample_weight)
+    if getattr(sample_weight.shape, "rank", 0) is None:
+        # TensorFlow has traced both forms, and tells them apart no more.
+        return ops.reshape(sample_weight, (-1,))
     shape = tuple(sample_weight.shape)
     is_flat = len(shape) in (1, 2) and shape[1:] in ((), (1,), (None,))
     if not is_flat or len({shape[0], num_rows} - {None}) > 1:

@@ -88,18 +88,33 @@ def check_fit(model: Any, options: Mapping[str, Any]) -> None:
     """
     check_loss(model.loss)
     check_trainable(model)
-    weight = options.get("sample_weight")
-    if isinstance(weight, np.ndarray | list) and np.any(np.less(weight, 0)):
-        raise ValueError(
-            "`sample_weight` has to be 0 or above, as weights are normalised "
-            f"to sum to 1. Received: {np.min(weight)} among them."
-        )
+    check_weights(options)
     class_weight = options.get("class_weight")
     if class_weight is not None:
         raise ValueError(
             "`class_weight` is not taken, as log-probs have no classes. "
             f"Received: {class_weight}. Weigh pairs by `sample_weight`."
         )
+
+
+def check_weights(options: Mapping[str, Any]) -> None:
+    """Refuses weights below 0, where they are given as arrays.
+
+    Args:
+        options: Of `fit`, `evaluate` or a method on a batch.
+    """
+    data = options.get("validation_data")
+    given = [options.get("sample_weight")]
+    given += data[2:] if isinstance(data, tuple | list) else []
+    for weight in given:
+        if keras.ops.is_tensor(weight):
+            weight = keras.ops.convert_to_numpy(weight)
+        if weight is not None and np.any(np.less(weight, 0)):
+            raise ValueError(
+                "`sample_weight` has to be 0 or above, as weights are "
+                f"normalised to sum to 1. Received: {np.min(weight)} among "
+                "them."
+            )
 
 
 def check_trainable(model: Any) -> None:

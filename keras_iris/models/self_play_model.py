@@ -26,6 +26,7 @@ from keras_iris.models.checks import (
     check_loss,
     check_micro_batch_size,
     check_optimizer,
+    check_weights,
 )
 from keras_iris.models.log_probs import sequence_log_probs, token_log_probs
 from keras_iris.models.lora import Lora, add_lora, find_lora
@@ -237,8 +238,17 @@ class SelfPlayModel(backend.Trainer):
         Returns:
             The loss, a list of numbers, or a dictionary.
         """
+        options = _options(super().evaluate, x, *args, **kwargs)
+        check_weights(options)
         check_input_ids(self, x)
-        return super().evaluate(_fixed(x), *args, **kwargs)
+        return super().evaluate(**options | {"x": _fixed(x)})
+
+    def test_on_batch(self, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Loss and metrics, as `keras.Model.test_on_batch`."""
+        options = _options(super().test_on_batch, x, *args, **kwargs)
+        check_weights(options)
+        check_input_ids(self, x)
+        return super().test_on_batch(**options)
 
     def train_on_batch(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """A step, as `keras.Model.train_on_batch`."""
@@ -471,7 +481,8 @@ class SelfPlayModel(backend.Trainer):
         serialize = keras.saving.serialize_keras_object
         return {
             "optimizer": serialize(self.optimizer),
-            "loss": serialize(self.loss),
+            # As it was compiled: the order that it has now is a weight.
+            "loss": {**serialize(self.loss), "config": self.loss_config},
             "metrics": [serialize(m) for m in self.own_metrics],
             "micro_batch_size": self.micro_batch_size,
             **self.compile_options,
@@ -529,7 +540,8 @@ def _options(
     method: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
     """The arguments of a call, by name."""
-    return dict(inspect.signature(method).bind(*args, **kwargs).arguments)
+    options = dict(inspect.signature(method).bind(*args, **kwargs).arguments)
+    return options | options.pop("kwargs", {})  # Keras' own, of `evaluate`
 
 
 def _metric_list(metrics: Any) -> list[Any]:

@@ -82,22 +82,39 @@ def split_responses(shard: Arrays) -> list[np.ndarray]:
     return np.split(shard["token_ids"], np.cumsum(shard["lengths"])[:-1])
 
 
-def read_responses(run_dir: Path, iteration: int) -> list[np.ndarray]:
+def read_responses(
+    run_dir: Path, iteration: int, number: int
+) -> list[np.ndarray]:
     """The responses that a run has drawn in an iteration.
 
     Args:
         run_dir: The run's folder.
         iteration: Number of the iteration, from 1.
+        number: How many they are.
 
     Returns:
-        Token ids of each response that is there, in order.
+        Token ids of each response, in order.
+
+    Raises:
+        ValueError: Some aren't there any more, or are damaged.
     """
-    name = f"iteration_{iteration:03d}/synthetic/*.safetensors"
-    return [
-        ids
-        for file in sorted(run_dir.glob(name))
-        for ids in split_responses(read_arrays(file)[0])
-    ]
+    folder = run_dir / f"iteration_{iteration:03d}" / "synthetic"
+    try:
+        responses = [
+            ids
+            for file in sorted(folder.glob("*.safetensors"))
+            for ids in split_responses(read_arrays(file)[0])
+        ]
+        if len(responses) != number:
+            raise ValueError(
+                f"{folder} has {len(responses)} responses, expected {number}"
+            )
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The weights that made them have been trained since. "
+            "Put the files of that folder back, or pass another `run_dir`."
+        ) from error
+    return responses
 
 
 def _source(array: np.ndarray | Source) -> Source:

@@ -2,9 +2,10 @@
 
 import json
 import operator
+import re
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ Position = dict[str, Any]
 
 _NUM_STARTS = 2
 _FILE = ".safetensors"  # the other ones are folders of Orbax
+_START = r"iteration_\d+(\.safetensors)?"
+_WITHIN = r"checkpoint(\.safetensors|-\d+-\d+-\d+)"
+_UNFINISHED = r"\.orbax-checkpoint-tmp.*"  # of a process that was killed
 
 
 class Checkpoints:
@@ -55,15 +59,12 @@ class Checkpoints:
 
     def starts(self) -> list[Path]:
         """Those of the iterations' starts that are there, the latest first."""
-        return sorted(
-            _whole(self.folder.glob("starts/iteration_*")),
-            key=lambda file: int(file.stem.removeprefix("iteration_")),
-            reverse=True,
-        )
+        found = _named(self.folder / "starts", _START)
+        return sorted(found, key=lambda f: int(f.stem[10:]), reverse=True)
 
     def files(self) -> list[Path]:
         """All that are there; those of an iteration before its start."""
-        return _whole(self.folder.glob("checkpoint[.-]*")) + self.starts()
+        return _named(self.folder, _WITHIN) + self.starts()
 
     def save(
         self,
@@ -102,7 +103,7 @@ class Checkpoints:
             self._writer.wait()
         if is_first():
             useless = [*self.starts()[_NUM_STARTS:], *self._within()]
-            useless += self.folder.glob("starts/*tmp*")  # of a killed process
+            useless += _named(self.folder / "starts", _START + _UNFINISHED)
             for old in set(useless) - {self._latest}:
                 _remove(old)
         self._latest = None
@@ -163,7 +164,7 @@ class Checkpoints:
 
     def _within(self) -> list[Path]:
         """Checkpoints within an iteration, unfinished ones as well."""
-        return list(self.folder.glob("checkpoint[.-]*"))
+        return _named(self.folder, f"{_WITHIN}({_UNFINISHED})?")
 
     def _read(
         self, file: Path, variables: Sequence[keras.Variable]
@@ -236,9 +237,9 @@ def _metadata(file: Path) -> dict[str, str]:
     return content
 
 
-def _whole(paths: Iterable[Path]) -> list[Path]:
-    """Those that are whole: Orbax renames what it has finished."""
-    return [path for path in paths if "tmp" not in path.name]
+def _named(folder: Path, pattern: str) -> list[Path]:
+    """What a run has written there; copies by others stay theirs."""
+    return [p for p in folder.glob("*") if re.fullmatch(pattern, p.name)]
 
 
 def _remove(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,7 @@ from keras_iris.generation import Completion, Engine
 from keras_iris.generation.engine import Prompts
 from keras_iris.losses import SelfPlayLoss
 from keras_iris.models import SelfPlayModel
-from keras_iris.self_play.arrays import read_responses
+from keras_iris.self_play.arrays import read_arrays, read_responses
 from keras_iris.self_play.checkpoints import read_variables, write_variables
 from keras_iris.self_play.options import Options, control_loss
 from keras_iris.self_play.processes import from_first
@@ -41,9 +42,21 @@ class Control:
         self.path = folder.path / "control"
         self.loss = control_loss(options.control)
         self._start = folder.path / "start.safetensors"
+        rate = options.control_learning_rate
         self._optimizer = new_optimizer(
-            options.model, options.control_learning_rate
+            options.model, self._first_rate() if rate is None else rate
         )
+
+    def _first_rate(self) -> float | None:
+        """The learning rate that the run began with, if it isn't a schedule.
+
+        A run that was interrupted in this process may have changed the model's.
+        """
+        if not from_first(self.folder.manifest.exists):
+            return None
+        settings = read_manifest(self.folder.manifest)["settings"]
+        rate = settings.get("optimizer.learning_rate")
+        return rate if isinstance(rate, int | float) else None
 
     def check(self) -> None:
         """Refuses a folder with the control of another loss or rate.
@@ -75,7 +88,7 @@ class Control:
         Raises:
             ValueError: They are others.
         """
-        if from_first(self._start.exists):
+        if from_first(self._has_start):
             return
         there = read_manifest(self.folder.manifest)["settings"]["weights"]
         if weights != there:
@@ -86,6 +99,14 @@ class Control:
             )
         variables = self.options.model.trainable_variables
         write_variables(self._start, variables, {"weights": there})
+
+    def _has_start(self) -> bool:
+        """Whether the start is there; a damaged one is as good as none."""
+        try:
+            return self._start.exists() and bool(read_arrays(self._start))
+        except ValueError as error:
+            warnings.warn(f"{error}. It is written again.", stacklevel=2)
+            return False
 
     @contextmanager
     def in_place(self) -> Iterator[dict[str, Any]]:
@@ -117,7 +138,12 @@ class Control:
             if field.init and field.name not in left_out
         }
         if not self.loss.uses_synthetic:
-            arguments["engine"] = Recorded(options, self.folder.path)
+            # Which of them are a shard's is told by that.
+            if from_first((self.path / "manifest.json").exists):
+                old = read_manifest(self.path / "manifest.json")
+                arguments["shard_size"] = old["execution"]["shard_size"]
+            size = arguments["shard_size"]
+            arguments["engine"] = Recorded(options, self.folder.path, size)
         title = f"Control of {options.title}: {type(self.loss).__name__}"
         return arguments | {"title": title}
 
@@ -167,16 +193,17 @@ class Recorded(Engine):
     order of the batches depends on how long they are.
 
     Args:
-        options: Of both runs.
+        options: Of both runs, but for the size.
         folder: Of the other one.
+        size: Responses of a shard of this run.
     """
 
-    def __init__(self, options: Options, folder: Path) -> None:
+    def __init__(self, options: Options, folder: Path, size: int) -> None:
         self._folder = folder
+        self._number = options.num_pairs
         self._ends = options.end_token_ids
         self._iteration = 0
         self._responses: list[np.ndarray] = []
-        size = options.shard_size
         self._places = {
             combine_seeds(options.seed, iteration, number): (
                 iteration,
@@ -190,7 +217,9 @@ class Recorded(Engine):
         """The responses of the shard that the seed belongs to."""
         iteration, first = self._places[seed]
         if iteration != self._iteration:
-            self._responses = read_responses(self._folder, iteration)
+            self._responses = read_responses(
+                self._folder, iteration, self._number
+            )
             self._iteration = iteration
         responses = self._responses
         return [

@@ -223,15 +223,7 @@ class Opponent:
         options = self.options
         if iteration == 1 or options.model.loss.max_responses < 3:
             return None
-        responses = read_responses(self.folder.path, 1)
-        if len(responses) != options.num_pairs:
-            raise ValueError(
-                f"{type(options.model.loss).__name__} learns from the "
-                f"responses of iteration 1 as well. {options.num_pairs} were "
-                f"expected in {self.folder.path}, {len(responses)} are there. "
-                "Put the files back, or start again with another `run_dir`."
-            )
-        return responses
+        return read_responses(self.folder.path, 1, options.num_pairs)
 
     @property
     def _rows_at_once(self) -> int:

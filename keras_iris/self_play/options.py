@@ -119,19 +119,18 @@ class Options:
                 f"keep_best={self.keep_best!r} isn't a score of `evaluate`. "
                 f"Expected one of {list(names)}."
             )
-        flat = keras.tree.flatten(self.callbacks or ())
-        for callback in flat:
-            is_list = isinstance(callback, keras.callbacks.CallbackList)
-            if is_list or not isinstance(callback, keras.callbacks.Callback):
-                raise ValueError(
-                    "`callbacks` has to be a Keras callback or a list of them. "
-                    f"Received: {callback!r}"
-                )
-        self.callbacks = flat
+        self.callbacks = keras.tree.flatten(self.callbacks or ())
+        for callback in self.callbacks:
+            _check_callback(callback)
 
     def check_model(self) -> None:
         """Refuses a model without a loss, or whose steps can't be logged."""
         model = self.model
+        if not isinstance(model, SelfPlayModel):
+            raise ValueError(
+                "`model` has to be a `keras_iris.SelfPlayModel`, which is "
+                f"made of a causal LM. Received: {type(model).__name__}"
+            )
         if not model.compiled or model.loss is None:
             raise ValueError(
                 "`model` has to be compiled with a loss before self-play. Call "
@@ -142,6 +141,11 @@ class Options:
         model.check_devices()
         check_shared("batch_size", self.batch_size, backend.num_batch_shares())
         steps = model.steps_per_execution
+        if steps == "auto":
+            raise ValueError(
+                "`steps_per_execution` has to be a number for self-play, "
+                "which logs every step. Received: 'auto'."
+            )
         if self.batch_size * steps > model.recent.num_rows:
             raise ValueError(
                 "Every step is logged, so batch_size * steps_per_execution may "
@@ -151,3 +155,19 @@ class Options:
         if model.train_function is None:
             model.make_train_function()  # Keras refuses what can't be
             model.train_function = None
+
+
+def _check_callback(callback: Any) -> None:
+    is_list = isinstance(callback, keras.callbacks.CallbackList)
+    if is_list or not isinstance(callback, keras.callbacks.Callback):
+        raise ValueError(
+            "`callbacks` has to be a Keras callback or a list of them. "
+            f"Received: {callback!r}"
+        )
+    is_swap = getattr(callback, "swap_on_epoch", False)
+    if is_swap or isinstance(callback, keras.callbacks.BackupAndRestore):
+        raise ValueError(
+            f"`callbacks` has a {type(callback).__name__}, which exchanges "
+            "weights behind the run's own checkpoints. Leave it out: `run` "
+            "goes on by itself, and an optimizer's `use_ema` ends in averages."
+        )

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_iris import backend
+from keras_iris.models.lora import find_lora
 from keras_iris.models.values import hash_variables
 from keras_iris.self_play.options import Options
 
@@ -41,6 +42,7 @@ def result_settings(options: Options) -> dict[str, Any]:
         "loss": loss,
         "optimizer": model.optimizer,
         "model": model.causal_lm.backbone,
+        "lora": find_lora(model.causal_lm.backbone),
         "parameters": model.causal_lm.count_params(),
         "callbacks": [
             c for c in options.callbacks if isinstance(c, Configured)

@@ -193,6 +193,25 @@ class CheckpointWriter(keras.callbacks.Callback):
         self.save = save
         self.progress = progress
         self._saved = time.monotonic()
+        self._rates: list[tuple[keras.Variable, Any]] = []
+
+    def on_train_begin(self, logs: Logs = None) -> None:
+        """Remembers the learning rate, that of the checkpoint."""
+        self._rates = [
+            (variable, keras.ops.convert_to_numpy(variable))
+            for variable in self.model.optimizer.variables
+            if variable.name == "learning_rate"
+        ]
+
+    def on_epoch_begin(self, epoch: int, logs: Logs = None) -> None:
+        """In the rest of an epoch the rate is what it was.
+
+        `LearningRateScheduler` has set it where the epoch began, and Keras
+        calls it again.
+        """
+        if self.progress.first_batch:
+            for variable, rate in self._rates:
+                variable.assign(rate)
 
     def on_train_batch_end(self, batch: int, logs: Logs = None) -> None:
         """Writes a checkpoint when it is time, or a callback has stopped."""

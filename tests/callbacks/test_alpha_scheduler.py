@@ -136,6 +136,13 @@ def test_guard_takes_the_best_where_no_order_keeps_enough():
     assert 0.3 < alpha < 0.7  # both tilts matter alike at 1/2
 
 
+@pytest.mark.parametrize("scale", [5, 20, 40, 80, 500])
+def test_guard_where_every_order_leaves_one_pair(scale):
+    """Whatever that is exactly the same for, it isn't the largest order."""
+    log_ratio = scale * np.array([[1, 1], [0, 0], [-1, -1]], "float32")
+    assert 0.45 < AlphaScheduler()._capped(3.0, _batch(log_ratio)) < 0.55
+
+
 def test_guard_is_off_at_zero():
     scheduler = AlphaScheduler(min_effective_sample_size=0.0)
     batch = _batch(np.random.default_rng(0).normal(scale=20, size=(64, 2)))

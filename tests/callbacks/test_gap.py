@@ -137,3 +137,25 @@ def test_synthetic_responses_that_are_all_the_same():
     ones = np.ones((4, 2))
     pairs = PairBatch(-ones * [1, 2], -ones, ones, np.ones(4))
     assert 20 < RenyiGap().gap(pairs) < 40
+
+
+def test_weights_count_as_the_noise_that_they_leave():
+    rng = np.random.default_rng(0)
+    weight = rng.lognormal(0, 1.5, 64)
+    ones, tokens = np.ones(64), np.ones((64, 2))
+    found = []
+    for _ in range(2000):
+        values = rng.normal(size=(64, 2))
+        count, mean, squares = pair_moments(
+            PairBatch(values, values, tokens, weight)
+        ).T
+        noise = np.sum(squares / (count - 1) / count)
+        found.append([(mean[0] - mean[1]) ** 2, noise])
+    difference, noise = np.mean(found, axis=0)
+    assert noise == pytest.approx(difference, rel=0.1)
+    few = weight.sum() ** 2 / (weight**2).sum()
+    np.testing.assert_allclose(count, few)
+    assert few < 32
+    # Equal ones are as many as they are, whatever their scale.
+    moments = pair_moments(PairBatch(values, values, tokens, 3 * ones))
+    np.testing.assert_array_equal(moments[:, 0], 64)

@@ -248,9 +248,30 @@ def test_a_model_that_is_quantized_later():
         model.predict(PAIRS, verbose=0)
 
 
-def test_negative_weights():
+@pytest.mark.parametrize("make", [np.asarray, list, keras.ops.array])
+def test_negative_weights(make):
     model = _model(optimizer="sgd", loss=IRIS())
-    weight = np.ones(8, "float32")
-    weight[2] = -1
-    with pytest.raises(ValueError, match="has to be 0 or above.*-1.0 among"):
-        model.fit(PAIRS, OPPONENT, sample_weight=weight)
+    weight = make(np.array([1, 1, -1, 1, 1, 1, 1, 1], "float32"))
+    data = (PAIRS, OPPONENT, weight)
+    for call in (
+        lambda: model.fit(PAIRS, OPPONENT, sample_weight=weight),
+        lambda: model.fit(PAIRS, OPPONENT, validation_data=data),
+        lambda: model.evaluate(*data[:2], sample_weight=weight),
+        lambda: model.test_on_batch(*data),
+        lambda: model.train_on_batch(*data),
+    ):
+        with pytest.raises(ValueError, match="0 or above.*-1.0 among"):
+            call()
+
+
+def test_weights_in_both_forms():
+    model = _model(optimizer=keras.optimizers.SGD(0.0), loss=IRIS())
+    weight = np.arange(1, 9, dtype="float32")
+    losses = [
+        model.evaluate(
+            PAIRS, OPPONENT, sample_weight=w, batch_size=size, verbose=0
+        )
+        for w in (weight, weight[:, None])
+        for size in (8, 5, 8)
+    ]
+    assert losses[:3] == losses[3:]

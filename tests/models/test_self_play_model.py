@@ -106,6 +106,20 @@ def test_whole_model_round_trip(tmp_path):
     )
 
 
+def test_order_round_trip(tmp_path):
+    """A file has both: the order now, and that of `compile`."""
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    model.compile(loss=keras_iris.losses.IRIS(2.0))
+    model.optimizer.build(model.trainable_variables)
+    model.alpha.assign(0.75)
+    model.save(tmp_path / "model.keras")
+    other = keras.saving.load_model(tmp_path / "model.keras")
+    assert float(other.loss.alpha.value) == 0.75
+    other.reset_order()
+    assert float(other.loss.alpha.value) == 2.0
+    assert other.loss_config == model.loss_config
+
+
 def test_metrics_round_trip(tmp_path):
     model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
     metrics = keras_iris.metrics.self_play_metrics()

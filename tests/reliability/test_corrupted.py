@@ -146,7 +146,8 @@ def _shard(folder, checkpoint):
         assert parts[0].keys() == made.keys()
         for part, array in made.items():
             np.testing.assert_array_equal(parts[0][part], array)
-        assert [len(r) for r in read_responses(folder, 1)] == lengths.tolist()
+        responses = read_responses(folder, 1, len(lengths))
+        assert [len(r) for r in responses] == lengths.tolist()
 
     def make(numbers):
         yield from [made for _ in numbers]
@@ -158,7 +159,7 @@ def _shard(folder, checkpoint):
 
 def _shard_alone(folder, checkpoint):
     file, _, damages = _shard(folder, checkpoint)
-    return file, lambda: read_responses(folder, 1), damages
+    return file, lambda: read_responses(folder, 1, 10), damages
 
 
 def _weights_of_a_run(folder, checkpoint):

@@ -5,13 +5,20 @@ import json
 import keras
 import numpy as np
 import pytest
-from self_play_helpers import make_examples, make_self_play
+from self_play_helpers import (
+    assert_same_end,
+    begin,
+    make_examples,
+    make_self_play,
+)
 from tiny_models import make_causal_lm
 
 import keras_iris
+from keras_iris.callbacks import SelfPlayCallback
 from keras_iris.data import PairDataset
 from keras_iris.evaluation import HeldOut
 from keras_iris.self_play.arrays import read_arrays, split_responses
+from keras_iris.self_play.control import Recorded
 from keras_iris.self_play.seeds import combine_seeds
 
 
@@ -144,3 +151,86 @@ def test_controls_that_cannot_be(tmp_path):
     )
     with pytest.raises(ValueError, match="weights"):
         other.run()
+
+
+@pytest.mark.parametrize("shard_size", [7, 100])
+def test_a_control_is_taken_up_with_another_shard_size(
+    tmp_path, monkeypatch, shard_size
+):
+    options = dict(evaluate=held_out(), control="sft", epochs=1)
+    make_self_play(tmp_path / "whole", **options).run()
+    generate, calls = Recorded.generate, []
+
+    def stop(self, prompts, *, seed):
+        calls.append(seed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(self, prompts, seed=seed)
+
+    monkeypatch.setattr(Recorded, "generate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make_self_play(tmp_path / "a", **options).run()
+    make_self_play(tmp_path / "a", **options, shard_size=shard_size).run()
+    shards = "control/iteration_001/synthetic/*"
+    for there in sorted((tmp_path / "whole").glob(shards)):
+        here = tmp_path / "a" / there.relative_to(tmp_path / "whole")
+        for name, array in read_arrays(there)[0].items():
+            np.testing.assert_array_equal(read_arrays(here)[0][name], array)
+    assert_same_end(tmp_path / "a/control", tmp_path / "whole/control")
+
+
+def test_responses_that_are_gone_when_the_control_begins(tmp_path):
+    options = dict(evaluate=held_out(), control="sft", epochs=1)
+    shard = tmp_path / "a/iteration_001/synthetic/00001.safetensors"
+
+    class Lose(SelfPlayCallback):
+        def on_run_end(self, logs=None):
+            shard.rename(tmp_path / "kept")
+
+    with pytest.raises(ValueError, match="14 responses, expected 24.*Put the"):
+        make_self_play(tmp_path / "a", **options, callbacks=[Lose()]).run()
+    (tmp_path / "kept").rename(shard)
+    make_self_play(tmp_path / "a", **options, callbacks=[]).run()
+    make_self_play(tmp_path / "whole", **options, callbacks=[]).run()
+    assert_same_end(tmp_path / "a/control", tmp_path / "whole/control")
+
+
+def test_a_damaged_start_is_written_again(tmp_path):
+    options = dict(evaluate=held_out(), control="sft", epochs=1)
+    begin(make_self_play(tmp_path / "a", **{**options, "evaluate": None}))
+    (tmp_path / "a/start.safetensors").write_bytes(b"half")
+    with pytest.warns(UserWarning, match="start.* It is written again"):
+        make_self_play(tmp_path / "a", **options).run()
+    make_self_play(tmp_path / "whole", **options).run()
+    assert_same_end(tmp_path / "a/control", tmp_path / "whole/control")
+
+
+def test_the_rate_is_that_of_the_run_as_it_began(tmp_path):
+    """Not what it has become in the model that an interrupt has left."""
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.model.optimizer.iterations == 5:
+                self.model.optimizer.iterations.assign_add(0)
+                if not hasattr(self, "is_done"):
+                    self.is_done = True
+                    raise KeyboardInterrupt
+
+    def make(folder, *callbacks):
+        decay = keras.callbacks.LearningRateScheduler(
+            lambda epoch: 0.01 if epoch < 1 else 1e-4
+        )
+        return make_self_play(
+            tmp_path / folder,
+            evaluate=held_out(),
+            control="sft",
+            iterations=1,
+            callbacks=[decay, *callbacks],
+        )
+
+    self_play = make("a", Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        self_play.run()
+    self_play.run()
+    make("whole").run()
+    assert_same_end(tmp_path / "a/control", tmp_path / "whole/control")

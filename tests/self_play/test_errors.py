@@ -61,6 +61,27 @@ class TestErrors:
         with pytest.raises(ValueError, match="compiled with a loss"):
             keras_iris.SelfPlay(model, make_examples(), tmp_path)
 
+    @pytest.mark.parametrize("model", [None, make_causal_lm(num_layers=1)])
+    def test_not_a_self_play_model(self, tmp_path, model):
+        with pytest.raises(ValueError, match="`keras_iris.SelfPlayModel`"):
+            keras_iris.SelfPlay(model, make_examples(), tmp_path)
+
+    def test_steps_that_keras_chooses(self, tmp_path):
+        options = {"steps_per_execution": "auto"}
+        with pytest.raises(ValueError, match="`steps_per_execution` has to"):
+            make_self_play(tmp_path, compile_options=options)
+
+    @pytest.mark.parametrize(
+        "callback",
+        [
+            keras.callbacks.BackupAndRestore("backup"),
+            keras.callbacks.SwapEMAWeights(swap_on_epoch=True),
+        ],
+    )
+    def test_callbacks_that_exchange_weights(self, tmp_path, callback):
+        with pytest.raises(ValueError, match=type(callback).__name__):
+            make_self_play(tmp_path, callbacks=[callback])
+
     def test_fewer_rows_than_a_batch(self, tmp_path):
         with pytest.raises(ValueError, match="fewer than batch_size=8"):
             make_self_play(tmp_path, examples=make_examples(3))

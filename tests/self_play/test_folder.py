@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from self_play_helpers import (
+    Stop,
     begin,
     make_again,
     make_examples,
@@ -403,3 +405,23 @@ def test_damage_anywhere_is_noticed(tmp_path):
         file.write_bytes(whole.replace(old, new))
         with pytest.raises(ValueError, match="damaged"):
             read_arrays(file)
+
+
+def test_copies_of_checkpoints_stay(tmp_path):
+    make_self_play(tmp_path, iterations=1).run()
+    (start, *_) = Checkpoints(tmp_path).starts()
+    within = make_self_play(tmp_path, callbacks=[AlphaScheduler(), Stop(1)])
+    within.run()
+    copies = [
+        tmp_path / "checkpoint.safetensors.bak",
+        tmp_path / "checkpoint-good.safetensors",
+        start.with_name("iteration_001 copy.safetensors"),
+        start.with_name("iteration_001.safetensors.bak"),
+        start.with_name("my tmp"),
+    ]
+    for copy in copies:
+        copy.write_bytes(b"mine")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        make_self_play(tmp_path).run()
+    assert [copy.read_bytes() for copy in copies] == [b"mine"] * 5

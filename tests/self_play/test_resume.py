@@ -350,3 +350,16 @@ def test_going_back_to_a_start(tmp_path):
     _break(checkpoints.start(2))
     with pytest.warns(UserWarning, match="back to iteration 1, epoch 1"):
         assert checkpoints.load([variable], is_back=True) == positions[0]
+
+
+def test_a_learning_rate_that_depends_on_the_last_one(tmp_path):
+    """Keras begins the epoch twice, and asks the scheduler twice."""
+
+    def make(folder, *callbacks):
+        halve = keras.callbacks.LearningRateScheduler(lambda _, rate: rate / 2)
+        return make_self_play(tmp_path / folder, callbacks=[halve, *callbacks])
+
+    make("whole").run()
+    make("a", Stop(1)).run()
+    make("a").run()
+    assert_same_end(tmp_path / "a", tmp_path / "whole")

@@ -1,11 +1,12 @@
 import keras
 import pytest
-from self_play_helpers import END, begin, make_self_play
+from self_play_helpers import END, begin, make_examples, make_self_play
 from tiny_models import make_causal_lm
 
 import keras_iris
 from keras_iris.callbacks import AlphaSchedule, AlphaScheduler, RenyiGap
 from keras_iris.generation import KerasEngine
+from keras_iris.models.lora import Lora, add_lora
 
 
 def test_other_settings_are_refused_line_by_line(finished):
@@ -139,3 +140,26 @@ def test_another_batch_size_of_the_engine_is_taken(finished):
         batch_size=4,
     )
     make_self_play(finished, engine=engine)
+
+
+def test_another_alpha_of_lora(tmp_path):
+    """The starting weights are the same."""
+
+    def make(alpha):
+        lora = Lora(2, alpha, "all")
+        causal_lm = make_causal_lm(num_layers=1)
+        add_lora(causal_lm.backbone, lora)
+        model = keras_iris.SelfPlayModel(causal_lm)
+        model.compile("adam", keras_iris.losses.IRIS())
+        return keras_iris.SelfPlay(
+            model,
+            make_examples(),
+            tmp_path,
+            batch_size=8,
+            max_response_length=6,
+        )
+
+    begin(make(4.0))
+    make(4.0)
+    with pytest.raises(ValueError, match="lora.alpha: 4.0 there, 400.0 here"):
+        make(400.0)

@@ -35,7 +35,7 @@ def test_responses_of_the_first_iteration(tmp_path):
     assert x["token_ids"].shape[1] == y.shape[1] == 2
     x, y, _ = second[0]
     assert x["token_ids"].shape[1] == y.shape[1] == 3
-    proto = read_responses(whole, 1)
+    proto = read_responses(whole, 1, 24)
     for row, number in enumerate(second.indices(0)):
         mask = x["response_mask"][row, 2]
         ids = x["token_ids"][row, 2][mask]
@@ -64,5 +64,7 @@ def test_lost_responses_of_the_first_iteration(tmp_path):
     self_play.run()
     next((tmp_path / "iteration_001" / "synthetic").iterdir()).unlink()
     longer, _ = _make(tmp_path, callbacks=[])
-    with pytest.raises(ValueError, match="TSPIN learns from the responses"):
+    with pytest.raises(
+        ValueError, match="synthetic has .* responses, expected 24"
+    ):
         longer.run()
