@@ -20,6 +20,7 @@ ONCE = (
     "self_play/test_engine_checks.py",
     "self_play/test_errors.py",
     "self_play/test_folder.py",
+    "self_play/test_loggers.py",
     "self_play/test_run_log.py",
     "self_play/test_settings.py",
     "test_architecture.py",

@@ -513,6 +513,9 @@ def test_quickstart(cli):
     data = json.loads(cli(*SLOW.split()[1:], "--json").out)
     assert Path(data["report"]).exists()
     assert np.isfinite(data["scores"]["control"]["nll_per_token"]["1"])
+    lines = keras_iris.evaluation.read_metrics(data["run_dir"])
+    first = next(line for line in lines if line["kind"] == "step")
+    assert first["gap"] > 0 and first["alpha"] > 1
 
 
 def test_a_section_without_a_value(tmp_path):

@@ -1,3 +1,4 @@
+import json
 import warnings
 
 import keras
@@ -13,6 +14,8 @@ from tiny_models import VOCABULARY_SIZE, make_causal_lm
 
 import keras_iris
 from keras_iris.data import Example, SymbolTokenizer
+from keras_iris.data.encoder import Encoder
+from keras_iris.data.example import hash_examples
 from keras_iris.files import replaced
 from keras_iris.self_play.arrays import write_arrays
 from keras_iris.self_play.checkpoints import Checkpoints
@@ -53,6 +56,30 @@ def test_too_long_responses_of_text(tmp_path):
     b, c = tokenizer.encode("b c")
     for example in self_play.examples:
         assert example.response_ids.tolist() == [b, c, b]
+
+
+def test_a_file_is_tokenised_once(tmp_path, monkeypatch):
+    tokenizer = SymbolTokenizer(["a", "b", "c"])
+    rows = [{"prompt": "a", "response": "b c"}] * 8 + [{"prompt": "a"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = dict(examples=data, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="line 9 of .*data.jsonl has no resp"):
+        make_self_play(tmp_path / "run", **options)
+    with pytest.warns(UserWarning, match="1 of 9 rows were dropped"):
+        first = make_self_play(tmp_path / "run", on_bad_row="drop", **options)
+    monkeypatch.setattr(Encoder, "encode", None)
+    again = make_self_play(tmp_path / "run", on_bad_row="drop", **options)
+    assert hash_examples(again.examples) == hash_examples(first.examples)
+    assert len(again.examples) == 8
+
+
+def test_the_manifest_names_the_commit(tmp_path):
+    self_play = make_self_play(tmp_path)
+    self_play.model.causal_lm.commit = "0123abc"
+    begin(self_play)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["commit"] == "0123abc"
 
 
 class TestErrors:
