@@ -86,14 +86,20 @@ def _read_nll(run_dir):
     ],
 )
 def test_paper_recipe(  # noqa: PLR0913
-    name, architecture, more, recipe, checkpoint, data, tmp_path
+    name, architecture, more, recipe, checkpoint, data, tmp_path, monkeypatch
 ):
-    folder, run_dir = checkpoint(architecture), tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    folder = checkpoint(architecture)
+    run_dir = tmp_path / "run"
     if architecture == "qwen2":
         folder = _base_model(checkpoint, tmp_path)
+        run_dir = tmp_path / "runs" / folder.name  # by default
     arguments = _arguments(
         folder, data, run_dir, *more, **{"learning-rate": 1e-3}
     )
+    if architecture == "qwen2":
+        place = arguments.index("--run-dir")
+        del arguments[place : place + 2]
     recipe(name).main(arguments)
     nll = _read_nll(run_dir)
     assert len(nll) == 2
@@ -110,6 +116,15 @@ def test_paper_recipe(  # noqa: PLR0913
     assert max(changes) > 1e-4
     assert keras_iris.load(run_dir / "model").chat_template is not None
     assert (run_dir / "report.html").exists()
+
+
+def test_the_quickstart_keeps_sft_by_its_settings(recipe, monkeypatch):
+    quickstart = recipe("quickstart")
+    names = {quickstart.sft_file()}
+    for setting in ("POOL_SIZE", "SFT_EPOCHS", "SFT_LEARNING_RATE"):
+        monkeypatch.setattr(quickstart, setting, 99)
+        names.add(quickstart.sft_file())
+    assert len(names) == 4
 
 
 @pytest.mark.slow

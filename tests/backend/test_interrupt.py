@@ -6,6 +6,7 @@ import pytest
 from tiny_models import make_causal_lm, make_pairs
 
 import keras_iris
+from keras_iris.models.lora import Lora, add_lora
 
 PAIRS, OPPONENT = make_pairs(), np.full((8, 2), -20.0, "float32")
 is_jax = keras.backend.backend() == "jax"
@@ -23,8 +24,11 @@ class Interrupted(keras.optimizers.SGD):
         return super().apply(*args, **kwargs)
 
 
-def _model(optimizer, **options):
-    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+def _model(optimizer, *, lora=None, **options):
+    causal_lm = make_causal_lm(num_layers=1)
+    if lora is not None:
+        add_lora(causal_lm.backbone, lora)
+    model = keras_iris.SelfPlayModel(causal_lm)
     model.compile(optimizer, keras_iris.losses.IRIS(), **options)
     return model
 
@@ -38,11 +42,15 @@ def _weights(model):
     return [v.numpy() for v in model.trainable_variables]
 
 
-@pytest.mark.parametrize("micro_batch_size", [None, 1])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"micro_batch_size": 1}, {"micro_batch_size": 1, "lora": Lora(2)}],
+    ids=["whole", "parts", "adapters"],
+)
 @pytest.mark.parametrize("is_trained_before", [False, True])
-def test_an_interrupted_first_step(micro_batch_size, is_trained_before):
+def test_an_interrupted_first_step(options, is_trained_before):
     optimizer = Interrupted(0.01)
-    model = _model(optimizer, micro_batch_size=micro_batch_size)
+    model = _model(optimizer, **options)
     if is_trained_before:
         _fit(model)
         model.train_function = None  # as another batch's shape would
@@ -53,7 +61,8 @@ def test_an_interrupted_first_step(micro_batch_size, is_trained_before):
     for value, expected in zip(_weights(model), before, strict=True):
         np.testing.assert_array_equal(value, expected)
     _fit(model)
-    assert not np.array_equal(_weights(model)[0], before[0])
+    changed = zip(_weights(model), before, strict=True)
+    assert any(not np.array_equal(*pair) for pair in changed)
     model.predict(PAIRS, verbose=0)
 
 
