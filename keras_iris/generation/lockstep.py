@@ -4,13 +4,13 @@ It (0.32) takes no mask of the cached tokens: all rows are at one position. They
 begin together, and those with longer prompts wait for the others.
 """
 
-import inspect
 from typing import Any
 
 from keras import ops, tree
 
 from keras_iris import backend
 from keras_iris.generation.cached_forward import CachedForward
+from keras_iris.models.decoder_parts import build_cache
 
 
 class Lockstep(CachedForward):
@@ -76,12 +76,9 @@ class Lockstep(CachedForward):
 
     def _empty_cache(self, batch_size: int, total: int) -> Any:
         """Zeros, as many and of the shapes that the model takes."""
-        # `_build_cache` (KerasHub 0.32) alone knows them; what it takes beside
-        # token ids is for images. Two tokens are the fewest that Keras'
-        # softmax takes without a warning.
-        build = self.causal_lm._build_cache
-        others = [None] * (len(inspect.signature(build).parameters) - 1)
-        _, small = build(ops.zeros((batch_size, 2), "int32"), *others)
+        # Two tokens are the fewest that Keras' softmax takes without warning.
+        two = ops.zeros((batch_size, 2), "int32")
+        small = build_cache(self.causal_lm, two)
 
         def lengthen(tensor: Any) -> Any:  # (..., time, heads, head width)
             *outer, _, heads, width = tensor.shape

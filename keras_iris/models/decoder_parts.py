@@ -1,10 +1,11 @@
-"""What the parts of KerasHub's decoder layers are called.
+"""What the parts of KerasHub's decoders are called.
 
 KerasHub (0.32) offers no public access to them; this is the only module that
 knows the names. `tests/models/test_decoder_parts.py` fails if a version has
 others.
 """
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -129,6 +130,20 @@ def part(layer: Any, parts: Mapping[str, str], role: str) -> Any:
         role: A key of that table.
     """
     return operator.attrgetter(parts[role])(layer)
+
+
+def build_cache(causal_lm: Any, token_ids: Any) -> Any:
+    """The cache of a causal LM after tokens, in the model's own layout.
+
+    Args:
+        causal_lm: A `keras_hub.models.CausalLM`.
+        token_ids: Integer tensor of shape `(batch, time)`.
+    """
+    build = causal_lm._build_cache
+    # What it takes beside token ids is for images.
+    others = [None] * (len(inspect.signature(build).parameters) - 1)
+    _, cache = build(token_ids, *others)
+    return cache
 
 
 def direct(layer: Any) -> Callable[..., Any]:
