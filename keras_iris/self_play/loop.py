@@ -109,7 +109,8 @@ class SelfPlay(Options):
             within an epoch it ends `run`, which goes on from there. What
             callbacks of Keras remember, such as the best value and the
             patience of `EarlyStopping` and `ReduceLROnPlateau`, isn't saved:
-            they start anew where a run is resumed.
+            they start anew where a run is resumed. `BackupAndRestore`, which
+            would go on from weights of its own, is refused.
         shard_size: Responses of a file; what a crash loses at most.
         checkpoint_every_minutes: Longest time between checkpoints within an
             epoch; there is one after each epoch in any case.
