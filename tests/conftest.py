@@ -57,6 +57,7 @@ SLOW_TO_TRACE = {
 BUT_FOR = {
     "jax": (
         "test_a_run_that_is_cut_off_ends_the_same[accumulation]",
+        "test_a_run_that_is_cut_off_ends_the_same[steps per execution]",
         "test_sft_from_the_same_start_in_the_same_steps",
         "test_sigterm[2-3]",
     ),

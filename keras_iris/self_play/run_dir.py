@@ -309,7 +309,7 @@ def read_manifest(file: Path) -> Manifest:
         [*content.get("earlier", []), *content["execution"]["callbacks"]]
         content["execution"]["iterations"] + 0
         return content
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file} is not the manifest of a run ({error!r}). Put the "
             "right one back, or pass another `run_dir`."
