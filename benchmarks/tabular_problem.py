@@ -77,7 +77,7 @@ class ExactGap:
     def gap(self, pairs):
         """The gap, without the noise of a sample."""
         moments = pair_moments(pairs)
-        moments[:, [0, 2]] *= 1e12  # counts and sums of squares
+        moments[:, [0, 2, 3]] *= 1e12  # all sums but the mean
         return gap_of_moments(moments)
 
 
@@ -86,7 +86,7 @@ class Order:
 
     def __init__(self, log_data, log_old):
         self.alpha, self.gap = keras.Variable(1.0), keras.Variable(0.0)
-        self.gap_sums = keras.Variable(np.zeros((2, 3)))
+        self.gap_sums = keras.Variable(np.zeros((2, 4)))
         opponent, weight = map(np.asarray, table_of(log_old, log_data, log_old))
         # All pairs are there: no batch is small, so its guard isn't asked.
         scheduler = AlphaScheduler(gap=ExactGap())

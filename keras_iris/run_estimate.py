@@ -1,10 +1,11 @@
 """What a run takes of memory, disk and time, before it is begun."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import keras_hub
@@ -12,6 +13,7 @@ import numpy as np
 
 from keras_iris.data import ChatTemplate
 from keras_iris.data.tokenize import tokenize
+from keras_iris.distribution.make import mesh_sizes
 from keras_iris.files import check_room
 from keras_iris.generation.batch_rows import (
     DEFAULT_ROWS,
@@ -147,8 +149,8 @@ class RunEstimate:
         lora_rank: Rank of the adapters, or `None` to train all weights.
         lora_targets: As in `keras_iris.load`.
         quantize: `"int8"`, `"int4"` or `None`.
-        mesh: Devices by axis, as in `keras_iris.distribution.make_distribution`
-            but for `"auto"`; one by default.
+        mesh: As in `keras_iris.distribution.make_distribution`; by default
+            there is one device.
         strategy: As there.
         optimizer_slots: Numbers that the optimizer keeps for each trained one.
         needs_folder: Whether the engine reads exported weights.
@@ -175,7 +177,7 @@ class RunEstimate:
     lora_rank: int | None = None
     lora_targets: Sequence[str] | str = ("query", "value")
     quantize: str | None = None
-    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    mesh: Mapping[str, int] | Literal["auto"] | None = None
     strategy: str = "fsdp"
     optimizer_slots: int = 1
     needs_folder: bool = False
@@ -184,10 +186,21 @@ class RunEstimate:
     is_gpu: bool = True
     sample: str = ""
 
+    def __post_init__(self) -> None:
+        """Refuses a mesh that can't be."""
+        dict(self._mesh)
+
+    @functools.cached_property
+    def _mesh(self) -> dict[str, int]:
+        """Devices by axis."""
+        if not self.mesh:
+            return {"data": 1}
+        return mesh_sizes(self.mesh, self.strategy, math.inf)
+
     @property
     def num_devices(self) -> int:
         """Devices, of which each does its share."""
-        return math.prod(self.mesh.values())
+        return math.prod(self._mesh.values())
 
     @property
     def num_weights(self) -> int:
@@ -320,10 +333,10 @@ class RunEstimate:
 
     def _gathered_bytes(self) -> float:
         """Of the weights that a device gets of others to generate."""
-        if self._num_parts == 1:
+        if self.strategy == "data" or self._mesh["data"] == 1:
             return 0.0
         most = self._item_bytes[1] * self.num_weights
-        return min(self._weights_bytes(), most) / self.mesh.get("model", 1)
+        return min(self._weights_bytes(), most) / self._mesh.get("model", 1)
 
     def _training_bytes(self) -> dict[str, float]:
         """On each device, beside that in a training step."""

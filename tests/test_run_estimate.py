@@ -433,9 +433,25 @@ def test_memory_of_weights_by_strategy():
     assert memory(eight, strategy="data") == memory({})
     both = {"data": 2, "model": 4}
     assert memory(both, strategy="2d") == [num / 2, 2 * num / 4, num / 2]
+    # Nothing is cut over one device of data.
+    assert memory({"data": 1, "model": 8}, strategy="2d")[1] == 0
     # An int8 base is gathered as it is.
     base = memory(eight, lora_rank=16, quantize="int8")
     assert base[1] == pytest.approx(8 * base[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mesh": {"data": 8}, "strategy": "fdsp"},
+        {"mesh": {"batch": 8}},
+        {"mesh": {"data": 0}},
+        {"mesh": {"data": 2, "model": 2}},
+    ],
+)
+def test_a_mesh_that_cannot_be(options):
+    with pytest.raises(ValueError, match="`(mesh|strategy)` has to be"):
+        _estimate(ZEPHYR, **options)
 
 
 GATHERING = """

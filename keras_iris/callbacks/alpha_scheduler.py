@@ -163,7 +163,7 @@ class AlphaScheduler(SelfPlayCallback):
         else:
             # The gap of the batch in the place of a log-prob.
             weight = pairs.sample_weight.sum()
-            new = np.array([[weight, self.gap.gap(pairs), 0.0]] * 2)
+            new = np.array([[weight, self.gap.gap(pairs), 0.0, weight]] * 2)
             sums = add_moments(sums, new)
             gap = float(sums[0, 1])
         self.model.gap_sums.assign(sums)

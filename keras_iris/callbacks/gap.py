@@ -59,21 +59,19 @@ def pair_moments(pairs: PairBatch) -> np.ndarray:
             taken.
 
     Returns:
-        Float64 array of shape `(2, 3)`. For annotated and synthetic responses:
-        their number, where an annotated one that is in several pairs counts
-        once, the mean of their log-probs per token, and the sum of their
-        squared deviations from it. With weights w the number is as many of
-        equal weight as leave the mean the same noise, (sum w)^2 / sum w^2.
+        Float64 array of shape `(2, 4)`. For annotated and synthetic responses:
+        the sum of their weights, where an annotated one that is in several
+        pairs counts once, the mean of their log-probs per token, the sum of
+        their squared deviations from it, and the sum of squared weights.
     """
     weight = np.asarray(pairs.sample_weight, "float64")[:, None]
-    # Their scale says nothing.
-    weight = weight * weight.sum() / max((weight**2).sum(), 1e-30)
     values = pairs.opponent / np.maximum(pairs.num_tokens, 1)
     total = weight.sum(axis=0)
     mean = (weight * values).sum(axis=0) / np.maximum(total, 1e-30)
     squares = (weight * (values - mean) ** 2).sum(axis=0)
     copies = np.array([pairs.num_samples, 1])
-    moments = [total / copies, mean, squares / copies]
+    square = (weight**2).sum(axis=0) / copies
+    moments = [total / copies, mean, squares / copies, square]
     return np.stack(moments, axis=1).astype("float64")
 
 
@@ -81,7 +79,7 @@ def add_moments(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The moments of two sets of pairs together.
 
     Args:
-        left: As `pair_moments` gives them, shape `(2, 3)`.
+        left: As `pair_moments` gives them, shape `(2, 4)`.
         right: The same.
 
     Reference:
@@ -94,19 +92,21 @@ def add_moments(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     distance = right[:, 1] - left[:, 1]
     mean = left[:, 1] + share * distance
     squares = left[:, 2] + right[:, 2] + distance**2 * left[:, 0] * share
-    return np.stack([total, mean, squares], axis=1)
+    return np.stack([total, mean, squares, left[:, 3] + right[:, 3]], axis=1)
 
 
 def gap_of_moments(moments: np.ndarray) -> float:
     """The gap of pairs with these moments, in nats: see `RenyiGap`.
 
     Args:
-        moments: As `pair_moments` gives them, shape `(2, 3)`.
+        moments: As `pair_moments` gives them, shape `(2, 4)`.
     """
-    count, mean, squares = np.asarray(moments, "float64").T
+    total, mean, squares, square = np.asarray(moments, "float64").T
+    # As many of equal weight would leave the means the same noise.
+    count = total**2 / np.maximum(square, 1e-300)
     if count.min() < 2:
         return 0.0
-    variance = squares / (count - 1)
+    variance = squares / (total - square / total)
     noise = np.sum(variance / count)
     excess = (mean[0] - mean[1]) ** 2 - noise
     # Where all synthetic responses are one, the bound is infinite.

@@ -10,7 +10,6 @@ import numpy as np
 import keras_iris
 from keras_iris.cli.config import Config, Section, Spec, arguments_of, build
 from keras_iris.data import Conversation, Example, load_dataset, tokenize
-from keras_iris.distribution import read_mesh
 from keras_iris.models.checks import check_compile
 from keras_iris.run_estimate import RunEstimate
 from keras_iris.self_play.best import Best
@@ -100,12 +99,10 @@ def estimate_run(config: Config, *, is_gpu: bool) -> RunEstimate:
     if sizes.get("micro_batch_size") is None:
         sizes["micro_batch_size"] = play["batch_size"]
     engine, devices = play["engine"], config.sections.get("distribution")
-    if devices and devices.get("mesh", "auto") == "auto":
-        devices = {**devices, "mesh": read_mesh("auto")}
     return keras_iris.estimate(
         conversations=conversations[:_SAMPLE],
         new_tokens=play["max_response_length"],
-        **(devices or {}),
+        **({"mesh": "auto", **devices} if devices else {}),
         optimizer_slots=_count_slots(compiled.get("optimizer", "rmsprop")),
         needs_folder=isinstance(engine, Spec)
         and engine.type is keras_iris.generation.ServerEngine,

@@ -67,11 +67,11 @@ class Encoder:
         self._cuts: list[str] = []
         if template is not None:
             probe = template.render_prompt(as_messages("?"))
-            special = tokenizer.special_tokens
+            added = tokenizer.added_tokens
             self._cuts = [
                 token
                 for token in tokenizer.cutting_tokens
-                if token in probe and not _is_within(token, special)
+                if token in probe and not _is_within(token, added)
             ]
 
     def encode(self, rows: Sequence[Conversation]) -> list[TokenPair]:

@@ -30,7 +30,10 @@ class MarkedText:
     def __init__(self, messages: Sequence[Message], tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         pattern = tokenizer.special_pattern
-        everything = "\n".join(t for m in messages for t in m.values())
+        # Roles are the template's words.
+        everything = "\n".join(
+            text for m in messages for key, text in m.items() if key != "role"
+        )
         found = dict.fromkeys(pattern.findall(everything))
         self.is_plain = not found
         self._strings: dict[str, str] = {}
@@ -41,8 +44,12 @@ class MarkedText:
         free = (c for c in map(chr, codes) if c not in everything)
         marks = dict(zip(found, free, strict=False))
         self._strings = {mark: token for token, mark in marks.items()}
+
+        def mark(text: str) -> str:
+            return pattern.sub(lambda found: marks[found[0]], text)
+
         self.messages = [
-            {k: pattern.sub(lambda f: marks[f[0]], t) for k, t in m.items()}
+            {key: t if key == "role" else mark(t) for key, t in m.items()}
             for m in messages
         ]
 

@@ -132,10 +132,11 @@ class _Limits:
         if isinstance(pair, ValueError):
             return pair
         if is_cut and len(pair[0]) > self.max_prompt_length:
-            pair = self._shorten(row, pair, encoder)
+            whole, pair = pair, self._shorten(row, pair, encoder)
             if isinstance(pair, ValueError):
                 return pair
-            self.counts["have a shortened prompt"] += 1
+            if pair is not whole:
+                self.counts["have a shortened prompt"] += 1
         self.num_rows += 1
         prompt, response = pair
         if is_cut and len(response) > self.max_response_length:
@@ -170,9 +171,10 @@ class _Limits:
         first = int(messages[0]["role"] == "system")
         while len(pair[0]) > self.max_prompt_length:
             roles = [message["role"] for message in messages]
-            if "user" not in roles[first + 1 :]:
+            if roles[first] not in roles[first + 1 :]:
                 break
-            del messages[first : roles.index("user", first + 1)]
+            # Up to the next question.
+            del messages[first : roles.index(roles[first], first + 1)]
             short = Conversation(tuple(messages), row.response, row.where)
             try:
                 [pair] = encoder.encode([short])

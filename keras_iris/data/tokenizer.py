@@ -24,7 +24,8 @@ class Tokenizer:
 
     Attributes:
         start_token_ids: What the definition puts before a text.
-        special_tokens: The strings that `encode` knows if `parse_special`.
+        added_tokens: The strings that aren't found by merging.
+        special_tokens: Those of them that `encode` knows if `parse_special`.
         special_pattern: Finds them, the longest first.
         cutting_tokens: Those of them before which a text can be cut in two
             that are encoded apart.
@@ -47,8 +48,9 @@ class Tokenizer:
         self.end_token_ids = tuple(dict.fromkeys(end_token_ids))
         self._tokenizer = _parse(definition)
         self._plain = _without_special_tokens(definition, self.end_token_ids)
-        added = self._plain.get_added_tokens_decoder().values()
-        added = [token for token in added if token.special]
+        every = self._plain.get_added_tokens_decoder().values()
+        self.added_tokens = tuple(token.content for token in every)
+        added = [token for token in every if token.special]
         self.special_tokens = tuple(token.content for token in added)
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         self.special_pattern = re.compile(

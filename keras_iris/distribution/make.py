@@ -15,21 +15,20 @@ from keras_iris.distribution.sharded_parallel import (
 Strategy = Literal["fsdp", "2d", "data"]
 
 
-def read_mesh(text: str) -> dict[str, int]:
+def read_mesh(text: str) -> dict[str, int] | Literal["auto"]:
     """A mesh as a command line has it.
 
     Args:
-        text: `"data=8"`, `"data=2,model=4"`, or `"auto"` for all devices as
-            `{"data": n}`.
+        text: `"data=8"`, `"data=2,model=4"`, or `"auto"` for all devices.
 
     Returns:
-        Numbers of devices by the names of the axes.
+        Numbers of devices by the names of the axes, or `"auto"`.
 
     Raises:
         ValueError: It is something else.
     """
     if text == "auto":
-        return {DATA: len(keras.distribution.list_devices())}
+        return "auto"
     pairs = [part.partition("=") for part in text.split(",")]
     if not all(size.isdecimal() for _, _, size in pairs):
         raise ValueError(f"Expected such as data=8. Received: {text!r}")
@@ -70,13 +69,8 @@ def make_distribution(
             "KERAS_BACKEND=jax; on PyTorch start the program with torchrun, on "
             "TensorFlow make the model under tf.distribute.MirroredStrategy."
         )
-    if strategy not in ("fsdp", "2d", "data"):
-        raise ValueError(
-            "`strategy` has to be 'fsdp', '2d' or 'data'. Received: "
-            f"{strategy!r}"
-        )
     devices = keras.distribution.list_devices()
-    sizes = _sizes(mesh, strategy, len(devices))
+    sizes = mesh_sizes(mesh, strategy, len(devices))
     device_mesh = keras.distribution.DeviceMesh(
         tuple(sizes.values()), list(sizes), devices[: math.prod(sizes.values())]
     )
@@ -87,10 +81,22 @@ def make_distribution(
     return ShardedParallel(device_mesh)
 
 
-def _sizes(mesh: Any, strategy: str, num_devices: int) -> dict[str, int]:
-    """The number of devices of each axis, checked."""
+def mesh_sizes(mesh: Any, strategy: str, most: float) -> dict[str, int]:
+    """The number of devices of each axis, checked.
+
+    Args:
+        mesh: As in `make_distribution`.
+        strategy: As there.
+        most: Devices that there are.
+    """
+    if strategy not in ("fsdp", "2d", "data"):
+        raise ValueError(
+            "`strategy` has to be 'fsdp', '2d' or 'data'. Received: "
+            f"{strategy!r}"
+        )
     names = [DATA, MODEL] if strategy == "2d" else [DATA]
     if mesh == "auto":
+        num_devices = len(keras.distribution.list_devices())
         divisors = range(1, math.isqrt(num_devices) + 1)
         model = max(i for i in divisors if num_devices % i == 0)
         sizes = {DATA: num_devices, MODEL: 1}
@@ -101,10 +107,10 @@ def _sizes(mesh: Any, strategy: str, num_devices: int) -> dict[str, int]:
     is_right = set(sizes) == set(names) and all(
         isinstance(size, int) and size >= 1 for size in sizes.values()
     )
-    if not is_right or math.prod(sizes.values()) > num_devices:
+    if not is_right or math.prod(sizes.values()) > most:
         raise ValueError(
             f"`mesh` has to be 'auto' or the devices of {' and '.join(names)} "
-            f"for strategy={strategy!r}, {num_devices} in all at most. "
+            f"for strategy={strategy!r}, {most} in all at most. "
             f"Received: {mesh!r}"
         )
     return {name: sizes[name] for name in names}

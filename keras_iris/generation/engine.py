@@ -95,7 +95,8 @@ class Engine(abc.ABC):
 
 def read_end_tokens(end_token_ids: Any) -> tuple[int, ...]:
     """The ids that end an answer, of which there has to be one."""
-    found = tuple(int(i) for i in np.ravel(end_token_ids))
+    ids = end_token_ids
+    found = tuple(map(int, ids if isinstance(ids, Iterable) else [ids]))
     if not found:
         raise ValueError(
             "Expected at least one id in `end_token_ids`, received none. Pass "

@@ -25,7 +25,7 @@ class ServerClient:
         base_url: Such as `"http://127.0.0.1:8000/v1"`.
         api_key: Sent to it. By default `OPENAI_API_KEY` of the environment,
             to https and this machine only.
-        timeout_seconds: The longest wait for one answer.
+        timeout_seconds: The longest wait for a server that sends nothing.
         max_retries: Further tries of each request.
 
     Raises:

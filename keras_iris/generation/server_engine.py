@@ -151,7 +151,7 @@ class ServerEngine(Engine):
                 answer isn't a whole completion, or there is no server yet.
             ConnectionError: If the server can't be reached, breaks off, or
                 is failing or busy.
-            TimeoutError: If it takes longer than `timeout_seconds`.
+            TimeoutError: If it sends nothing for `timeout_seconds`.
         """
         [completions] = self.generate_shards([(prompts, seed)])
         return completions

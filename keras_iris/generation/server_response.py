@@ -104,10 +104,10 @@ def _read_tokens(
     for token_id in token_ids:
         if type(token_id) is not int or token_id < 0:  # True is an int as well
             raise ValueError(f"{token_id!r} isn't a token id")
-    if values is not None and len(values) != len(token_ids):
-        is_end = token_ids[-1:] and token_ids[-1] in end_token_ids
-        if not is_end or len(values) != len(token_ids) - 1:
-            raise ValueError(
-                f"{len(values)} log-probs of {len(token_ids)} token ids"
-            )
-    return list(token_ids), None if values is None else list(values)
+    has_end = bool(set(token_ids[-1:]) & set(end_token_ids))
+    # One of the two may be without the end token.
+    if values and len(values) - len(token_ids) not in (0, 1 - 2 * has_end):
+        raise ValueError(
+            f"{len(values)} log-probs of {len(token_ids)} token ids"
+        )
+    return list(token_ids), list(values) if values else None

@@ -23,6 +23,8 @@ def find_weights(
 ) -> dict[str, Path]:
     """The file of each weight, after a look at every file's header.
 
+    Of tied weights that are both there the values are compared.
+
     Args:
         folder: A Hugging Face folder.
         shapes: Names and shapes of the weights that are needed.
@@ -67,12 +69,13 @@ def read_weights(
 def _check_tied(files: Mapping[str, Path]) -> None:
     """Refuses an output layer of its own, where the embedding would be it."""
     both = {name: files[name] for name in (EMBEDDING, HEAD) if name in files}
-    arrays = [array for _, array in read_weights(both)]
-    if not all(np.array_equal(array, arrays[0]) for array in arrays):
+    arrays = [np.asarray(a, np.float32) for _, a in read_weights(both)]
+    if not np.array_equal(arrays[0], arrays[-1], equal_nan=True):
         raise ValueError(
             f"{files[HEAD]} holds {HEAD!r}, another matrix than {EMBEDDING!r}, "
-            "and config.json ties the two. Set tie_word_embeddings to false "
-            "there if the model has an output layer of its own, else remove it."
+            "and config.json ties the two. Remove it if the model was trained "
+            "so; if not, set tie_word_embeddings to false there, which Gemma "
+            "and SmolLM3 can't have."
         )
 
 

@@ -44,7 +44,8 @@ def _list(content: Mapping[str, Any], name: str) -> list[Any]:
     if not values and name == "layer_types":
         return num_layers * [_FULL]
     if not values:
-        interval = int(content.get("no_rope_layer_interval") or 4)
+        usual = {"no_rope_layer_interval": 4}
+        interval = read_integer(usual | dict(content), *usual)
         return [int((i + 1) % interval != 0) for i in range(num_layers)]
     if not isinstance(values, list) or len(values) != num_layers:
         raise ValueError(
@@ -153,8 +154,7 @@ def read_ropes(
     scaling = _object(config, "rope_scaling")
     full = {"rope_theta": config.get("rope_theta") or defaults["rope_theta"]}
     if "rope_local_base_freq" not in defaults:
-        chosen = scaling or parameters
-        rope = _read(full | _object(chosen, _FULL, chosen), kinds)
+        rope = _read(full | (scaling or parameters), kinds)
         return rope, rope
     if parameters.keys() - {_FULL, _LOCAL}:
         raise ValueError(
@@ -201,10 +201,8 @@ def _is_off(name: str, value: Any) -> bool:
     return not value or (name == "partial_rotary_factor" and value == 1.0)
 
 
-def _object(
-    config: Mapping[str, Any], name: str, default: Any = None
-) -> dict[str, Any]:
-    entry = config.get(name) or default or {}
+def _object(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    entry = config.get(name) or {}
     if not isinstance(entry, Mapping):
         raise ValueError(
             f"config.json has {name}={shorten(repr(entry))}, expected an "

@@ -13,10 +13,6 @@ from keras_iris.data.text_files import read_json
 from keras_iris.hub.convert_tokenizer import convert_folder
 from keras_iris.hub.entries import is_integer
 
-_NAMED_TOKENS = [
-    f"{name}_token"
-    for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-]
 _RESPONSE = "The response."
 
 
@@ -40,8 +36,9 @@ def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
             files contradict each other.
     """
     definition = read_json(folder / "tokenizer.json")
-    config = read_json(folder / "special_tokens_map.json")
-    config |= read_json(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:  # of an old folder
+        config = read_json(folder / "special_tokens_map.json") | config
     if not definition:
         definition = convert_folder(folder, config)
     if "model" not in definition:
@@ -50,7 +47,8 @@ def load_tokenizer(folder: Path, template: ChatTemplate | None) -> Tokenizer:
             "file of the `tokenizers` library; download it again."
         )
     try:
-        config.setdefault("added_tokens_decoder", _read_old(folder, config))
+        if "added_tokens_decoder" not in config:
+            config["added_tokens_decoder"] = _read_old(folder, config)
         ids, wanted = _read_tokens(definition, config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -111,11 +109,15 @@ def _read_tokens(
 
 def _special_texts(config: Mapping[str, Any]) -> list[str]:
     """Special tokens that tokenizer_config.json calls so."""
-    more = config.get("extra_special_tokens")
-    more = more or config.get("additional_special_tokens") or []
-    more = more.values() if isinstance(more, dict) else more
-    tokens = [*(config.get(name) for name in _NAMED_TOKENS), *more]
-    return list(filter(None, map(token_text, tokens)))
+    named = [v for name, v in config.items() if name.endswith("_token")]
+    more = config.get("additional_special_tokens") or []
+    extra = config.get("extra_special_tokens")
+    for entry in (extra, config.get("model_specific_special_tokens")):
+        if isinstance(entry, dict):
+            named += entry.values()
+    if isinstance(extra, list):
+        more = extra
+    return list(filter(None, map(token_text, [*named, *more])))
 
 
 def _read_old(folder: Path, config: Mapping[str, Any]) -> dict[str, Any]:

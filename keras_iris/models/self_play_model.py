@@ -86,7 +86,7 @@ class SelfPlayModel(backend.Trainer):
         # squared deviations of the opponent's log-prob per token, annotated
         # and synthetic. All are saved with the weights.
         self.gap = self._add_state("gap", (), "zeros")
-        self.gap_sums = self._add_state("gap_sums", (2, 3), "zeros")
+        self.gap_sums = self._add_state("gap_sums", (2, 4), "zeros")
         self.micro_batch_size: int | None = None
         self.recent = RecentLogProbs()
         self._is_training = False
@@ -288,7 +288,7 @@ class SelfPlayModel(backend.Trainer):
         """Sets the order that the loss was compiled with, and no gap."""
         self.alpha.assign(self.loss_config.get("alpha", 1.0))
         self.gap.assign(0.0)
-        self.gap_sums.assign(np.zeros((2, 3)))
+        self.gap_sums.assign(np.zeros((2, 4)))
 
     @contextlib.contextmanager
     def finalizing_if(self, is_over: Callable[[], bool]) -> Iterator[None]:
@@ -482,7 +482,8 @@ class SelfPlayModel(backend.Trainer):
         return {
             "optimizer": serialize(self.optimizer),
             # As it was compiled: the order that it has now is a weight.
-            "loss": {**serialize(self.loss), "config": self.loss_config},
+            "loss": self.loss
+            and {**serialize(self.loss), "config": self.loss_config},
             "metrics": [serialize(m) for m in self.own_metrics],
             "micro_batch_size": self.micro_batch_size,
             **self.compile_options,

@@ -15,7 +15,7 @@ from keras_iris.generation import Completion, Engine
 from keras_iris.generation.engine import Prompts
 from keras_iris.losses import SelfPlayLoss
 from keras_iris.models import SelfPlayModel
-from keras_iris.self_play.arrays import read_arrays, read_responses
+from keras_iris.self_play.arrays import read_metadata, read_responses
 from keras_iris.self_play.checkpoints import read_variables, write_variables
 from keras_iris.self_play.options import Options, control_loss
 from keras_iris.self_play.processes import from_first
@@ -43,20 +43,11 @@ class Control:
         self.loss = control_loss(options.control)
         self._start = folder.path / "start.safetensors"
         rate = options.control_learning_rate
-        self._optimizer = new_optimizer(
-            options.model, self._first_rate() if rate is None else rate
-        )
-
-    def _first_rate(self) -> float | None:
-        """The learning rate that the run began with, if it isn't a schedule.
-
-        A run that was interrupted in this process may have changed the model's.
-        """
-        if not from_first(self.folder.manifest.exists):
-            return None
-        settings = read_manifest(self.folder.manifest)["settings"]
-        rate = settings.get("optimizer.learning_rate")
-        return rate if isinstance(rate, int | float) else None
+        self._optimizer = new_optimizer(options.model, rate)
+        if rate is None and from_first(folder.manifest.exists):
+            # A run that was interrupted may have changed the model's.
+            settings = read_manifest(folder.manifest)["settings"]
+            _set_rate(self._optimizer, settings, "optimizer")
 
     def check(self) -> None:
         """Refuses a folder with the control of another loss or rate.
@@ -103,7 +94,7 @@ class Control:
     def _has_start(self) -> bool:
         """Whether the start is there; a damaged one is as good as none."""
         try:
-            return self._start.exists() and bool(read_arrays(self._start))
+            return self._start.exists() and bool(read_metadata(self._start))
         except ValueError as error:
             warnings.warn(f"{error}. It is written again.", stacklevel=2)
             return False
@@ -168,6 +159,21 @@ def new_optimizer(
     with model.device_scope():
         new: keras.optimizers.Optimizer = type(optimizer).from_config(config)
     return new
+
+
+def _set_rate(optimizer: Any, settings: dict[str, Any], name: str) -> None:
+    """Gives an optimizer the learning rate of some settings, if it's a number.
+
+    Args:
+        optimizer: One, or one that wraps another.
+        settings: Of a run, as `describe` gives them.
+        name: How those of the optimizer begin.
+    """
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if inner is not None:
+        _set_rate(inner, settings, f"{name}.inner_optimizer")
+    elif isinstance(settings.get(f"{name}.learning_rate"), int | float):
+        optimizer.learning_rate = settings[f"{name}.learning_rate"]
 
 
 def _recompile(

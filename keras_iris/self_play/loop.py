@@ -276,8 +276,9 @@ class SelfPlay(Options):
         variables = self.model.trainable_variables
         optimizer = self.model.optimizer
         is_used = optimizer.built
-        with self.model.device_scope():
-            optimizer.build(variables)
+        if not is_used:  # one that scales losses would take them twice
+            with self.model.device_scope():
+                optimizer.build(variables)
         position = self.folder.checkpoints.load(state_of(self.model))
         if position is None:
             # Nothing of another run of this model is left.

@@ -4,7 +4,11 @@ import numpy as np
 import pytest
 
 from keras_iris.callbacks import RenyiGap
-from keras_iris.callbacks.gap import add_moments, pair_moments
+from keras_iris.callbacks.gap import (
+    add_moments,
+    gap_of_moments,
+    pair_moments,
+)
 from keras_iris.metrics import PairBatch
 
 NUM_SYMBOLS, LENGTH, NUM_PAIRS = 12, 8, 2000
@@ -119,7 +123,7 @@ def test_it_grows_with_the_distance_from_the_data():
 def test_moments_of_parts_are_those_of_the_whole():
     data, model = _bigram(0), _bigram(1)
     pairs = _pairs(model, _sample(data, 0), _sample(model, 1))
-    parts = np.zeros((2, 3), "float32")
+    parts = np.zeros((2, 4), "float32")
     for start in range(0, NUM_PAIRS, 64):
         part = PairBatch(*(array[start : start + 64] for array in pairs[:4]))
         parts = add_moments(parts, pair_moments(part)).astype("float32")
@@ -139,23 +143,42 @@ def test_synthetic_responses_that_are_all_the_same():
     assert 20 < RenyiGap().gap(pairs) < 40
 
 
+def _moments(values, weight):
+    tokens = np.ones((len(values), 2))
+    return pair_moments(PairBatch(values, values, tokens, weight))
+
+
 def test_weights_count_as_the_noise_that_they_leave():
     rng = np.random.default_rng(0)
     weight = rng.lognormal(0, 1.5, 64)
-    ones, tokens = np.ones(64), np.ones((64, 2))
-    found = []
+    means, gaps, even = [], [], []
     for _ in range(2000):
         values = rng.normal(size=(64, 2))
-        count, mean, squares = pair_moments(
-            PairBatch(values, values, tokens, weight)
-        ).T
-        noise = np.sum(squares / (count - 1) / count)
-        found.append([(mean[0] - mean[1]) ** 2, noise])
-    difference, noise = np.mean(found, axis=0)
-    assert noise == pytest.approx(difference, rel=0.1)
-    few = weight.sum() ** 2 / (weight**2).sum()
-    np.testing.assert_allclose(count, few)
-    assert few < 32
-    # Equal ones are as many as they are, whatever their scale.
-    moments = pair_moments(PairBatch(values, values, tokens, 3 * ones))
-    np.testing.assert_array_equal(moments[:, 0], 64)
+        moments = _moments(values, weight)
+        means.append(moments[:, 1])
+        gaps.append(gap_of_moments(moments))
+        even.append(gap_of_moments(_moments(values, np.ones(64))))
+    count = weight.sum() ** 2 / (weight**2).sum()
+    noise = 1 / count
+    assert np.var(means) == pytest.approx(noise, rel=0.1)
+    # The same share of them is above 0 as where all weigh alike.
+    shares = [np.mean(np.array(g) > 0) for g in (gaps, even)]
+    assert shares[0] == pytest.approx(shares[1], abs=0.05)
+    assert gap_of_moments(_moments(values, 1e-20 * weight)) == pytest.approx(
+        gap_of_moments(_moments(values, weight))
+    )
+
+
+def test_weighted_batches_add_up():
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(64, 2))
+    values[:32, 0] += 6
+    weight = rng.exponential(size=64) * np.repeat([10.0, 1.0], 32)
+    whole = _moments(values, weight)
+    parts = np.zeros((2, 4))
+    for i in range(0, 64, 8):
+        part = _moments(values[i : i + 8], weight[i : i + 8])
+        parts = add_moments(parts, part)
+    np.testing.assert_allclose(parts, whole)
+    mean = np.average(values, axis=0, weights=weight)
+    np.testing.assert_allclose(whole[:, 1], mean)

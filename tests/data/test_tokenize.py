@@ -1,5 +1,6 @@
 import importlib
 import json
+import re
 import threading
 import warnings
 
@@ -300,6 +301,16 @@ def test_templates_see_names(tokenizer):
     ]
     assert ids[0] == ids[1]
     assert tokenizer.inner.token_to_id("<s>") not in ids[0]
+
+
+def test_roles_are_the_templates_words(tokenizer):
+    """Also where a special token is called as one of them."""
+    tokenizer.special_pattern = re.compile("user|<s>")
+    source = "{% for m in messages %}{{ 'U' if m.role == 'user' else 'A' }}"
+    template = ChatTemplate(source + "{{ m.content }}{% endfor %}")
+    messages = ({"role": "user", "content": "Hello user"},)
+    ids = encode_prompt(messages, tokenizer, template)
+    assert tokenizer.decode(ids).startswith("U")
 
 
 def test_a_shortened_text_keeps_its_start_token(tokenizer):

@@ -439,10 +439,24 @@ def test_log_probs_of_some_tokens():
         return read_completion(text, (END,), 4).log_probs
 
     assert read([-1.0, -2.0]) is None  # the end token has none
+    assert read([]) is None
     for values in ([-1.0], [-1.0] * 4):
         count = len(values)
         with pytest.raises(ValueError, match=f"{count} log-probs of 3 token"):
             read(values)
+
+
+def test_the_log_prob_of_an_end_token_that_was_left_out():
+    logprobs = {"token_logprobs": [-1.0, -2.0]}
+    text = as_json(token_ids=[7], logprobs=logprobs)
+    completion = read_completion(text, (END,), 4)
+    assert completion.token_ids == (7, END)
+    assert completion.log_probs.tolist() == [-1.0, -2.0]
+
+
+@pytest.mark.parametrize("ids", [{END}, iter([END]), END, np.array([END])])
+def test_end_tokens_in_any_form(server, ids):
+    assert make_engine(server, end_token_ids=ids).end_token_ids == (END,)
 
 
 def test_no_end_token(server):

@@ -64,12 +64,14 @@ def test_ids_are_those_of_transformers(folder, messages):
     assert theirs.convert_tokens_to_ids("<think>") in example.response_ids
 
 
+@pytest.mark.parametrize("is_special", [True, False])
 @pytest.mark.parametrize("token", ["<<|im_start|>>", "user<|im_"])
-def test_a_special_token_around_another(folder, token):
+def test_a_token_around_another(folder, token, is_special):
     file = folder / "tokenizer.json"
     content = json.loads(file.read_text())
     last = content["added_tokens"][-1]
-    new = {**last, "id": last["id"] + 1, "content": token, "special": True}
+    new = {**last, "id": last["id"] + 1, "content": token}
+    new["special"] = is_special
     content["added_tokens"].append(new)
     file.write_text(json.dumps(content))
     header = token + "start|>" * ("_start" not in token)

@@ -42,6 +42,16 @@ BAD_CONFIGS = {
         dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4}),
         "two rotary embeddings",
     ),
+    "two rotary embeddings for one": (
+        "llama",
+        dict(rope_parameters={"full_attention": {"rope_theta": 5e5}}),
+        "full_attention={'rope_theta': 500000.0} for the rotary embedding",
+    ),
+    "an interval of no layers": (
+        "smollm3",
+        dict(no_rope_layers=None, no_rope_layer_interval=0),
+        "no_rope_layer_interval=0, expected",
+    ),
     "the exact activation": (
         "gemma2",
         dict(hidden_activation="gelu"),

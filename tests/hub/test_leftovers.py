@@ -45,6 +45,11 @@ LEFTOVERS = {
         dict(no_rope_layers=None, layer_types=None, no_rope_layer_interval=2),
     ),
     "windows alike": ("mistral", dict(layer_types=[SLIDING, SLIDING])),
+    "windows that Mixtral has in any case": (
+        "mixtral",
+        dict(layer_types=[FULL, FULL], sliding_window=8),
+    ),
+    "an activation that isn't read": ("gemma2", dict(hidden_act="gelu")),
     "no windows": ("mistral", dict(layer_types=[FULL, FULL])),
 }
 
@@ -97,6 +102,11 @@ def test_tied_weights_that_differ(checkpoint, tmp_path):
         dict(additional_special_tokens=["ing", "re"]),
         dict(extra_special_tokens=["ing"], sep_token="re"),
         dict(cls_token="ing", mask_token="re"),
+        dict(image_token="ing", extra_special_tokens={"a_token": "re"}),
+        dict(
+            extra_special_tokens={"a_token": "ing"},
+            additional_special_tokens=["re"],
+        ),
     ],
 )
 def test_special_tokens_of_the_vocabulary(checkpoint, tmp_path, names):
@@ -143,3 +153,21 @@ def test_options_of_adapters_without_their_rank(checkpoint, options):
     with pytest.raises(ValueError, match="Without `lora_rank`"):
         load(checkpoint("qwen2"), **options)
     load(checkpoint("qwen2"), lora_targets=["query", "value"])
+
+
+def test_an_old_map_beside_newer_files(checkpoint, tmp_path):
+    """transformers doesn't read it, nor what else there was before."""
+    folder = copy(checkpoint("qwen2"), tmp_path)
+    added = {"630": {"content": "<|endoftext|>", "special": True}}
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if "added_tokens_decoder" not in config:
+        content = json.loads((folder / "tokenizer.json").read_text())
+        added = {str(t.pop("id")): t for t in content["added_tokens"]}
+        edit(folder / "tokenizer_config.json", added_tokens_decoder=added)
+    (folder / "special_tokens_map.json").write_text('{"mask_token": "ing"}')
+    (folder / "added_tokens.json").write_text("{")
+    tokenizer = load(folder).tokenizer
+    assert "ing" not in tokenizer.special_tokens
+    assert len(tokenizer.encode("ing")) == 1  # by merging
+    (folder / "added_tokens.json").unlink()
+    check_ids(folder, "ing")

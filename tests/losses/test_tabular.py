@@ -118,7 +118,7 @@ def _gap(p_data, p_old):
     means = [np.sum(p * log_probs) for p in (p_data, p_old)]
     return gap_of_moments(
         [
-            [count, mean, count * np.sum(p * (log_probs - mean) ** 2)]
+            [count, mean, count * np.sum(p * (log_probs - mean) ** 2), count]
             for p, mean in zip((p_data, p_old), means, strict=True)
         ]
     )
@@ -149,7 +149,7 @@ def _order(gap):
     class Model:
         alpha = keras.Variable(1.0)
         gap = keras.Variable(0.0)
-        gap_sums = keras.Variable(np.zeros((2, 3)))
+        gap_sums = keras.Variable(np.zeros((2, 4)))
 
     class Estimate:
         def gap(self, pairs):

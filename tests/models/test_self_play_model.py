@@ -225,3 +225,11 @@ class TestErrors:
         del pairs["response_mask"]
         with pytest.raises(ValueError, match="response_mask"):
             model(pairs)
+
+
+def test_without_a_loss_round_trip(tmp_path):
+    model = keras_iris.SelfPlayModel(make_causal_lm(num_layers=1))
+    model.compile(optimizer=keras.optimizers.SGD())
+    model.optimizer.build(model.trainable_variables)
+    model.save(tmp_path / "model.keras")
+    assert keras.saving.load_model(tmp_path / "model.keras").loss is None

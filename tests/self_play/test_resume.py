@@ -363,3 +363,31 @@ def test_a_learning_rate_that_depends_on_the_last_one(tmp_path):
     make("a", Stop(1)).run()
     make("a").run()
     assert_same_end(tmp_path / "a", tmp_path / "whole")
+
+
+def test_again_with_an_optimizer_that_scales_losses(tmp_path):
+    """In one process, where it is built already."""
+
+    class Interrupt(keras.callbacks.Callback):
+        is_done = False
+
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1 and not self.is_done:
+                self.is_done = True
+                raise KeyboardInterrupt
+
+    def make(folder, *callbacks):
+        adam = keras.optimizers.Adam(0.01)
+        return make_self_play(
+            tmp_path / folder,
+            optimizer=keras.optimizers.LossScaleOptimizer(adam, 8.0),
+            callbacks=callbacks,
+            iterations=1,
+        )
+
+    self_play = make("a", Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        self_play.run()
+    self_play.run()
+    make("whole").run()
+    assert_same_end(tmp_path / "a", tmp_path / "whole")
