@@ -188,14 +188,14 @@ class RunEstimate:
 
     def __post_init__(self) -> None:
         """Refuses a mesh that can't be."""
-        dict(self._mesh)
+        _ = self._mesh
 
     @functools.cached_property
     def _mesh(self) -> dict[str, int]:
         """Devices by axis."""
         if not self.mesh:
             return {"data": 1}
-        return mesh_sizes(self.mesh, self.strategy, math.inf)
+        return mesh_sizes(self.mesh, self.strategy)
 
     @property
     def num_devices(self) -> int:

@@ -110,6 +110,26 @@ class Stop(keras.callbacks.Callback):
         self.model.stop_training = batch == self.batch
 
 
+class Interrupt(keras.callbacks.Callback):
+    """Interrupts at the so-manieth batch of all, once."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.left = number
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def interrupt_and_run_again(self_play):
+    """As a notebook's cell that is run again."""
+    with pytest.raises(KeyboardInterrupt):
+        self_play.run()
+    self_play.run()
+
+
 def final_arrays(run_dir):
     return read_arrays(Checkpoints(run_dir).files()[0])[0]
 

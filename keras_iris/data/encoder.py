@@ -168,9 +168,9 @@ class Encoder:
 def _is_within(token: str, others: Sequence[str]) -> bool:
     """Whether an occurrence of a token may begin inside of another one."""
     return any(
-        token in other[1:] or other[i:] == token[: len(other) - i]
+        token in other[1:]
+        or any(token.startswith(other[i:]) for i in range(1, len(other)))
         for other in others
-        for i in range(1, len(other))
     )
 
 

@@ -81,13 +81,15 @@ def make_distribution(
     return ShardedParallel(device_mesh)
 
 
-def mesh_sizes(mesh: Any, strategy: str, most: float) -> dict[str, int]:
+def mesh_sizes(
+    mesh: Any, strategy: str, most: int | None = None
+) -> dict[str, int]:
     """The number of devices of each axis, checked.
 
     Args:
         mesh: As in `make_distribution`.
         strategy: As there.
-        most: Devices that there are.
+        most: Devices that there are, if that matters.
     """
     if strategy not in ("fsdp", "2d", "data"):
         raise ValueError(
@@ -107,10 +109,10 @@ def mesh_sizes(mesh: Any, strategy: str, most: float) -> dict[str, int]:
     is_right = set(sizes) == set(names) and all(
         isinstance(size, int) and size >= 1 for size in sizes.values()
     )
-    if not is_right or math.prod(sizes.values()) > most:
+    if not is_right or (most and math.prod(sizes.values()) > most):
+        limit = f", {most} in all at most" if most else ""
         raise ValueError(
             f"`mesh` has to be 'auto' or the devices of {' and '.join(names)} "
-            f"for strategy={strategy!r}, {most} in all at most. "
-            f"Received: {mesh!r}"
+            f"for strategy={strategy!r}{limit}. Received: {mesh!r}"
         )
     return {name: sizes[name] for name in names}

@@ -166,15 +166,16 @@ class KerasEngine(Engine):
             return dict.fromkeys(self.bucket_lengths, self.batch_size)
         shares = backend.num_row_shares()
         sizes, free = self._sizes, backend.free_bytes()
+        if sizes is not None and free is not None:
+            variables = self.causal_lm.variables
+            free -= int(gathered_bytes(variables, sizes.item_bytes))
         for length in self.bucket_lengths:
             rows = max(1, DEFAULT_ROWS // shares)
             if sizes is not None and free is not None:
                 size = row_bytes(
                     sizes, prompt_length=length, new_tokens=self.max_new_tokens
                 )
-                variables = self.causal_lm.variables
-                gathered = gathered_bytes(variables, sizes.item_bytes)
-                rows = rows_that_fit(size, free - gathered)
+                rows = rows_that_fit(size, free)
             # Never more again: another number is another compilation.
             self._rows[length] = min(rows, self._rows.get(length, rows))
         enough = next_power_of_two(-(-num_prompts // shares))

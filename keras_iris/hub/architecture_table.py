@@ -120,6 +120,7 @@ class Architecture:
             `"argument"` for one of all layers, `"layer"` for one of each.
         window_pattern: Without `layer_types`, each layer of this number has
             no window; an entry of `defaults` where files may say another.
+        reads_layer_types: Whether transformers reads `layer_types`.
         ropes: The kinds of rotary embeddings that KerasHub's layers know.
         theta: KerasHub's argument for the base of the rotary embedding, or
             `None`.
@@ -140,6 +141,7 @@ class Architecture:
     biases: tuple[str, ...] = ()
     windows: str | None = None
     window_pattern: int = 2
+    reads_layer_types: bool = True
     ropes: tuple[str, ...] = ("default", "linear")
     theta: str | None = "rope_max_wavelength"
     final_norm: str = "layer_norm"
@@ -273,6 +275,7 @@ ARCHITECTURES = {
         aliases={"num_experts": "num_local_experts"},
         names=_MIXTRAL_NAMES,
         windows="argument",
+        reads_layer_types=False,
     ),
     "qwen2": Architecture(
         "Qwen2ForCausalLM",

@@ -339,9 +339,7 @@ def _read_windows(
     """Each layer's window."""
     num_layers = read_integer(merged, "num_hidden_layers")
     known = sliding, full = "sliding_attention", "full_attention"
-    types = merged.get("layer_types")
-    if model_type == "mixtral":  # transformers doesn't read them
-        types = None
+    types = merged.get("layer_types") if row.reads_layer_types else None
     types = types or _usual_types(row, merged, num_layers)
     if (
         not isinstance(types, list)

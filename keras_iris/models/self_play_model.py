@@ -82,9 +82,9 @@ class SelfPlayModel(backend.Trainer):
         super().__init__(name=name, **kwargs)
         self.causal_lm = causal_lm
         self.alpha = self._add_state("alpha", (), "ones")
-        # In nats; with the sums that it is made from, count, mean and sum of
-        # squared deviations of the opponent's log-prob per token, annotated
-        # and synthetic. All are saved with the weights.
+        # In nats; with the sums that it is made from, weight, mean and sum of
+        # squared deviations of the opponent's log-prob per token, and squared
+        # weights, annotated and synthetic. All are saved with the weights.
         self.gap = self._add_state("gap", (), "zeros")
         self.gap_sums = self._add_state("gap_sums", (2, 4), "zeros")
         self.micro_batch_size: int | None = None

@@ -60,7 +60,11 @@ class Checkpoints:
     def starts(self) -> list[Path]:
         """Those of the iterations' starts that are there, the latest first."""
         found = _named(self.folder / "starts", _START)
-        return sorted(found, key=lambda f: int(f.stem[10:]), reverse=True)
+        return sorted(
+            found,
+            key=lambda file: int(file.stem.removeprefix("iteration_")),
+            reverse=True,
+        )
 
     def files(self) -> list[Path]:
         """All that are there; those of an iteration before its start."""

@@ -20,6 +20,7 @@ from keras_iris.self_play.checkpoints import read_variables, write_variables
 from keras_iris.self_play.options import Options, control_loss
 from keras_iris.self_play.processes import from_first
 from keras_iris.self_play.run_dir import (
+    Manifest,
     RunDir,
     check_settings,
     read_manifest,
@@ -44,10 +45,15 @@ class Control:
         self._start = folder.path / "start.safetensors"
         rate = options.control_learning_rate
         self._optimizer = new_optimizer(options.model, rate)
-        if rate is None and from_first(folder.manifest.exists):
+        own = _read(folder.manifest)
+        if rate is None and own is not None:
             # A run that was interrupted may have changed the model's.
-            settings = read_manifest(folder.manifest)["settings"]
-            _set_rate(self._optimizer, settings, "optimizer")
+            _set_rate(self._optimizer, own["settings"], "optimizer")
+
+    @property
+    def _old(self) -> Manifest | None:
+        """The manifest of the control's folder, if it has begun."""
+        return _read(self.path / "manifest.json")
 
     def check(self) -> None:
         """Refuses a folder with the control of another loss or rate.
@@ -55,10 +61,9 @@ class Control:
         Raises:
             ValueError: With a line a difference.
         """
-        manifest = self.path / "manifest.json"
-        if not from_first(manifest.exists):
+        old = self._old
+        if old is None:
             return
-        old = read_manifest(manifest)
         loss = {
             "class_name": type(self.loss).__name__,
             "config": self.loss.get_config(),
@@ -130,13 +135,17 @@ class Control:
         }
         if not self.loss.uses_synthetic:
             # Which of them are a shard's is told by that.
-            if from_first((self.path / "manifest.json").exists):
-                old = read_manifest(self.path / "manifest.json")
+            if (old := self._old) is not None:
                 arguments["shard_size"] = old["execution"]["shard_size"]
             size = arguments["shard_size"]
             arguments["engine"] = Recorded(options, self.folder.path, size)
         title = f"Control of {options.title}: {type(self.loss).__name__}"
         return arguments | {"title": title}
+
+
+def _read(file: Path) -> Manifest | None:
+    """A manifest, if it's there."""
+    return read_manifest(file) if from_first(file.exists) else None
 
 
 def new_optimizer(

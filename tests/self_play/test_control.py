@@ -6,8 +6,10 @@ import keras
 import numpy as np
 import pytest
 from self_play_helpers import (
+    Interrupt,
     assert_same_end,
     begin,
+    interrupt_and_run_again,
     make_examples,
     make_self_play,
 )
@@ -208,14 +210,6 @@ def test_a_damaged_start_is_written_again(tmp_path):
 def test_the_rate_is_that_of_the_run_as_it_began(tmp_path):
     """Not what it has become in the model that an interrupt has left."""
 
-    class Interrupt(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            if self.model.optimizer.iterations == 5:
-                self.model.optimizer.iterations.assign_add(0)
-                if not hasattr(self, "is_done"):
-                    self.is_done = True
-                    raise KeyboardInterrupt
-
     def make(folder, *callbacks):
         decay = keras.callbacks.LearningRateScheduler(
             lambda epoch: 0.01 if epoch < 1 else 1e-4
@@ -228,9 +222,6 @@ def test_the_rate_is_that_of_the_run_as_it_began(tmp_path):
             callbacks=[decay, *callbacks],
         )
 
-    self_play = make("a", Interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        self_play.run()
-    self_play.run()
+    interrupt_and_run_again(make("a", Interrupt(5)))
     make("whole").run()
     assert_same_end(tmp_path / "a/control", tmp_path / "whole/control")

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pytest
 from self_play_helpers import (
+    Interrupt,
     Stop,
     begin,
     make_again,
@@ -61,13 +62,8 @@ class TestWeights:
     def test_the_model_that_a_run_has_left_goes_on(self, tmp_path):
         """A cell that was interrupted and is run again."""
 
-        class Interrupt(keras.callbacks.Callback):
-            def on_train_batch_end(self, batch, logs=None):
-                if batch == 1:
-                    raise KeyboardInterrupt
-
         self_play = make_self_play(
-            tmp_path, callbacks=[AlphaScheduler(), Interrupt()]
+            tmp_path, callbacks=[AlphaScheduler(), Interrupt(2)]
         )
         with pytest.raises(KeyboardInterrupt):
             self_play.run()

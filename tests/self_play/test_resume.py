@@ -12,9 +12,11 @@ import keras
 import numpy as np
 import pytest
 from self_play_helpers import (
+    Interrupt,
     Stop,
     assert_same_end,
     final_arrays,
+    interrupt_and_run_again,
     lines_of,
     make_examples,
     make_self_play,
@@ -368,14 +370,6 @@ def test_a_learning_rate_that_depends_on_the_last_one(tmp_path):
 def test_again_with_an_optimizer_that_scales_losses(tmp_path):
     """In one process, where it is built already."""
 
-    class Interrupt(keras.callbacks.Callback):
-        is_done = False
-
-        def on_train_batch_end(self, batch, logs=None):
-            if batch == 1 and not self.is_done:
-                self.is_done = True
-                raise KeyboardInterrupt
-
     def make(folder, *callbacks):
         adam = keras.optimizers.Adam(0.01)
         return make_self_play(
@@ -385,9 +379,6 @@ def test_again_with_an_optimizer_that_scales_losses(tmp_path):
             iterations=1,
         )
 
-    self_play = make("a", Interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        self_play.run()
-    self_play.run()
+    interrupt_and_run_again(make("a", Interrupt(2)))
     make("whole").run()
     assert_same_end(tmp_path / "a", tmp_path / "whole")
